@@ -1,0 +1,324 @@
+"""The Wan 2.1 / 2.2 text-to-video DiT under its original parameter names. Imports attention.
+
+B batch · C F H W latent channels, frames, rows, columns · L video tokens · S text tokens · E text width
+D model width · N heads · K head width
+
+One class serves teacher, student and critic, dense and sparse, one rank and many: what varies is an argument.
+"""
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from attention import attention
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    dim: int                    # D
+    blocks: int
+    heads: int                  # N; the head width K = dim / heads
+    ffn: int                    # hidden width of the feed-forward
+    channels: int               # C of the latents, in and out
+    text_dim: int               # E
+    freq_dim: int = 256         # sinusoids that describe t
+    patch: tuple = (1, 2, 2)    # frames, rows, columns of one token
+    eps: float = 1e-6
+
+
+MODELS = {  #                      dim  blocks  heads    ffn  channels  text_dim
+    "tiny":       ModelConfig(     128,      4,     4,   512,       24,       64),  # 1.26 M, the built-in shapes
+    "wan-1.3b":   ModelConfig(    1536,     30,    12,  8960,       16,     4096),  # 1.42 B
+    "wan2.2-5b":  ModelConfig(    3072,     30,    24, 14336,       48,     4096),  # 5.00 B
+    "wan-14b":    ModelConfig(    5120,     40,    40, 13824,       16,     4096),  # 14.29 B, Wan 2.1 and each half of 2.2
+}
+
+
+class Seq(NamedTuple):
+    """How the token axis is spread over ranks (parallel.ulysses); LOCAL is one rank that holds all of it."""
+    split: Callable     # (B or 1, L, …) -> this rank's part along dim 1
+    attend: Callable    # attention over the whole sequence, called with this rank's q, k, v
+    join: Callable      # (B, part, …) -> (B, L, …)
+
+
+LOCAL = Seq(split=lambda x: x, attend=attention, join=lambda x: x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# layers: parameters may be bf16 or fp32, one by one. Norms compute in fp32, a Linear in its weight's dtype.
+
+class Linear(nn.Linear):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.lora = nn.ModuleDict()
+
+    def forward(self, x, lora=None):
+        x = x.to(self.weight.dtype)
+        y = F.linear(x, self.weight, self.bias)
+        return y + self.lora[lora](x).to(y.dtype) if lora in self.lora else y
+
+
+class Adapter(nn.Module):
+    """LoRA: Δ x = α / r · B A x."""
+
+    def __init__(self, inputs, outputs, rank, alpha, device):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(rank, inputs, device=device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return self.scale * F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """Wan's strided convolution as the product it is: (B, L, C·patch) -> (B, L, D)."""
+
+    def forward(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        affine = (self.weight.float(), self.bias.float()) if self.elementwise_affine else ()
+        return F.layer_norm(x.float(), self.normalized_shape, *affine, eps=self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+def sinusoids(t, width):
+    """(…) -> (…, width): cosines then sines of 1000 t at width / 2 frequencies from 1 down to 1 / 10000."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    angle = 1000 * t.float()[..., None] * frequency                     # Wan's clock runs from 0 to 1000
+    return torch.cat((angle.cos(), angle.sin()), -1)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)    # a table first made while sampling must serve training too
+def rope_table(grid, width, device):
+    """Cosines and sines (1, L, 1, K / 2) of every token's (frame, row, column): three groups of pairs along K."""
+    pairs = width // 2
+    angles = []
+    for axis, n in zip(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"),
+                       (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)):
+        angles.append(axis.reshape(-1, 1) * 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n))
+    angles = torch.cat(angles, 1)[None, :, None]
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x, rope):
+    """Rotates neighbouring pairs of x (B, L, N, K) by the angles of `rope`, in fp32."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None):
+        """x (B, L, D) attends to context (B, S, D), which is x itself in self-attention."""
+        q, k, v = self.norm_q(self.q(x, lora)), self.norm_k(self.k(context, lora)), self.v(context, lora)
+        q, k, v = (rearrange(h, "B L (N K) -> B L N K", N=self.heads) for h in (q, k, v))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        y = attend(q.to(v.dtype), k.to(v.dtype), v, metadata)
+        return self.o(rearrange(y, "B L N K -> B L (N K)"), lora)
+
+
+class Block(nn.Module):
+    def __init__(self, config, remat):
+        super().__init__()
+        D, eps = config.dim, config.eps
+        self.remat = remat
+        self.norm1 = LayerNorm(D, eps, elementwise_affine=False)
+        self.self_attn = Attention(D, config.heads, eps)
+        self.norm3 = LayerNorm(D, eps)
+        self.cross_attn = Attention(D, config.heads, eps)
+        self.norm2 = LayerNorm(D, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(Linear(D, config.ffn), nn.GELU(approximate="tanh"), Linear(config.ffn, D))
+        self.modulation = nn.Parameter(torch.zeros(1, 6, D))
+
+    def forward(self, x, *given):
+        if self.remat and torch.is_grad_enabled():
+            return checkpoint(self.layers, x, *given, use_reentrant=False)
+        return self.layers(x, *given)
+
+    def layers(self, x, e, text, rope, attend, metadata, lora):
+        """x (B, L, D), text (B, S, D), e (B, 1 or L, 6, D): what t says to every token, or to each."""
+        e = self.modulation.float()[:, None] + e
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = e.unbind(2)
+
+        h = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
+        y = self.self_attn(h, h, lora, rope, attend, metadata)
+        x = torch.addcmul(x.float(), y.float(), gate_attn).to(x.dtype)
+
+        x = x + self.cross_attn(self.norm3(x), text, lora).to(x.dtype)
+
+        up, gelu, down = self.ffn
+        h = torch.addcmul(shift_ffn, self.norm2(x), 1 + scale_ffn)
+        y = down(gelu(up(h, lora)), lora)
+        return torch.addcmul(x.float(), y.float(), gate_ffn).to(x.dtype)
+
+
+class Head(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = Linear(config.dim, config.channels * math.prod(config.patch))
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def forward(self, x, e):
+        """x (B, L, D), e (B, 1 or L, D) -> (B, L, patch·C)."""
+        shift, scale = (self.modulation.float()[:, None] + e[:, :, None]).unbind(2)
+        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+class DiT(nn.Module):
+    """Build it under torch.device("meta"), then fill every parameter from `initial` or from weights."""
+
+    def __init__(self, config, remat=False):
+        super().__init__()
+        D, E = config.dim, config.text_dim
+        self.config = config
+        self.adapters = ()      # names that add_lora has given
+        self.patch_embedding = PatchEmbedding(config.channels, D, config.patch, config.patch)
+        self.text_embedding = nn.Sequential(Linear(E, D), nn.GELU(approximate="tanh"), Linear(D, D))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, D), nn.SiLU(), Linear(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
+        self.blocks = nn.ModuleList(Block(config, remat) for _ in range(config.blocks))
+        self.head = Head(config)
+
+    def islands(self):
+        """The modules whose parameters stay in fp32 when the others compute in bf16."""
+        return self.time_embedding, self.time_projection, self.head
+
+    def forward(self, x, t, text, *, metadata=None, dense_ends=0, lora=None, seq=LOCAL):
+        """x (B, C, F, H, W), t (B,) or (B, F) in [0, 1] with 1 = noise, text (B, S, E) with its pads -> v like x.
+
+        metadata: sparse attention's (None = dense), except in the first and last `dense_ends` blocks.
+        lora: the name of the adapter that is added (None = the base model). seq: see Seq.
+        Raises ValueError on shapes that do not fit the config.
+        """
+        grid = self.door(x, t, text, metadata, lora)
+        p, q, r = self.config.patch
+        tokens = rearrange(x, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=p, q=q, r=r)
+        rope = rope_table(grid, self.config.dim // self.config.heads, x.device)
+        text = self.text_embedding(text)                                                # (B, S, D)
+        e = self.time_embedding(sinusoids(t.reshape(len(t), -1), self.config.freq_dim))    # (B, 1 or F, D)
+        e6 = rearrange(self.time_projection(e), "B F (n D) -> B F n D", n=6)
+
+        # the tokens' order: tiles, so that a tile's tokens are neighbours; then this rank's part
+        def arrange(rows):
+            rows = rows if metadata is None else rows.index_select(1, metadata.order)
+            return seq.split(rows)
+
+        tokens, rope = arrange(tokens), tuple(arrange(table) for table in rope)
+        if t.ndim == 2:
+            e, e6 = (arrange(repeat(h, "B F ... -> B (F n) ...", n=grid[1] * grid[2])) for h in (e, e6))
+
+        tokens = self.patch_embedding(tokens)                                              # (B, L, D)
+        if torch.is_grad_enabled():
+            tokens.requires_grad_()     # also above frozen embeddings: block 0 compiles to the graph of the others
+        for i, block in enumerate(self.blocks):
+            dense = min(i, len(self.blocks) - 1 - i) < dense_ends
+            tokens = block(tokens, e6, text, rope, seq.attend, None if dense else metadata, lora)
+
+        tokens = seq.join(self.head(tokens, e))
+        tokens = tokens if metadata is None else tokens.index_select(1, metadata.inverse)
+        f, h, w = grid
+        v = rearrange(tokens, "B (F H W) (p q r C) -> B C (F p) (H q) (W r)", F=f, H=h, W=w, p=p, q=q, r=r)
+        return v.to(x.dtype)
+
+    def door(self, x, t, text, metadata, lora):
+        """The grid of tokens (F, H, W) of inputs that fit; ValueError for others."""
+        C, E, patch = self.config.channels, self.config.text_dim, self.config.patch
+        if x.ndim != 5 or x.shape[1] != C or any(n % p for n, p in zip(x.shape[2:], patch)):
+            raise ValueError(f"x is {tuple(x.shape)}: wants (B, {C}, F, H, W), F H W divisible by the patch {patch}")
+        grid = tuple(n // p for n, p in zip(x.shape[2:], patch))
+        if t.shape not in ((len(x),), (len(x), grid[0])):
+            raise ValueError(f"t is {tuple(t.shape)}: wants ({len(x)},) or ({len(x)}, {grid[0]})")
+        if text.ndim != 3 or len(text) != len(x) or text.shape[2] != E:
+            raise ValueError(f"text is {tuple(text.shape)}: wants ({len(x)}, S, {E})")
+        if metadata is not None and len(metadata.order) != math.prod(grid):
+            raise ValueError(f"metadata orders {len(metadata.order)} tokens, the grid {grid} has {math.prod(grid)}")
+        if lora is not None and lora not in self.adapters:
+            raise ValueError(f"lora is {lora!r}: the model has {self.adapters or 'no adapters'}")
+        return grid
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def initial(name, shape, rng):
+    """The initial value (fp32, shape) of the parameter called `name`, drawn from the numpy Generator `rng`.
+
+    Xavier uniform for every matrix, the head zero so that v starts at 0, and the gates of every block near 1:
+    all layers speak from the first step.
+    """
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "modulation":
+        value = rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[-1] ** 0.5)
+        if name.startswith("blocks."):
+            value[:, [2, 5]] += 1
+    elif kind in ("bias", "B") or name == "head.head.weight":
+        value = np.zeros(shape, np.float32)
+    elif len(shape) == 1:
+        value = np.ones(shape, np.float32)      # norms
+    else:
+        fan_out, fan_in = shape[0], math.prod(shape[1:])
+        bound = fan_in ** -0.5 if kind == "A" else (6 / (fan_in + fan_out)) ** 0.5
+        value = (2 * rng.random(shape, dtype=np.float32) - 1) * np.float32(bound)
+    return torch.from_numpy(value)
+
+
+def flops(config, shape, text_length, metadata=None, dense_ends=0):
+    """Floating-point operations of one sample's forward, 2 per multiply-add, in matrix products and attention only.
+
+    shape (C, F, H, W), t one number per sample; training costs three times as much. Adapters are not counted.
+    """
+    D, S = config.dim, text_length
+    L = math.prod(n // p for n, p in zip(shape[1:], config.patch))
+    patch = config.channels * math.prod(config.patch)
+    time = config.freq_dim * D + D * D + 6 * D * D
+    text = S * (config.text_dim * D + D * D)
+    block = L * (4 * D * D + 2 * D * D + 2 * D * config.ffn) + S * 2 * D * D + 2 * L * S * D
+    sparse = 0 if metadata is None else max(config.blocks - 2 * dense_ends, 0)
+    pairs = (config.blocks - sparse) * L * L + (sparse * metadata.pairs if sparse else 0)
+    return 2 * (time + text + 2 * L * patch * D + config.blocks * block + 2 * pairs * D)
+
+
+def add_lora(net, name, rank, alpha, targets=("q", "k", "v", "o", "ffn.0", "ffn.2")):
+    """Adds adapter `name` of that rank to every Linear of the blocks whose name ends in a target; freezes the base."""
+    linears = {path: m for path, m in net.blocks.named_modules() if isinstance(m, Linear)}
+    for target in targets:
+        if not any(path.endswith("." + target) for path in linears):
+            raise ValueError(f"LoRA target {target!r} is none of {sorted({p.split('.', 1)[1] for p in linears})}")
+    for path, linear in linears.items():
+        if path.endswith(tuple("." + target for target in targets)):
+            linear.lora[name] = Adapter(linear.in_features, linear.out_features, rank, alpha, linear.weight.device)
+    for path, parameter in net.named_parameters():
+        if ".lora." not in path:
+            parameter.requires_grad_(False)
+    net.adapters += (name,)
+
+
+def merge(weight, A, B, alpha):
+    """The weight with its adapter folded in, W + α / r · B A."""
+    return weight + alpha / len(A) * (B @ A)
