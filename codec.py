@@ -1,0 +1,404 @@
+"""Between pixels, words and files on one side and latents and text embeddings on the other: the only file that knows mp4.
+
+`load` gives a Codec, which is six plain values: "dct" is built in and needs no weights, "wan" is Wan's VAE and UMT5 from
+a folder or the Hugging Face hub. `read_video` cuts any film into training clips; `write_video` and `contact_sheet` show
+clips to people. Imports nothing of ours.
+
+C F H W latent channels, frames, rows, columns · f h w the same in pixels · S text tokens · E text width
+A video is uint8 (f, h, w, 3) in numpy; latents z are fp32 (C, F, H, W), not normalised.
+"""
+import hashlib
+import html
+import json
+import math
+import re
+import unicodedata
+import warnings
+from fractions import Fraction
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from statistics import NormalDist
+from typing import Callable, NamedTuple
+
+import av
+import numpy as np
+
+import torch
+from einops import rearrange
+
+
+class Codec(NamedTuple):
+    spec: dict          # all that `load` needs to build this codec again; manifests and checkpoints carry it
+    stride: tuple       # pixels per latent along frames, rows and columns; the first frame is a latent of its own
+    encode: Callable    # video -> z
+    decode: Callable    # z -> video
+    embed: Callable     # [prompt] -> [fp32 (S_i, E)], S_i <= spec["text_length"]; "" is the unconditional prompt
+    decodes: bool       # whether `decode` works: wan without its VAE cannot
+
+
+def load(spec, *, vae=None, text=None, device="cpu", text_length=None):
+    """A Codec from its name, "dct" or "wan", or from the spec that a manifest or a checkpoint carries.
+
+    vae, text: for wan, a local folder or a hub id of a diffusers pipeline; each may be None if it is not needed.
+    text_length: the most tokens of a prompt, None = the codec's own (dct 8, wan 512).
+    Raises ValueError or FileNotFoundError for weights that are not what is wanted, ImportError for a missing package.
+    """
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    if text_length is not None:
+        spec = spec | {"text_length": text_length}
+    if spec["name"] == "wan":
+        return wan(spec, vae, text, device)
+    if spec["name"] != "dct":
+        raise ValueError(f"no codec is called {spec['name']!r}: there are 'dct' and 'wan'")
+    if vae or text:
+        raise ValueError("the dct codec has no weights: --vae and --text are for wan")
+    return dct(spec)
+
+
+def to_bytes(x):
+    """Pixels in [0, 1], out-of-range ones clipped, rows of any float tensor (f, h, w, 3) -> video."""
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def check_video(video, stride):
+    """A video that the strides do not divide is refused: 1 + a multiple of stride[0] frames, multiples elsewhere."""
+    (frames, height, width, _), (f, h, w) = video.shape, stride
+    if (frames - 1) % f or height % h or width % w:
+        raise ValueError(f"{frames} frames of {height}x{width} pixels: this codec takes 1 + a multiple of {f} frames, "
+                         f"rows in multiples of {h} and columns in multiples of {w}")
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of each frame, in dB: two videos -> (f,), inf where they are equal."""
+    mse = np.square(np.float64(a) - b).mean((1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / mse)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# dct: a linear codec. A block of 4 frames x 4 rows x 4 columns x 3 colours becomes its C most visible cosines.
+
+DCT = {"name": "dct", "channels": 24, "stride": [4, 4, 4], "text_width": 64, "text_length": 8}
+
+
+def dct(spec):
+    spec = DCT | spec
+    f, h, w = spec["stride"]
+    basis = torch.from_numpy(dct_basis(spec["channels"], f, h, w))                          # (C, 3 f h w), orthonormal
+
+    def encode(video):
+        check_video(video, spec["stride"])
+        x = torch.from_numpy(video).float() / 255 - 0.5
+        x = torch.cat([x[:1].expand(f - 1, -1, -1, -1), x])                                 # the first frame fills a group
+        blocks = rearrange(x, "(F f) (H h) (W w) c -> F H W (c f h w)", f=f, h=h, w=w)
+        return rearrange(blocks @ basis.T, "F H W C -> C F H W").contiguous()
+
+    def decode(z):
+        blocks = rearrange(z.cpu().float(), "C F H W -> F H W C") @ basis
+        x = rearrange(blocks, "F H W (c f h w) -> (F f) (H h) (W w) c", c=3, f=f, h=h, w=w)
+        return to_bytes(torch.cat([x[:f].mean(0, keepdim=True), x[f:]]) + 0.5)
+
+    def embed(prompts):
+        return [embed_words(prompt, spec["text_width"], spec["text_length"]) for prompt in prompts]
+
+    return Codec(spec, tuple(spec["stride"]), encode, decode, embed, decodes=True)
+
+
+def dct_basis(channels, f, h, w):
+    """The first `channels` products of an opponent colour and three DCT-II cosines, lowest frequencies first.
+
+    Sorted by kt + ky + kx + 2 [chroma], then kt, colour, ky, kx -> fp32 (channels, 3 f h w), its rows orthonormal.
+    """
+    def cosines(n):
+        k, x = np.arange(n)[:, None], np.arange(n) + 0.5
+        return np.cos(np.pi / n * k * x) * np.where(k == 0, 1, 2**0.5) / n**0.5             # (frequency, place)
+
+    opponent = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]]) / np.sqrt([[3], [2], [6]])    # grey, red-blue, green
+    basis = np.einsum("ac,if,jh,kw->aijkcfhw", opponent, cosines(f), cosines(h), cosines(w))
+    order = sorted(np.ndindex(3, f, h, w), key=lambda q: (sum(q[1:]) + 2 * (q[0] > 0), q[1], q[0], q[2:]))
+    return np.float32([basis[q].ravel() for q in order[:channels]])
+
+
+def embed_words(prompt, width, length):
+    """One row per word or mark, after a row for the beginning: the word's vector + half the place's -> (S, width)."""
+    words = ["<bos>"] + re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFC", prompt).lower())
+    if len(words) > length:
+        raise ValueError(f"a prompt of {len(words) - 1} words, and this codec takes {length - 1}: {prompt!r}")
+    return torch.stack([word_vector(word, width) + 0.5 * word_vector(f"<{place}>", width)
+                        for place, word in enumerate(words)])
+
+
+@lru_cache(maxsize=None)
+def word_vector(word, width):
+    """(width,) N(0, 1) numbers that depend on the word alone, so that a new word is as distinct as any other."""
+    bits = np.frombuffer(hashlib.shake_256(word.encode()).digest(4 * width), "<u4")
+    return torch.tensor([NormalDist().inv_cdf((int(n) + 0.5) / 2**32) for n in bits])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# wan: diffusers' AutoencoderKLWan and transformers' UMT5, loaded only when they are asked for.
+
+PIPELINE = "a diffusers pipeline such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+LARGE = 1280 * 720      # pixels per frame above which the VAE works in tiles
+
+
+def wan(spec, vae, text, device):
+    spec = {"name": "wan", "text_length": 512} | spec
+
+    def absent(_):
+        raise ValueError(f"the wan codec was loaded without this part: give --vae and --text, each a folder of {PIPELINE}")
+
+    encode = decode = embed = absent
+    if vae:
+        found, encode, decode = wan_vae(vae, device)
+        spec = agree(spec, found, f"--vae={vae}")
+    if text:
+        found, embed = wan_text(text, spec["text_length"], device)
+        spec = agree(spec, found, f"--text={text}")
+    return Codec(spec, tuple(spec.get("stride", ())), encode, decode, embed, decodes=bool(vae))
+
+
+def wan_vae(path, device):
+    """-> what the VAE adds to the spec, encode, decode. Latents are the posterior's mean, fp32."""
+    folder = part_of(path, "vae")
+    config = read_config(folder, "_class_name", "AutoencoderKLWan")
+    vae, report = need("diffusers").AutoencoderKLWan.from_pretrained(
+        folder, torch_dtype=torch.float32, output_loading_info=True)
+    check_keys(folder, report)
+    vae = vae.to(device).eval().requires_grad_(False)
+    config = vae.config
+    stride = [config.scale_factor_temporal, config.scale_factor_spatial, config.scale_factor_spatial]
+    spec = {"channels": config.z_dim, "stride": stride, "mean": list(config.latents_mean), "std": list(config.latents_std),
+            "vae_sha256": sha256(folder)}
+
+    def encode(video):
+        check_video(video, stride)
+        vae.use_tiling = video.shape[1] * video.shape[2] > LARGE
+        x = torch.from_numpy(video).to(device).float() / 127.5 - 1
+        return vae.encode(rearrange(x, "f h w c -> 1 c f h w")).latent_dist.mode()[0].cpu()
+
+    def decode(z):
+        vae.use_tiling = z.shape[2] * stride[1] * z.shape[3] * stride[2] > LARGE
+        x = vae.decode(z[None].to(device).float()).sample
+        return to_bytes(rearrange(x, "1 c f h w -> f h w c") / 2 + 0.5)
+
+    return spec, encode, decode
+
+
+def wan_text(path, length, device):
+    """-> what the text encoder adds to the spec, embed. bf16 on a GPU, fp32 on a CPU; padding is cut off."""
+    folder, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
+    read_config(folder, "model_type", "umt5")
+    if not (words / "tokenizer_config.json").exists():
+        words = folder.parent / "tokenizer"
+    if not (words / "tokenizer_config.json").exists():
+        raise FileNotFoundError(f"{path} has a text encoder and no tokenizer; wanted is {PIPELINE}")
+    tokenizer = need("transformers").AutoTokenizer.from_pretrained(words)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    encoder, report = need("transformers").UMT5EncoderModel.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True)
+    check_keys(folder, report)
+    encoder = encoder.to(device).eval().requires_grad_(False)
+    spec = {"text_width": encoder.config.d_model, "text_length": length, "text_sha256": sha256(folder)}
+
+    def embed(prompts):
+        tokens = tokenizer([clean(prompt) for prompt in prompts], padding=True, return_tensors="pt")
+        sizes = tokens.attention_mask.sum(1).tolist()
+        for prompt, size in zip(prompts, sizes):
+            if size > length:
+                raise ValueError(f"a prompt of {size} tokens, and this text encoder takes {length}: {prompt[:80]!r} ...")
+        states = encoder(**tokens.to(device)).last_hidden_state.float().cpu()
+        return [row[:size].clone() for row, size in zip(states, sizes)]
+
+    return spec, embed
+
+
+def clean(prompt):
+    """Mended Unicode, no HTML entities, single spaces: what Wan's own pipelines do before the tokenizer."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(need("ftfy").fix_text(prompt)))).strip()
+
+
+def need(package):
+    """An optional package, imported now."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(f"the wan codec needs {package}: pip install -r requirements-wan.txt ({error})") from error
+
+
+def part_of(path, part):
+    """The folder that holds one part of a diffusers pipeline: `path`/part, or `path` itself; a hub id is fetched first."""
+    folder = Path(path)
+    if not folder.exists():
+        if len(folder.parts) != 2 or folder.is_absolute():
+            raise FileNotFoundError(f"no folder {path}; wanted is {PIPELINE}, downloaded or by that name")
+        folder = Path(need("huggingface_hub").snapshot_download(str(path), allow_patterns=[f"{part}/*"]))
+    return folder / part if (folder / part).is_dir() else folder
+
+
+def read_config(folder, key, wanted):
+    """The folder's config.json, which must say that it is of the wanted family."""
+    if not (folder / "config.json").exists():
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+        raise FileNotFoundError(f"{folder} has no config.json but {found}; wanted is {PIPELINE}")
+    config = json.loads((folder / "config.json").read_text())
+    if config.get(key) != wanted:
+        found = config.get("_class_name") or config.get("architectures") or config.get("model_type")
+        raise ValueError(f"{folder} holds {found}; wanted is {wanted}, as in {PIPELINE}")
+    return config
+
+
+def check_keys(folder, report):
+    """Weights that a file lacks would be random numbers: an error."""
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ValueError(f"{folder} lacks weights: {sorted(map(str, report['missing_keys'] or report['mismatched_keys']))[:8]}")
+
+
+def sha256(folder):
+    """{file: digest} of the weight files in a folder."""
+    digests = {}
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with open(file, "rb") as stream:
+            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
+
+
+def agree(spec, found, source):
+    """The spec with what the weights say; a contradiction is an error, other bytes of the same make are a warning."""
+    for key in spec.keys() & found.keys():
+        if spec[key] != found[key]:
+            if not key.endswith("sha256"):
+                raise ValueError(f"{source} has {key} {found[key]}; the latents were made with {spec[key]}")
+            warnings.warn(f"{source}: not the very files that the latents were made with ({key} differs)")
+    return spec | found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# video files
+
+def read_video(path, *, sizes, frames, fps, cuts="first"):
+    """Clips of a film -> yields (video uint8 (frames, H, W, 3), (H, W)), the size being that of `sizes` nearest in shape.
+
+    sizes: [(H, W)] in pixels; frames: per clip; fps: of the clips, whatever the film's rate, also if it varies;
+    cuts: "first" reads one clip from the beginning and no further, "all" consecutive ones, dropping the rest.
+    A picture is turned as the file says, scaled to cover its size with square pixels, and cropped at the centre.
+    Raises ValueError, saying why in words to print, for a file that cannot be read or is shorter than one clip.
+    """
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{path}: empty")
+    scaler = av.video.reformatter.VideoReformatter()
+    clip, seen, plan = [], 0, None
+    try:
+        with av.open(path) as film:
+            stream = film.streams.best("video")
+            if stream is None:
+                raise ValueError(f"{path}: holds no video")
+            stream.thread_type = "AUTO"
+            for picture in at_rate(film.decode(stream), fps):
+                plan = plan or framing(picture, stream.sample_aspect_ratio or 1, sizes)
+                clip.append(framed(picture, plan, scaler))
+                seen += 1
+                if len(clip) == frames:
+                    yield np.stack(clip), plan.size
+                    clip = []
+                    if cuts == "first":
+                        return
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: unreadable ({error.strerror})") from error
+    if seen < frames:
+        raise ValueError(f"{path}: too short, {seen} frames at {fps} per second where {frames} are wanted")
+
+
+def at_rate(pictures, fps):
+    """The pictures on show at 0, 1/fps, 2/fps ... seconds after the first, by their timestamps."""
+    slack, shown, count, gap = 2e-3, None, 0, 1 / fps   # s: containers round timestamps, to 1 ms in webm
+    for picture in pictures:
+        if shown is None:
+            start = picture.time
+        else:
+            gap = picture.time - shown.time
+            while start + count / fps + slack < picture.time:
+                yield shown
+                count += 1
+        shown = picture
+    if shown is not None:
+        end = shown.time + (float(shown.duration * shown.time_base) or gap)
+        while start + count / fps + slack < end:
+            yield shown
+            count += 1
+
+
+class Framing(NamedTuple):
+    size: tuple         # (H, W) of the clip
+    scaled: tuple       # (H, W) that a stored picture is scaled to, before it is turned and cropped
+    turns: int          # quarter turns, counter-clockwise
+
+
+def framing(picture, pixel_aspect, sizes):
+    """How to fit a stored picture, whose pixels are `pixel_aspect` times as wide as high, into the nearest of `sizes`."""
+    turns = round(picture.rotation / 90) % 4
+    h, w = picture.height, picture.width * float(pixel_aspect)
+    if turns % 2:
+        h, w = w, h
+    H, W = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
+    cover = max(H / h, W / w)
+    h, w = max(H, round(h * cover)), max(W, round(w * cover))
+    return Framing((H, W), (w, h) if turns % 2 else (h, w), turns)
+
+
+def framed(picture, plan, scaler):
+    """One decoded picture, scaled, turned and cropped -> uint8 (H, W, 3)."""
+    (H, W), (h, w), turns = plan
+    rgb = scaler.reformat(picture, width=w, height=h, format="rgb24", interpolation="BICUBIC").to_ndarray()
+    rgb = np.rot90(rgb, turns)
+    top, left = (rgb.shape[0] - H) // 2, (rgb.shape[1] - W) // 2
+    return rgb[top:top + H, left:left + W]
+
+
+def write_video(path, videos, fps):
+    """One mp4 that browsers play (H.264, yuv420p): a list of videos side by side, a short one resting on its last frame."""
+    def sheet(i):
+        return grid([video[min(i, len(video) - 1)] for video in videos])
+
+    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as film:
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream.height, stream.width = sheet(0).shape[:2]
+        stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 1, 1     # BT.709, limited: said, not guessed
+        for i in range(max(map(len, videos))):
+            picture = av.VideoFrame.from_ndarray(sheet(i), format="rgb24")
+            film.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        film.mux(stream.encode())
+
+
+def grid(pictures, gap=4):
+    """Pictures (h, w, 3) in a near-square grid, small ones enlarged by whole pixels -> (H, W, 3) of even height and width."""
+    columns = math.ceil(len(pictures)**0.5)
+    h, w = np.max([picture.shape[:2] for picture in pictures], axis=0)
+    zoom = max(1, min(256 // max(h, w), 1280 // (columns * w)))     # one clip of 32 px is shown at 256, a wall of them at 1280
+    pictures = [picture.repeat(zoom, 0).repeat(zoom, 1) for picture in pictures]
+    h, w, rows = h * zoom + gap, w * zoom + gap, -(-len(pictures) // columns)
+    sheet = np.full((rows * h - gap, columns * w - gap, 3), 16, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * h, i % columns * w
+        sheet[top:top + picture.shape[0], left:left + picture.shape[1]] = picture
+    return np.pad(sheet, [(0, len(sheet) % 2), (0, sheet.shape[1] % 2), (0, 0)], constant_values=16)
+
+
+def contact_sheet(path, videos, captions):
+    """A PNG with a row per clip: its caption over six frames from the first to the last."""
+    from matplotlib.figure import Figure        # slow to import, and only pictures need it
+
+    columns, cell, label, gap = 6, 1.2, 0.3, 0.06               # inches
+    row = cell * max(v.shape[1] / v.shape[2] for v in videos) + label
+    width, height = columns * (cell + gap) + gap, len(videos) * (row + gap) + gap
+    sheet = Figure((width, height), dpi=100, facecolor="#101014")
+    for i, (video, caption) in enumerate(zip(videos, captions, strict=True)):
+        top = height - gap - i * (row + gap)
+        sheet.text(gap / width, (top - label / 2) / height, caption, color="#d8d8e0", size=9, va="center")
+        for j, n in enumerate(np.linspace(0, len(video) - 1, columns).round().astype(int)):
+            box = (gap + j * (cell + gap), top - row, cell, row - label)
+            axes = sheet.add_axes([box[0] / width, box[1] / height, box[2] / width, box[3] / height])
+            axes.imshow(video[n], interpolation="nearest", aspect="equal")
+            axes.axis("off")
+    sheet.savefig(path)

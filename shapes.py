@@ -1,0 +1,138 @@
+"""Moving shapes: a captioned text-to-video dataset made from a seed, and the judge that reads a clip back from its pixels.
+
+One soft-edged shape crosses a dark ground at constant speed: "a red circle moving left". A clip is a pure function of
+its generator, so the whole set needs no download; and because every attribute can be measured, the judge says exactly
+which captions a model has followed. Imports nothing of ours.
+
+F H W frames, rows, columns of pixels · a video is uint8 (F, H, W, 3) · x to the right, y down, in pixels
+"""
+import colorsys
+from itertools import product
+
+import numpy as np
+
+# name -> its distance to the outline (negative inside) at offsets x, y from the centroid, and its area at r = 1
+SHAPES = {
+    "circle":   (lambda x, y, r: np.sqrt(x * x + y * y) - r,                                np.pi),
+    "square":   (lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.886 * r,                    1.772**2),
+    "triangle": (lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.72 * r,        3 * 3**0.5 * 0.72**2),
+}
+COLOURS = {
+    "red":    (0.93, 0.16, 0.16),
+    "orange": (1.00, 0.55, 0.05),
+    "yellow": (0.97, 0.92, 0.15),
+    "green":  (0.13, 0.78, 0.22),
+    "cyan":   (0.10, 0.85, 0.90),
+    "blue":   (0.18, 0.34, 1.00),
+    "purple": (0.62, 0.20, 0.95),
+    "white":  (0.95, 0.95, 0.95),
+}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+CAPTIONS = [f"a {c} {s} moving {d}" for s, c, d in product(SHAPES, COLOURS, DIRECTIONS)]
+
+EDGE = 1.5      # px over which coverage falls from 1 to 0
+EXTENT = 1.25   # half the widest shape, in r: what must stay inside the frame
+
+
+def coverage(shape, centre, r, size):
+    """How much of each pixel `shape` covers, in [0, 1]: centre (F, 2) as x, y and r (F,) or a number, in px -> (F, H, W)."""
+    H, W = size
+    r = np.broadcast_to(r, len(centre)).astype(np.float32)[:, None, None]
+    x, y = centre.astype(np.float32).T[:, :, None, None]
+    x = np.arange(0.5, W, dtype=np.float32) - x                 # (F, 1, W)
+    y = np.arange(0.5, H, dtype=np.float32)[:, None] - y        # (F, H, 1)
+    distance, _ = SHAPES[shape]
+    return np.clip(0.5 - distance(x, y, r) / EDGE, 0, 1)
+
+
+def clip(rng, size=32, frames=17, caption=None):
+    """One clip drawn with the numpy Generator `rng` -> video uint8 (frames, H, W, 3), caption.
+
+    size: pixels, a number for a square or (H, W); caption: one of CAPTIONS, None = drawn too.
+    """
+    H, W = (int(n) for n in np.broadcast_to(size, 2))
+    if caption is None:
+        caption = CAPTIONS[rng.integers(len(CAPTIONS))]
+    if caption not in CAPTIONS:
+        raise ValueError(f"no such caption: {caption!r}; a caption reads like {CAPTIONS[0]!r}, "
+                         f"with {', '.join(SHAPES)}; {', '.join(COLOURS)}; {', '.join(DIRECTIONS)}")
+    _, colour, shape, _, direction = caption.split()
+
+    side = np.array([W, H])
+    r = rng.uniform(0.19, 0.25) * min(H, W)
+    travel = rng.uniform(0.25, 0.36) * side * DIRECTIONS[direction]
+    low = EXTENT * r + np.maximum(-travel, 0)                   # where the path may start, so that all of it is inside
+    high = side - EXTENT * r - np.maximum(travel, 0)
+    path = rng.uniform(low, high) + np.linspace(0, 1, frames)[:, None] * travel
+
+    ground = np.float32(255 * rng.uniform(0.03, 0.14) * np.array([0.8, 0.9, 1.15]))
+    paint = np.float32(255 * np.array(COLOURS[colour]))
+    video = coverage(shape, path, r, (H, W))[..., None] * (paint - ground) + ground
+    return np.rint(video).astype(np.uint8), caption
+
+
+def judge(video):
+    """What a clip shows: video uint8 (F, H, W, 3) -> (shape, colour, direction), names as above or None where unclear.
+
+    All three are None unless a single-coloured object is visible in at least 80 % of the frames.
+    """
+    alpha, paint, visible = segment(np.float32(video) / 255)
+    if visible.mean() < 0.8:
+        return None, None, None
+    alpha, paint = alpha[visible], paint[visible]
+    F, H, W = alpha.shape
+    area = alpha.sum((1, 2))
+    centre = np.stack([alpha.sum(1) @ np.arange(0.5, W), alpha.sum(2) @ np.arange(0.5, H)], 1) / area[:, None]
+    widths = centre / [W, H]
+    t = np.flatnonzero(visible) / (len(visible) - 1) if len(visible) > 1 else np.zeros(1)
+    return name_shape(alpha, area, centre), name_colour(paint.mean(0)), name_direction(t, widths)
+
+
+def segment(video):
+    """The object against its ground: (F, H, W, 3) in [0, 1] -> alpha (F, H, W), paint (F, 3), visible (F,) bool."""
+    F, H, W, _ = video.shape
+    pixels = video.reshape(F, H * W, 3)
+    ground = np.median(pixels, 1, keepdims=True)
+    away = np.linalg.norm(pixels - ground, axis=2)              # distance of each pixel's colour from the ground's
+    top = max(4, H * W // 100)
+    contrast = np.partition(away, -top)[:, -top:].mean(1)
+    core = away > 0.75 * contrast[:, None]
+    paint = (pixels * core[..., None]).sum(1) / np.maximum(core.sum(1), 1)[:, None]
+    axis = paint[:, None] - ground                              # from ground to paint: alpha is a pixel's place along it
+    alpha = ((pixels - ground) * axis).sum(2) / np.maximum((axis * axis).sum(2), 1e-6)
+    alpha = np.clip(alpha, 0, 1)
+    alpha[alpha < 0.15] = 0
+    share = alpha.mean(1)
+    visible = (contrast > 0.3) & (0.01 < share) & (share < 0.35)
+    return alpha.reshape(F, H, W), paint, visible
+
+
+def name_shape(alpha, area, centre):
+    """The shape whose drawing of the same area and centroid overlaps best (soft IoU, mean over frames, at least 0.75)."""
+    overlap = {}
+    for shape, (_, unit) in SHAPES.items():
+        drawn = coverage(shape, centre, np.sqrt(area / unit), alpha.shape[1:])
+        overlap[shape] = (np.minimum(alpha, drawn).sum((1, 2)) / np.maximum(alpha, drawn).sum((1, 2))).mean()
+    best = max(overlap, key=overlap.get)
+    return best if overlap[best] >= 0.75 else None
+
+
+def name_colour(rgb):
+    """White below a saturation of 0.25; else the nearest hue, within 25 degrees and at a saturation of at least 0.4."""
+    hue, saturation, _ = colorsys.rgb_to_hsv(*rgb)
+    if saturation < 0.25:
+        return "white"
+    apart = {name: abs((hue - colorsys.rgb_to_hsv(*paint)[0] + 0.5) % 1 - 0.5) * 360
+             for name, paint in COLOURS.items() if name != "white"}
+    best = min(apart, key=apart.get)
+    return best if apart[best] < 25 and saturation >= 0.4 else None
+
+
+def name_direction(t, centre):
+    """The axis of the least-squares velocity: over 0.12 widths per clip, and the other axis less than half of it."""
+    t = t - t.mean()
+    velocity = t @ centre / max(t @ t, 1e-6)
+    ahead = {name: velocity @ way for name, way in DIRECTIONS.items()}
+    best = max(ahead, key=ahead.get)
+    across = abs(velocity).min()
+    return best if ahead[best] > 0.12 and across < ahead[best] / 2 else None
