@@ -23,6 +23,7 @@ from typing import Callable, NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
 
 import torch
 from einops import rearrange
@@ -277,83 +278,85 @@ def agree(spec, found, source):
 # ----------------------------------------------------------------------------------------------------------------------
 # video files
 
-def read_video(path, *, sizes, frames, fps, cuts="first"):
-    """Clips of a film -> yields (video uint8 (frames, H, W, 3), (H, W)), the size being that of `sizes` nearest in shape.
+SHARP = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
-    sizes: [(H, W)] in pixels; frames: per clip; fps: of the clips, whatever the film's rate, also if it varies;
-    cuts: "first" reads one clip from the beginning and no further, "all" consecutive ones, dropping the rest.
-    A picture is turned as the file says, scaled to cover its size with square pixels, and cropped at the centre.
-    Raises ValueError, saying why in words to print, for a file that cannot be read or is shorter than one clip.
+
+def read_video(path, *, sizes, frames, fps, cuts="first"):
+    """Clips of a film -> yields (video uint8 (frames, H, W, 3), (H, W)); the size is that of `sizes` nearest in shape.
+
+    sizes: [(H, W)] in pixels; frames: of a clip; fps: of a clip, whatever the film's rate is and if it varies too;
+    cuts: "first" = the clip at the beginning, reading no further, "all" = consecutive clips, dropping the rest.
+    A picture is turned as the file says, scaled with square pixels to cover the size, and cropped at the centre.
+    Raises ValueError with the bare reason, for the caller to name the file: unreadable, empty, too short for one clip.
     """
     if Path(path).stat().st_size == 0:
-        raise ValueError(f"{path}: empty")
-    scaler = av.video.reformatter.VideoReformatter()
-    clip, seen, plan = [], 0, None
+        raise ValueError("empty")
+    seen, clip, fit = 0, [], None
     try:
         with av.open(path) as film:
             stream = film.streams.best("video")
             if stream is None:
-                raise ValueError(f"{path}: holds no video")
+                raise ValueError("no video in it")
             stream.thread_type = "AUTO"
             for picture in at_rate(film.decode(stream), fps):
-                plan = plan or framing(picture, stream.sample_aspect_ratio or 1, sizes)
-                clip.append(framed(picture, plan, scaler))
+                if fit is None:
+                    size, fit = framing(picture, float(stream.sample_aspect_ratio or 1), sizes)
+                clip.append(fit(picture))
                 seen += 1
                 if len(clip) == frames:
-                    yield np.stack(clip), plan.size
+                    yield np.stack(clip), size
                     clip = []
                     if cuts == "first":
                         return
     except av.FFmpegError as error:
-        raise ValueError(f"{path}: unreadable ({error.strerror})") from error
+        raise ValueError(f"unreadable: {error.strerror}") from error
     if seen < frames:
-        raise ValueError(f"{path}: too short, {seen} frames at {fps} per second where {frames} are wanted")
+        raise ValueError(f"too short: {seen} frames at {fps:g} per second, {frames} are wanted")
 
 
 def at_rate(pictures, fps):
-    """The pictures on show at 0, 1/fps, 2/fps ... seconds after the first, by their timestamps."""
-    slack, shown, count, gap = 2e-3, None, 0, 1 / fps   # s: containers round timestamps, to 1 ms in webm
+    """The picture on show at 0, 1/fps, 2/fps ... seconds after the first begins, by their timestamps, to the last's end."""
+    slack = 2e-3                            # s; files round timestamps, webm to 1 ms
+    shown, count, lasts = None, 0, 1 / fps
     for picture in pictures:
+        if picture.time is None:
+            raise ValueError("pictures without timestamps")
         if shown is None:
             start = picture.time
         else:
-            gap = picture.time - shown.time
+            lasts = picture.time - shown.time
             while start + count / fps + slack < picture.time:
                 yield shown
                 count += 1
         shown = picture
     if shown is not None:
-        end = shown.time + (float(shown.duration * shown.time_base) or gap)
+        end = shown.time + (float(shown.duration * shown.time_base) or lasts)
         while start + count / fps + slack < end:
             yield shown
             count += 1
 
 
-class Framing(NamedTuple):
-    size: tuple         # (H, W) of the clip
-    scaled: tuple       # (H, W) that a stored picture is scaled to, before it is turned and cropped
-    turns: int          # quarter turns, counter-clockwise
-
-
 def framing(picture, pixel_aspect, sizes):
-    """How to fit a stored picture, whose pixels are `pixel_aspect` times as wide as high, into the nearest of `sizes`."""
-    turns = round(picture.rotation / 90) % 4
-    h, w = picture.height, picture.width * float(pixel_aspect)
+    """A film's first picture -> the size nearest in log aspect, and the function picture -> uint8 (H, W, 3) of that size.
+
+    pixel_aspect: how many times as wide as high a stored pixel is.
+    """
+    turns = round(picture.rotation / 90) % 4                    # quarter turns, counter-clockwise
+    h, w = picture.height, picture.width * pixel_aspect
     if turns % 2:
         h, w = w, h
     H, W = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
     cover = max(H / h, W / w)
-    h, w = max(H, round(h * cover)), max(W, round(w * cover))
-    return Framing((H, W), (w, h) if turns % 2 else (h, w), turns)
+    h, w = max(H, round(h * cover)), max(W, round(w * cover))   # as shown
+    top, left = (h - H) // 2, (w - W) // 2
+    stored = dict(zip(("width", "height"), (h, w) if turns % 2 else (w, h)))
+    scaler = VideoReformatter()
 
+    def fit(picture):
+        rgb = scaler.reformat(picture, **stored, format="rgb24", interpolation=SHARP, threads=1)
+        return np.rot90(rgb.to_ndarray(), turns)[top:top + H, left:left + W]
 
-def framed(picture, plan, scaler):
-    """One decoded picture, scaled, turned and cropped -> uint8 (H, W, 3)."""
-    (H, W), (h, w), turns = plan
-    rgb = scaler.reformat(picture, width=w, height=h, format="rgb24", interpolation="BICUBIC").to_ndarray()
-    rgb = np.rot90(rgb, turns)
-    top, left = (rgb.shape[0] - H) // 2, (rgb.shape[1] - W) // 2
-    return rgb[top:top + H, left:left + W]
+    return (H, W), fit
 
 
 def write_video(path, videos, fps):
@@ -367,7 +370,7 @@ def write_video(path, videos, fps):
         stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 1, 1     # BT.709, limited: said, not guessed
         for i in range(max(map(len, videos))):
             picture = av.VideoFrame.from_ndarray(sheet(i), format="rgb24")
-            film.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709")))
+            film.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=SHARP)))
         film.mux(stream.encode())
 
 
