@@ -1,0 +1,274 @@
+"""Many processes as one: the only file that says torch.distributed. Imports nothing of ours.
+
+One mechanism serves every scale. `fully_shard` on a mesh (replicate, shard):
+
+    --shard=1    data parallel: whole parameters on each rank, gradients all-reduced (what DDP does)
+    --shard=n    HSDP: parameters sharded over n ranks, replicated over the others
+    --shard=-1   FSDP2: sharded over all
+
+A single process is a group of one, so that dtypes, names and code paths are the same at every world size. What comes
+after backward (clipping, optimizer, EMA, checkpoints) works on plain local shards: `local_rows` and `grad_norm` are the
+door from DTensors to them.
+
+With --sp=n, n neighbouring ranks share each sample and split its tokens (Ulysses). Gradients are still averaged over all
+ranks: `ulysses` makes that mean the gradient.
+
+B batch · L video tokens · D model width · N heads · K head width
+"""
+import math
+import os
+import shutil
+import subprocess
+import warnings
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+
+class World(NamedTuple):
+    """Who we are among how many. Ranks that share a sample (--sp) have one data_rank, and so get the same batch."""
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh               # (replicate, shard), all ranks
+    sp: int                        # ranks that share a sample
+    ring: dist.ProcessGroup | None # these ranks; None if each has its own
+
+    @property
+    def data_rank(self):
+        return self.rank // self.sp
+
+    @property
+    def data_size(self):
+        return self.size // self.sp
+
+
+# ---- beginning and end ----------------------------------------------------------------------------------------------
+
+def init(device="auto", shard=1, sp=1):
+    """Joins the processes that torchrun started, or makes a group of one -> World.
+
+    device auto|cpu|cuda. shard: ranks that hold one copy of the parameters, -1 = all. sp: ranks that share a sample.
+    Raises ValueError for sizes that do not divide the world, RuntimeError for a GPU that is there but does not work.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    choices = [n for n in range(1, size + 1) if size % n == 0]
+    for flag, n, also in (("shard", shard, " or -1 (all)"), ("sp", sp, "")):
+        if n not in choices and not (flag == "shard" and n == -1):
+            raise ValueError(f"--{flag}={n} does not divide {size} processes: choose {', '.join(map(str, choices))}{also}")
+    shard = size if shard == -1 else shard
+    device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    # Two backends: flags and numbers for the log travel by gloo, so that they never wait for the GPU's queue.
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(minutes=60), **alone)  # validation videos and saves take a while
+    mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    ring = None
+    if sp > 1:
+        ring = init_device_mesh(device.type, (size // sp, sp), mesh_dim_names=("data", "sp")).get_group("sp")
+    return World(rank, size, device, mesh, sp, ring)
+
+
+def pick_device(name, local_rank=0, local_size=1):
+    """The device called auto|cpu|cuda of this process, and never a quiet CPU run beside a GPU that does not work."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device={name}: choose auto, cpu or cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() or nvidia_present() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as reason:  # AssertionError: torch was built without CUDA
+        raise RuntimeError(f"the GPU cannot be used: {reason}. --device=cpu runs without it") from reason
+    if local_size > (count := torch.cuda.device_count()):
+        raise RuntimeError(f"{local_size} processes on a machine with {count} GPUs: use --nproc_per_node={count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def nvidia_present():
+    """Whether this machine has an NVIDIA device, whatever torch says."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    smi = shutil.which("nvidia-smi")
+    return bool(smi) and b"GPU" in subprocess.run([smi, "-L"], capture_output=True).stdout
+
+
+def close():
+    """Ends the group; on success only, and after main(cfg) has returned, so that no net is alive: gloo aborts otherwise."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ---- a net over the mesh --------------------------------------------------------------------------------------------
+
+def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
+    """Compiles, shards and allocates a net built on meta, in place, its values still to be filled -> the net.
+
+    Expects net.blocks (one group each) and net.islands() (modules kept in fp32, groups of their own). precision
+    fp32|bf16 is what the blocks compute in; masters and gradients are fp32. trainable=False: frozen, and stored in what
+    it computes in. shapes: how many input shapes (buckets x windows) compiled blocks will meet.
+    """
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    islands = list(net.islands())
+    if not trainable:
+        net.requires_grad_(False).to(dtype)
+        for island in islands:
+            island.float()
+    if compile:  # in place, so that no name gains a prefix; before fully_shard, whose hooks stay outside of the graphs
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * shapes + 1)
+        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * shapes)
+        for block in net.blocks:
+            block.compile(fullgraph=True)
+
+    # Nothing to cast, nothing to gather, nothing to reduce: left plain.
+    whole = world.mesh.size(1) == 1
+    if not (whole and (not trainable or world.size == 1 and precision == "fp32")):
+        fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module, policy in [*((m, fp32) for m in islands), *((m, mixed) for m in net.blocks), (net, mixed)]:
+            fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not whole)
+        net.register_forward_hook(reshard_after_inference)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a Linear's 3-D output; never written to
+    return net.to_empty(device=world.device)
+
+
+def reshard_after_inference(net, args, out):
+    """Frees the gathered copies, which backward would have done: weights swapped in later (EMA) would not reach them."""
+    if not torch.is_grad_enabled():
+        for module in net.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def local(x):
+    """This rank's part of x, a plain tensor on the same storage."""
+    x = x.detach()
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def local_rows(net):
+    """{name: (tensor, first, shape)}: this rank's rows [first, first + len) of every parameter, of global shape `shape`.
+
+    The tensors are plain and share the net's storage: what an optimizer writes there is what the net computes with.
+    Rows are split as torch.chunk does, so that a small parameter leaves the last ranks without any.
+    """
+    rows = {}
+    for name, p in net.named_parameters():
+        first = 0
+        if isinstance(p, DTensor):
+            rank, size = p.device_mesh.get_local_rank("shard"), p.device_mesh.size(1)
+            first = min(rank * math.ceil(p.shape[0] / size), p.shape[0])
+        rows[name] = (local(p), first, tuple(p.shape))
+    return rows
+
+
+def share(rows, world):
+    """The part of rows that this rank is to write, so that all ranks together write each once.
+
+    Replicas hold the same rows and take disjoint ranges of them; a 0-d tensor goes with rank 0.
+    """
+    mine = {}
+    replica, replicas = world.mesh.get_local_rank(0), world.mesh.size(0)
+    for name, (tensor, first, shape) in rows.items():
+        if not shape:
+            a, b = 0, int(world.rank == 0)
+        else:
+            a, b = (len(tensor) * i // replicas for i in (replica, replica + 1))
+        if b > a:
+            mine[name] = (tensor[a:b] if shape else tensor, first + a, shape)
+    return mine
+
+
+# ---- every step -----------------------------------------------------------------------------------------------------
+
+def sync(net):
+    """-> call(last), before each micro-batch's backward: gradients are added up here, and averaged over ranks on the last."""
+    return net.set_requires_gradient_sync if isinstance(net, FSDPModule) else lambda last: None
+
+
+def grad_norm(net, rows, world):
+    """Moves net's reduced gradients to rows' tensors (None where there is none) -> their global norm, 0-d fp32.
+
+    The norm of the whole gradient on any mesh: local squares are summed over the shard dimension, replicas hold the same.
+    """
+    for name, p in net.named_parameters():
+        rows[name][0].grad = None if p.grad is None else local(p.grad)
+        p.grad = None
+    grads = [tensor.grad for tensor, _, _ in rows.values() if tensor.grad is not None]
+    squares = torch.nn.utils.get_total_norm(grads).to(world.device, torch.float32).square()
+    if world.size > 1:
+        dist.all_reduce(squares, group=world.mesh.get_group("shard"))
+    return squares.sqrt()
+
+
+def mean(values, world):
+    """{name: number or tensor} averaged over ranks, which hold the same names and shapes -> {name: float or CPU tensor}."""
+    values = {name: torch.as_tensor(value, dtype=torch.float64).cpu() for name, value in values.items()}
+    if world.size > 1:
+        flat = torch.cat([value.flatten() for value in values.values()])
+        dist.all_reduce(flat)
+        parts = (flat / world.size).split([value.numel() for value in values.values()])
+        values = {name: part.view_as(value) for (name, value), part in zip(values.items(), parts)}
+    return {name: value if value.ndim else value.item() for name, value in values.items()}
+
+
+def agree(ok, world):
+    """Whether ok holds on every rank; also a barrier."""
+    flag = torch.tensor(int(ok))
+    if world.size > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+# ---- sequence parallel ----------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=None)  # the same length gives the same functions, so that compiled blocks know them again
+def ulysses(attention, length, world):
+    """-> (split, attend, join): the three places where a model of `length` tokens meets the ranks that share its sample.
+
+    split  (B, L, ...) -> (B, l, ...)    own slice along dim 1, zero-padded, l = ceil(L / sp)
+    attend q, k, v (B, l, N, K) -> same  attention(q, k, v, metadata) of all L tokens, each rank for N / sp of the heads
+    join   (B, l, ...) -> (B, L, ...)    all slices, pads cut
+
+    Each rank goes on to the same loss over all tokens. join's backward adds the slices' gradients of all sp ranks (sp
+    times its own), split's puts the slice among zeros: each rank then holds sp times its tokens' share, and the mean over
+    the world is the gradient. Raises ValueError for heads that sp does not divide.
+    """
+    sp, part = world.sp, math.ceil(length / world.sp)
+
+    def exchange(x):  # (sp, ...) -> (sp, ...): the i-th row goes to rank i, the i-th received comes from it
+        return all_to_all_single_autograd(x.contiguous(), None, None, world.ring)
+
+    def pad(x):
+        return F.pad(x, (0, 0) * (x.ndim - 2) + (0, sp * part - length))
+
+    def split(x):
+        own = world.rank % sp
+        return pad(x)[:, own * part:(own + 1) * part]
+
+    def attend(q, k, v, metadata=None):
+        if q.shape[2] % sp:
+            raise ValueError(f"{q.shape[2]} heads do not divide over --sp={sp} ranks")
+        qkv = rearrange(torch.stack((q, k, v)), "three B l (s n) K -> s three B l n K", s=sp)
+        q, k, v = rearrange(exchange(qkv), "s three B l n K -> three B (s l) n K")[:, :, :length]
+        out = pad(attention(q, k, v, metadata))
+        return rearrange(exchange(rearrange(out, "B (s l) n K -> s B l n K", s=sp)), "s B l n K -> B l (s n) K")
+
+    def join(x):
+        return rearrange(exchange(x.expand(sp, *x.shape)), "s B l ... -> B (s l) ...")[:, :length]
+
+    return split, attend, join
