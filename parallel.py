@@ -216,14 +216,13 @@ def grad_norm(net, rows, world):
 
 
 def mean(values, world):
-    """{name: number or tensor} averaged over ranks, which hold the same names and shapes -> {name: float or CPU tensor}."""
-    values = {name: torch.as_tensor(value, dtype=torch.float64).cpu() for name, value in values.items()}
+    """{name: number or tensor} -> the same averaged over ranks, which must all hold the same names and shapes."""
+    parts = [torch.as_tensor(v, dtype=torch.float64).cpu() for v in values.values()]
+    numbers = torch.cat([part.flatten() for part in parts])
     if world.size > 1:
-        flat = torch.cat([value.flatten() for value in values.values()])
-        dist.all_reduce(flat)
-        parts = (flat / world.size).split([value.numel() for value in values.values()])
-        values = {name: part.view_as(value) for (name, value), part in zip(values.items(), parts)}
-    return {name: value if value.ndim else value.item() for name, value in values.items()}
+        dist.all_reduce(numbers)
+    means = (numbers / world.size).split([part.numel() for part in parts])
+    return {name: m.view(v.shape).to(v) if torch.is_tensor(v) else m.item() for (name, v), m in zip(values.items(), means)}
 
 
 def agree(ok, world):
