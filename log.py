@@ -1,0 +1,285 @@
+"""One run's folder, and all that is shown of a run. Imports nothing of ours.
+
+    config.json       flags, commit, versions, threads
+    log.jsonl         one object per step logged; a resumed run cuts it back to where it goes on
+    curves.png        every series of log.jsonl
+    samples/          videos, by step
+    wandb/            if asked for
+
+and one live line on a terminal, plain lines in a pipe. Only the main rank writes and prints: elsewhere a Log does nothing.
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+PEAKS = {  # dense bf16 TFLOP/s by the words of the device's name, the first row that fits (makers' data sheets)
+    "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989,
+    "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
+    "L40S": 362, "L40": 181, "L4": 121,
+}
+MACHINE = ("seconds", "data_wait", "samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb")   # differ in every run
+SHOWN = ("loss", "grad_norm", "lr", "samples_per_s", "mfu")     # the line shows the names that end so
+PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "av", "tyro", "wandb", "diffusers", "transformers")
+
+
+class Log:
+    """log(step, loss=…, lr=…) writes numbers or tensors measured after `step` updates; None stands for one not finite.
+
+    step, steps: the update that the run starts from, and its last. wandb off|online|offline, in the run `run_id` if
+    given; keep log.run_id in the checkpoint. Raises RuntimeError where wandb is to be online without a login.
+    """
+
+    def __init__(self, out, config, *, step=0, steps, main=True, wandb="off", run_id=None):
+        self.out, self.start, self.steps, self.main, self.run_id = Path(out), step, steps, main, run_id
+        if not main:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "config.json.tmp").write_text(json.dumps({"flags": config} | circumstances(), indent=1) + "\n")
+        (self.out / "config.json.tmp").replace(self.out / "config.json")
+        (self.out / "log.jsonl").touch()
+        self.jsonl = open(self.out / "log.jsonl", "r+b")
+        self.entries, self.last = cut_back(self.jsonl, step)
+        self.wandb = None if wandb == "off" else start_wandb(self.out, config, wandb, run_id)
+        self.run_id = self.wandb.id if self.wandb else run_id
+        self.bar, self.shown = None, {}
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            form = "{n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
+            self.bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
+        self.began = self.drawn = time.monotonic()
+        self.cost = 0.0     # seconds that the last curves took
+
+    def __call__(self, step, **seen):
+        if not self.main:
+            return
+        seen = {name: number(value) for name, value in seen.items()}
+        if self.entries and self.entries[-1]["step"] == step:   # more about the same step: still one object
+            self.entries[-1] |= seen
+        else:
+            self.entries.append({"step": step} | seen)
+            self.last = self.jsonl.tell()
+        self.jsonl.seek(self.last)
+        self.jsonl.write(json.dumps(self.entries[-1], allow_nan=False).encode() + b"\n")
+        self.jsonl.truncate()
+        self.jsonl.flush()
+        if self.wandb:
+            self.wandb.log({"step": step} | seen)
+        self.show(step, seen)
+        if time.monotonic() - self.drawn > max(60, 100 * self.cost):    # at most a hundredth of the run
+            self.draw()
+
+    def show(self, step, seen):
+        """The live line moves on, or a plain one is printed."""
+        seen = {name: value for name, value in seen.items() if name.endswith(SHOWN)}
+        self.shown |= seen
+        self.tick(step)
+        if self.bar:
+            return self.bar.set_postfix_str(words(self.shown))
+        eta = ""
+        if self.start < step < self.steps:
+            left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
+            eta = f"  eta {timedelta(seconds=round(left))}"
+        print(f"step {step:{len(str(self.steps))}}/{self.steps}  {words(seen)}{eta}", flush=True)
+
+    def tick(self, step):
+        """Moves the live line to `step`; cheap, for every step."""
+        if self.main and self.bar:
+            self.bar.update(step - self.bar.n)
+
+    def say(self, text):
+        """Prints a line, above the live one."""
+        if self.main:
+            self.bar.write(text) if self.bar else print(text, flush=True)
+
+    def file(self, kind, step, suffix):
+        """The path of a file of this step, out/samples/step_0000500.mp4; its folder is made."""
+        path = self.out / kind / f"step_{step:07d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def video(self, step, path, captions=()):
+        """Shows the mp4 that was written at `path`."""
+        if not self.main:
+            return
+        self.say(f"step {step}: videos in {path}")
+        if self.wandb:
+            import wandb
+            self.wandb.log({"step": step, "samples": wandb.Video(str(path), caption=" · ".join(captions), format="mp4")})
+
+    def draw(self):
+        """curves.png from all that was logged."""
+        if self.main and self.entries:
+            began = time.monotonic()
+            curves(self.out / "curves.png", self.entries)
+            self.drawn = time.monotonic()
+            self.cost = self.drawn - began
+
+    @staticmethod
+    def speed(flops_per_s, device, precision):
+        """{tflops, mfu, memory_gb} of this rank, from the FLOPs that the model needs in a second (3 × forward, no recompute).
+
+        mfu is a share of the dense bf16 peak; it is left out for fp32 and where the peak is unknown. memory_gb: the most
+        since the last call, of this process on CPU.
+        """
+        seen = {"tflops": flops_per_s / 1e12}
+        if device.type == "cuda":
+            top = peak(torch.cuda.get_device_name(device))
+            if top and precision == "bf16":
+                seen["mfu"] = seen["tflops"] / top
+            seen["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+            torch.cuda.reset_peak_memory_stats(device)
+        elif os.name == "posix":
+            import resource
+            unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+            seen["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return seen
+
+    def close(self):
+        """The last curves, and the end of the live line and of wandb's run."""
+        if not self.main:
+            return
+        self.draw()
+        self.jsonl.close()
+        if self.bar:
+            self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+def peak(name):
+    """Dense bf16 TFLOP/s of a device by its name ("NVIDIA H100 80GB HBM3" -> 989), None if unknown or a slice of one (MIG)."""
+    words = re.split(r"[^A-Za-z0-9]+", name)
+    if "MIG" in words:
+        return None
+    return next((top for row, top in PEAKS.items() if set(row.split()) <= set(words)), None)
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+def circumstances():
+    """Commit, versions, threads and command of this process."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
+    have = {d.metadata["Name"]: d.version for d in distributions()}
+    return {
+        "commit": git.stdout.strip() or None,
+        "versions": {"python": sys.version.split()[0]} | {name: have[name] for name in PACKAGES if name in have},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": sys.argv,
+    }
+
+
+def cut_back(file, step):
+    """Cuts off what a log (r+b) holds of steps after `step`, and a line torn by a crash -> entries left, start of the last."""
+    entries, last, end = [], 0, 0
+    for line in file:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if entry["step"] > step:
+            break
+        entries.append(entry)
+        last, end = end, end + len(line)
+    file.seek(end)
+    file.truncate()
+    return entries, last
+
+
+def start_wandb(out, config, mode, run_id):
+    """A wandb run, or the one called run_id again, with our step as the axis of every metric; it never asks."""
+    import wandb
+    if mode == "online" and not wandb.login(prompt=False):
+        raise RuntimeError("--wandb=online finds no login: `wandb login`, or WANDB_API_KEY=…, or --wandb=offline")
+    run = wandb.init(project="nanovideo", name=out.name, dir=out, config=config, mode=mode,
+                     id=run_id or wandb.util.generate_id(), resume="allow", settings=wandb.Settings(console="off"))
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def number(value):
+    """A measurement as JSON has it: tensors and arrays become numbers or lists, what is not finite becomes None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return [number(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def words(seen):
+    return "  ".join(f"{name} {'not finite' if value is None else format(value, '.4g')}" for name, value in seen.items())
+
+
+# ---- curves ---------------------------------------------------------------------------------------------------------
+
+def panel(name):
+    """The panel a series is drawn in: loss and val_loss share one, so do the bins loss_by_t0, loss_by_t1, …"""
+    binned = re.fullmatch(r"(.+?)(?:_by)?_t\d+", name)
+    return f"{binned[1]} by t" if binned else re.sub(r"^(val|train_set)_(?=loss$)", "", name)
+
+
+def curves(path, entries):
+    """Draws every series of a log's entries, related ones in one panel, noisy ones smoothed, into the PNG `path`."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    series = {}
+    for entry in entries:
+        for name, value in entry.items():
+            if name != "step" and isinstance(value, (int, float)):
+                series.setdefault(name, []).append((entry["step"], value))
+    panels = {}
+    for name in sorted(series, key=lambda name: (name in MACHINE, panel(name) != "loss", not panel(name).endswith("by t"))):
+        panels.setdefault(panel(name), []).append(name)
+
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.6", "axes.grid": True,
+             "grid.color": "0.92", "xtick.color": "0.4", "ytick.color": "0.4", "axes.titlesize": 10, "legend.frameon": False}
+    with rc_context(style):
+        figure = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=110, layout="constrained")
+        for i, (title, names) in enumerate(panels.items()):
+            plot(figure.add_subplot(rows, columns, i + 1), title, {name: series[name] for name in names})
+        FigureCanvasAgg(figure).print_png(path)
+
+
+def plot(axes, title, series):
+    """One panel: a colour per series, from dark (t = 0) to light for bins; raw values faint behind their running mean."""
+    from matplotlib import colormaps
+    binned = title.endswith("by t")
+    colours = colormaps["viridis"](torch.linspace(0, 0.9, len(series)).numpy()) if binned else [f"C{i}" for i in range(len(series))]
+    for colour, (name, points) in zip(colours, sorted(series.items())):
+        x, y = zip(*points)
+        noisy = len(y) >= 50 and not name.endswith("lr")
+        axes.plot(x, y, color=colour, lw=0.7 if noisy else 1.4, alpha=0.25 if noisy else 1, label=None if noisy else name,
+                  marker="." if len(y) < 20 else None)
+        if noisy:
+            axes.plot(x, running_mean(y), color=colour, lw=1.4, label=name)
+    values = [y for points in series.values() for _, y in points]
+    if re.search("loss|norm", title) and min(values) > 0 and max(values) > 5 * min(values):
+        axes.set_yscale("log")
+    axes.set_title(title, loc="left")
+    if len(series) > 1:
+        axes.legend(fontsize=7)
+
+
+def running_mean(values, width=20):
+    """Exponential mean over about `width` values, unbiased at the start."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = total + (value - total) / width, weight + (1 - weight) / width
+        means.append(total / weight)
+    return means
