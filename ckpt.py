@@ -1,48 +1,49 @@
 """Checkpoints that any number of ranks writes and any other number reads, and the weight formats of the Wan family.
 
-Imports nothing of ours. One idea serves both halves: a tensor is known by its name and global shape and is moved by
-rows (first dimension; a 0-d tensor is one row), so that no process ever needs a whole model.
+Imports nothing of ours. One idea serves both: a tensor has a name and a global shape and is moved by rows (its first
+dimension; a 0-d tensor is one row), so that a model need never stand whole in a process.
 
-    rows      {name: (tensor, first_row, global_shape)}: what this rank holds, tensor = rows [first_row, first_row + n)
-    source    source(name, global_shape, first, last) -> rows [first, last), from a checkpoint, a weights file, an init
-    agree     agree(ok) -> True if ok is true on every rank: the only collective, and a barrier
+    rows      {name: (tensor, first, shape)}: the tensor is rows [first, first + n) of one of that global shape
+    Source    where rows are read from: a checkpoint, a file of weights, either of them renamed or merged
+    agree     agree(ok) -> whether ok holds on every rank: a barrier, and the only collective
 
     out/ckpt/step_0001000/
-        manifest.json    step, meta, size and CRC32 of every file, each tensor's shape, dtype and [rank, first, last]s
-        rank_00000.pt    torch.save of one flat dict {name: contiguous CPU tensor}: tensors only, nothing is unpickled
+        manifest.json    step, meta, every file's size and CRC32, every tensor's shape, dtype and [rank, first, last] …
+        rank_00000.pt    torch.save of one flat dict {name: contiguous CPU tensor}: no other object is ever unpickled
 
-Names in a checkpoint are "role.parameter": net, ema, adam_m … A weights file is one role under its own key names.
+Names in a checkpoint are "role.parameter" (net, ema, …); a file of weights is one role under its family's names.
 """
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import sys
 import zlib
-from collections import defaultdict
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 VERSION = 1
-TEMPORARY = ".tmp"  # a folder of this ending is what a killed save left behind: never read, removed by the next save
+TEMPORARY = ".tmp"  # the ending of a folder that is being written or removed: never read, cleared by the next save
 
 
-# --- saving and loading -----------------------------------------------------------------------------------------------
+# ---- save and load --------------------------------------------------------------------------------------------------
 
 def save(out, step, rows, meta, *, rank=0, world=1, agree=bool, keep=3):
-    """Write out/ckpt/step_{step} and return its path; all ranks call it, with everything they hold.
+    """Writes out/ckpt/step_… -> its path. Called by all ranks, each with all that it holds.
 
-    Ranks that hold the same rows (replicas) share the writing of them. meta: anything JSON takes. Nothing bears the
-    final name before all of it is on disk, and only then are all but the newest `keep` up to this step removed.
-    A failure on any rank (a full disk) raises OSError on all of them and leaves the earlier checkpoints as they were.
+    Ranks that hold the same rows (replicas) share the work of writing them. meta: anything that JSON takes. The folder
+    gets its name when all of it is on disk, and only then do earlier ones go, but for the newest keep - 1.
+    A failure on one rank, a full disk say, is an OSError on all and leaves everything as it was.
     """
     if keep < 1:
-        raise ValueError(f"keep={keep}: at least 1 checkpoint must stay")
+        raise ValueError(f"keep={keep}: at least 1")
     path = Path(out) / "ckpt" / f"step_{step:07d}"
     part = path.with_name(path.name + TEMPORARY)
     try:
@@ -52,74 +53,84 @@ def save(out, step, rows, meta, *, rank=0, world=1, agree=bool, keep=3):
                     shutil.rmtree(leftover)
                 part.mkdir(parents=True)
         with together(agree, path):
-            held = {name: [first, first + count(x), list(shape), kind(x)] for name, (x, first, shape) in rows.items()}
-            write_json(part / f"held_{rank:05d}.json", held)
+            write_json(part / f"held_{rank:05d}.json", {name: [first, first + count(x.shape), kind(x), list(shape)]
+                                                        for name, (x, first, shape) in rows.items()})
         with together(agree, path):
             if rank == 0:
-                write_json(part / "tensors.json", divide(read_json(part / f"held_{r:05d}.json") for r in range(world)))
+                held = [read_json(part / f"held_{r:05d}.json") for r in range(world)]
+                write_json(part / "tensors.json", divide(held))
         with together(agree, path):
             tensors = read_json(part / "tensors.json")
-            write_rows(part / f"rank_{rank:05d}.pt", rows, tensors, rank)
+            write_rows(part / f"rank_{rank:05d}.pt", rows, {name: cut for name, _, cut in cuts(tensors, rank)})
         with together(agree, path):
             if rank == 0:
                 seal(part, path, {"version": VERSION, "step": step, "meta": meta}, tensors, world)
     except (OSError, RuntimeError, ValueError) as error:
+        free = shutil.disk_usage(nearest(path)).free / 1e9
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-        free = shutil.disk_usage(out).free / 1e9 if Path(out).exists() else math.nan
-        raise OSError(f"{path} was not saved ({free:.1f} GB free there; earlier checkpoints are as they were): {error}") \
-            from error
-    if rank == 0:
-        for old in [p for p in steps(out) if p.name <= path.name][:-keep]:
-            discard(old)
+        raise OSError(f"{path} was not saved, earlier ones are as they were ({free:.3g} GB free): {error}") from error
+    with together(agree, path):
+        if rank == 0:
+            earlier = [p for n, p in steps(out).items() if n < step]
+            for old in earlier[:len(earlier) - (keep - 1)]:
+                discard(old)
     return path
 
 
 def load(path, want, *, rank=0, world=1, agree=bool):
-    """Copy the checkpoint at `path` into the tensors of `want` (rows) in place and return its manifest.
+    """Copies the checkpoint at path into the tensors of want (rows) in place -> its manifest.
 
-    Any world size loads what any other saved. Every file is checked against its CRC32 before one tensor of it is read;
-    names, global shapes and dtypes must be just those wanted, or ValueError lists the differences.
+    Any world size loads what any other saved. All files are checked before a tensor of them is read, and their names,
+    shapes and dtypes must be just those of want: ValueError lists the differences on every rank alike.
     """
     source = stored(path, rank=rank, world=world, agree=agree)
     with together(agree, path):
-        saved = {name: f"{t['dtype']} {tuple(t['shape'])}" for name, t in source.manifest["tensors"].items()}
-        match({name: f"{kind(x)} {tuple(shape)}" for name, (x, _, shape) in want.items()}, saved, path)
+        saved = {name: (t["dtype"], tuple(t["shape"])) for name, t in source.manifest["tensors"].items()}
+        match({name: (kind(x), tuple(shape)) for name, (x, _, shape) in want.items()}, saved, path)
         fill(want, source)
     return source.manifest
 
 
 def latest(out, *, rank=0, world=1, agree=bool, report=print):
-    """The newest valid checkpoint of a run's folder, or None; a damaged one is reported and the one before it tried."""
-    for path in reversed(steps(out)):
+    """The newest valid checkpoint of a run's folder, or None. A damaged one is reported and the one before it taken."""
+    for path in reversed(steps(out).values()):
         try:
             verify(path, rank=rank, world=world, agree=agree)
             return path
         except (OSError, ValueError) as error:
-            report(f"{path} is damaged, the one before it is used: {error}")
+            report(f"{path} is damaged, trying the one before it: {error}")
     return None
 
 
+def find(path):
+    """path if it is a checkpoint, else the newest valid one of the run's folder path, for a process on its own."""
+    return path if (Path(path) / "manifest.json").is_file() else latest(path) or path
+
+
 def verify(path, *, rank=0, world=1, agree=bool):
-    """The manifest of a checkpoint whose every file has the size and CRC32 it had when saved; file i is rank i mod world's."""
+    """The manifest of a checkpoint whose files all have the size and CRC32 they were saved with.
+
+    File i is read by rank i mod world. FileNotFoundError or ValueError otherwise, on every rank.
+    """
     with together(agree, path):
         manifest = read_manifest(path)
     with together(agree, path):
-        for name, file in list(manifest["files"].items())[rank::world]:
-            size = (Path(path) / name).stat().st_size
-            if size != file["size"]:
-                raise ValueError(f"{Path(path) / name} has {size} bytes, its manifest says {file['size']}")
-            if crc32_of(Path(path) / name) != file["crc32"]:
-                raise ValueError(f"{Path(path) / name} is not what was saved: its CRC32 differs from the manifest's")
+        for name, saved in list(manifest["files"].items())[rank::world]:
+            file = Path(path) / name
+            if not file.is_file() or file.stat().st_size != saved["size"]:
+                raise ValueError(f"{file} is missing or not of {saved['size']} bytes")
+            if crc32(file, file.stat().st_mtime_ns) != saved["crc32"]:
+                raise ValueError(f"{file} is not what was saved: its CRC32 differs")
     return manifest
 
 
 def read_manifest(path):
-    """manifest.json of a checkpoint, complete and unaltered; FileNotFoundError lists what is there instead."""
+    """manifest.json of a checkpoint, unaltered; the tensors' files are not looked at."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
-        near = next(p for p in (Path(path), *Path(path).absolute().parents) if p.is_dir())
-        raise FileNotFoundError(f"{file} does not exist; {near} holds {sorted(p.name for p in near.iterdir()) or 'nothing'}")
+        near = nearest(path)
+        raise FileNotFoundError(f"no checkpoint at {path}; {near} holds {sorted(p.name for p in near.iterdir())}")
     manifest = read_json(file)
     if not isinstance(manifest, dict) or manifest.pop("crc32", None) != digest(manifest):
         raise ValueError(f"{file} is not what was saved: its CRC32 differs")
@@ -128,120 +139,90 @@ def read_manifest(path):
     return manifest
 
 
-class Source(NamedTuple):
-    """Tensors to be read by rows: callable as any source, and it knows what it holds, so `fill` can refuse a misfit."""
-    origin: str                 # for messages
-    shapes: dict                # name -> global shape
-    rows: Callable              # (name, first, last) -> tensor
-    manifest: dict | None       # of one of our checkpoints
-
-    def __call__(self, name, shape, first, last):
-        return self.rows(name, first, last)
-
-    def tensor(self, name):
-        """All rows of one tensor."""
-        return self.rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
-
-
-def stored(path, *, rank=0, world=1, agree=bool):
-    """A Source over a checkpoint, verified first; files are memory-mapped, so what is not asked for is not read."""
-    manifest = verify(path, rank=rank, world=world, agree=agree)
-    tensors = manifest["tensors"]
-
-    @cache
-    def contents(rank):
-        file = Path(path) / f"rank_{rank:05d}.pt"
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        expected = {name: (t["dtype"], part_shape(t["shape"], last - first)) for name, t in tensors.items()
-                    for r, first, last in t["rows"] if r == rank}
-        match(expected, {name: (kind(x), tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__
-                         for name, x in found.items()}, file)
-        return {name: (found[name], first) for name, t in tensors.items() for r, first, _ in t["rows"] if r == rank}
-
-    def rows(name, first, last):
-        pieces = []
-        for rank, a, b in tensors[name]["rows"]:
-            if a < last and first < b:
-                x, start = contents(rank)[name]
-                pieces.append(x[max(first, a) - start:min(last, b) - start] if x.ndim else x)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    return Source(str(path), {name: tuple(t["shape"]) for name, t in tensors.items()}, rows, manifest)
-
-
 @torch.no_grad()
 def fill(rows, source):
-    """Fill the tensors of `rows` in place from `source`, one tensor at a time, cast to their dtype; each rank its rows."""
+    """Fills the tensors of rows in place, one at a time, cast to their dtype.
+
+    source(name, shape, first, last) -> rows [first, last) of that tensor: a Source, which must hold just these names
+    and shapes (ValueError lists the differences), or any function, an initial value say.
+    """
     if isinstance(source, Source):
         match({name: tuple(shape) for name, (_, _, shape) in rows.items()}, source.shapes, source.origin)
     for name, (tensor, first, shape) in rows.items():
         if tensor.numel():
-            value = source(name, tuple(shape), first, first + count(tensor))
+            value = source(name, tuple(shape), first, first + count(tensor.shape))
             if value.shape != tensor.shape:
                 raise ValueError(f"{name}: got rows of shape {tuple(value.shape)}, wanted {tuple(tensor.shape)}")
             tensor.copy_(value)
 
 
-# --- the parts of a save, in order ------------------------------------------------------------------------------------
+# ---- how a checkpoint comes to be -----------------------------------------------------------------------------------
 
 @contextmanager
 def together(agree, path):
-    """Run the body on every rank; what fails on one of them raises on all of them, so that none waits for another."""
+    """Runs the body on every rank; what fails on one raises on all, so that none is left waiting for it."""
     failure = None
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
         failure = error
     if not agree(failure is None):
-        raise failure or OSError(f"{path}: another rank failed, its message says why")
+        raise failure or OSError(f"{path}: failed on another rank, whose message says why")
 
 
 def divide(held):
-    """Who writes which rows: ranks that hold the same rows split them evenly (a 0-d tensor goes to the first).
+    """Who writes which rows: ranks that hold the same ones take equal parts, and the first of them a 0-d tensor.
 
-    held: per rank {name: [first, last, shape, dtype]} -> {name: {shape, dtype, rows: [[rank, first, last], …]}};
-    ValueError where ranks disagree about a tensor or its rows are not covered exactly once.
+    held: {name: [first, last, dtype, shape]} of each rank -> {name: {dtype, shape, rows: [[rank, first, last], …]}}.
+    ValueError where ranks disagree on a tensor, or hold only some of its rows.
     """
-    shapes, holders = {}, defaultdict(lambda: defaultdict(list))
+    tensors, holders = {}, {}
     for rank, names in enumerate(held):
-        for name, (first, last, *shape_dtype) in names.items():
-            if shapes.setdefault(name, shape_dtype) != shape_dtype:
-                raise ValueError(f"rank {rank} holds {name} as {shape_dtype}, another as {shapes[name]}")
-            holders[name][first, last].append(rank)
-    tensors = {}
-    for name, (shape, dtype) in shapes.items():
-        rows = []
+        for name, (first, last, dtype, shape) in names.items():
+            t = tensors.setdefault(name, {"dtype": dtype, "shape": shape})
+            if (t["dtype"], t["shape"]) != (dtype, shape):
+                raise ValueError(f"{name} is {dtype} {shape} on rank {rank}, {t['dtype']} {t['shape']} on another")
+            holders.setdefault(name, {}).setdefault((first, last), []).append(rank)
+    for name, t in tensors.items():
+        t["rows"], end = [], 0
         for (first, last), ranks in sorted(holders[name].items()):
-            cuts = [first - (first - last) * i // len(ranks) for i in range(len(ranks) + 1)]
-            rows += [[rank, a, b] for rank, a, b in zip(ranks, cuts, cuts[1:]) if a < b]
-        if [0, *(b for _, _, b in rows)] != [*(a for _, a, _ in rows), shape[0] if shape else 1]:
-            raise ValueError(f"{name} {tuple(shape)} is not covered once by [rank, first, last] {rows}")
-        tensors[name] = {"shape": shape, "dtype": dtype, "rows": rows}
+            if first != end:
+                break
+            ends = [first + math.ceil((last - first) * i / len(ranks)) for i in range(len(ranks) + 1)]
+            t["rows"] += [[rank, a, b] for rank, a, b in zip(ranks, ends, ends[1:]) if a < b]
+            end = last
+        if end != count(t["shape"]):
+            raise ValueError(f"the ranks do not hold every row of {name} {t['shape']} once: {holders[name]}")
     return tensors
 
 
-def write_rows(file, rows, tensors, rank):
-    """This rank's share as one flat dict of CPU tensors in `file`, on disk, with its size and CRC32 beside it as JSON."""
-    share = {}
-    for name, t in tensors.items():
-        for r, first, last in t["rows"]:
-            if r == rank:
-                x, start, _ = rows[name]
-                x = x.detach()[first - start:last - start] if x.ndim else x.detach()
-                whole = x.untyped_storage().nbytes() == x.nbytes  # torch.save writes the storage behind a view
-                share[name] = x.cpu().contiguous() if whole else x.cpu().clone(memory_format=torch.contiguous_format)
+def cuts(tensors, rank):
+    """(name, tensor's description, (first, last)) of what a rank writes, or has written."""
+    return [(name, t, (first, last)) for name, t in tensors.items() for r, first, last in t["rows"] if r == rank]
+
+
+def write_rows(file, rows, cuts):
+    """Rows {name: (first, last)} as one flat dict in a file that is on disk on return, its size and CRC32 beside it."""
+    tensors = {}
+    for name, (first, last) in cuts.items():
+        x, start, shape = rows[name]
+        x = (x.detach()[first - start:last - start] if shape else x.detach()).cpu().contiguous()
+        if x.untyped_storage().nbytes() > x.nbytes:
+            x = x.clone()  # of a view, torch.save would write the storage
+        tensors[name] = x
     with open(file, "wb") as f:
         counted = Counted(f)
         try:
-            torch.save(share, counted)
-        except RuntimeError as error:  # torch reports a failed write as a wrong position; the reason is its context
+            torch.save(tensors, counted)
+        except RuntimeError as error:  # torch notices only that bytes are missing; why is in the context
             raise error.__context__ or error
-        counted.flush()
+        f.flush()
+        os.fsync(f.fileno())
     write_json(file.with_suffix(".json"), {"size": counted.size, "crc32": counted.crc32})
 
 
 class Counted:
-    """What torch.save writes to: passes the bytes on to a file and keeps their number and CRC32."""
+    """A file for torch.save that keeps the number and the CRC32 of the bytes that went through it."""
 
     def __init__(self, file):
         self.file, self.size, self.crc32 = file, 0, 0
@@ -253,18 +234,17 @@ class Counted:
 
     def flush(self):
         self.file.flush()
-        os.fsync(self.file.fileno())
 
 
 def seal(part, path, head, tensors, world):
-    """Write the manifest, then give the folder its name: the moment at which the checkpoint comes to be."""
-    files = {f"rank_{r:05d}.pt": read_json(part / f"rank_{r:05d}.json") for r in range(world)}
-    for file in part.glob("*.json"):
-        file.unlink()
+    """Writes the manifest of what all ranks have written, then gives the folder its name."""
+    files = {f"rank_{rank:05d}.pt": read_json(part / f"rank_{rank:05d}.json") for rank in range(world)}
     manifest = {**head, "files": files, "tensors": tensors}
+    for note in part.glob("*.json"):
+        note.unlink()
     write_json(part / "manifest.json", {**manifest, "crc32": digest(manifest)})
     sync_folder(part)
-    if path.exists():  # a damaged one, or the same step of a run resumed from an earlier one
+    if path.exists():  # damaged, or of the same run before it was resumed from an earlier step
         discard(path)
     part.rename(path)
     sync_folder(path.parent)
@@ -272,48 +252,33 @@ def seal(part, path, head, tensors, world):
 
 
 def steps(out):
-    """Paths of a run's checkpoints, oldest first, valid or not."""
-    found = [p for p in Path(out).glob("ckpt/step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    """{step: path} of a run's checkpoints, valid or not, oldest first."""
+    found = {int(p.name[5:]): p for p in Path(out).glob("ckpt/step_*") if re.fullmatch(r"step_\d{7,}", p.name)}
+    return dict(sorted(found.items()))
 
 
 def discard(path):
-    """Remove a checkpoint such that, killed half-way, no half of it bears its name."""
-    doomed = path.with_name(path.name + ".old" + TEMPORARY)
+    """Removes a checkpoint; killed half-way, no half of it bears its name."""
+    doomed = path.with_name(f"{path.name}.old{TEMPORARY}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def count(tensor):
-    return tensor.shape[0] if tensor.ndim else 1
+def count(shape):
+    return shape[0] if len(shape) else 1
 
 
 def kind(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def part_shape(shape, n):
-    return (n, *shape[1:]) if shape else ()
+def nearest(path):
+    """The path itself or the first folder above it that exists."""
+    return next(p for p in (Path(path), *Path(path).absolute().parents) if p.is_dir())
 
 
-def match(want, have, origin):
-    """ValueError that lists every name that is missing, unknown, or described differently; else nothing."""
-    wrong = {"missing": [name for name in want if name not in have],
-             "not wanted": [name for name in have if name not in want],
-             "different": [f"{name} {have[name]}, wanted {want[name]}" for name in want if name in have and have[name] != want[name]]}
-    if any(wrong.values()):
-        raise ValueError(f"{origin} does not fit" + "".join(
-            f"\n  {len(names)} {what}: {', '.join(names[:20])}{' …' * (len(names) > 20)}" for what, names in wrong.items() if names))
-
-
-def crc32_of(file):
-    """CRC32 of a file; asked again for an unaltered one (`latest`, then `load`), it is remembered."""
-    stat = os.stat(file)
-    return read_crc32(file, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache
-def read_crc32(file, size, mtime_ns):
+@lru_cache(maxsize=None)  # `latest`, then `load`: a file that was not touched is not read twice
+def crc32(file, mtime_ns):
     crc = 0
     with open(file, "rb") as f:
         while block := f.read(1 << 24):
@@ -329,121 +294,253 @@ def read_json(file):
     return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def write_json(file, value):
+def write_json(file, value, indent=None):
     with open(file, "w", encoding="utf-8") as f:
-        f.write(json.dumps(value))
+        json.dump(value, f, indent=indent)
         f.flush()
         os.fsync(f.fileno())
 
 
 def sync_folder(path):
-    if os.name == "posix":  # a name is on disk when its folder is; elsewhere a folder cannot be opened
+    if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
-# --- weight formats ---------------------------------------------------------------------------------------------------
+# ---- sources --------------------------------------------------------------------------------------------------------
 
-# Wan's own module names (ours) and diffusers', inside a block and outside, matched whole. diffusers counts the norms in
-# order of use, Wan the affine one last, so that norm2 and norm3 change places.
-BLOCK = [("modulation", "scale_shift_table"), ("norm2", "norm3"), ("norm3", "norm2"),
-         ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
-         *((f"{a}.{x}", f"{b}.{y}") for a, b in [("self_attn", "attn1"), ("cross_attn", "attn2")]
-           for x, y in [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"),
-                        ("norm_k", "norm_k"), ("k_img", "add_k_proj"), ("v_img", "add_v_proj"),
-                        ("norm_k_img", "norm_added_k")])]
+class Source(NamedTuple):
+    """Tensors that can be read by rows, whatever they come from."""
+    origin: str             # for messages
+    shapes: dict            # name -> global shape
+    rows: Callable          # (name, first, last) -> rows [first, last), possibly a view of a mapped file
+    manifest: dict | None   # of the checkpoint it comes from
+
+    def __call__(self, name, shape, first, last):
+        return self.rows(name, first, last)
+
+    def tensor(self, name):
+        """One tensor, whole."""
+        return self.rows(name, 0, sys.maxsize)
+
+
+def stored(path, *, rank=0, world=1, agree=bool):
+    """The Source of everything in a checkpoint under its full names, verified; what is not asked for is not read."""
+    manifest = verify(path, rank=rank, world=world, agree=agree)
+    tensors = manifest["tensors"]
+
+    @cache
+    def contents(rank):
+        file = Path(path) / f"rank_{rank:05d}.pt"
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{file} holds more than tensors") from error
+        said = {name: (t["dtype"], (last - first, *t["shape"][1:]) if t["shape"] else ())
+                for name, t, (first, last) in cuts(tensors, rank)}
+        match(said, {name: (kind(x), tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__
+                     for name, x in found.items()}, file)
+        return found
+
+    def rows(name, first, last):
+        pieces = []
+        for rank, a, b in tensors[name]["rows"]:
+            if a < last and first < b:
+                x = contents(rank)[name]
+                pieces.append(x[max(first, a) - a:min(last, b) - a] if x.ndim else x)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    return Source(str(path), {name: tuple(t["shape"]) for name, t in tensors.items()}, rows, manifest)
+
+
+def files(path):
+    """The Source of a .safetensors file, or of a folder of them with its index if it has one, under their own keys."""
+    path, listed = Path(path), None
+    index = sorted(path.glob("*.safetensors.index.json"))
+    if index:
+        listed = read_json(index[0])["weight_map"]
+        parts = sorted({path / name for name in listed.values()})
+    else:
+        parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    lost = [p.name for p in parts if p.suffix != ".safetensors" or not p.is_file()]
+    if lost or not parts:
+        near = nearest(path)
+        raise FileNotFoundError(f"{path}: no weights ({', '.join(lost) or '*.safetensors'}; pickles are not read); "
+                                f"{near} holds {sorted(p.name for p in near.iterdir())}")
+    where = {}
+    for part in parts:
+        try:
+            f = safe_open(part, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{part} is damaged: {error}") from error
+        twice = [key for key in f.keys() if key in where]
+        if twice:
+            raise ValueError(f"{path} holds {twice[0]} twice, in {part.name} too: several models? Name one file")
+        where.update(dict.fromkeys(f.keys(), f))
+    if listed is not None:
+        match(dict.fromkeys(listed), dict.fromkeys(where), index[0])
+    shapes = {key: tuple(f.get_slice(key).get_shape()) for key, f in where.items()}
+
+    def rows(key, first, last):
+        return where[key].get_slice(key)[first:last] if shapes[key] else where[key].get_tensor(key)
+
+    return Source(str(path), shapes, rows, None)
+
+
+def renamed(source, names):
+    """The tensors of a source under other names: {new name: its name in source}, or a function of the latter."""
+    names = names if isinstance(names, dict) else {names(name): name for name in source.shapes}
+    shapes = {new: source.shapes[old] for new, old in names.items()}
+    return source._replace(shapes=shapes, rows=lambda name, first, last: source.rows(names[name], first, last))
+
+
+def match(want, have, origin):
+    """ValueError that lists every name which is missing, too many, or otherwise than wanted."""
+    wrong = {"missing": [name for name in want if name not in have],
+             "not wanted": [name for name in have if name not in want],
+             "other than wanted": [f"{name} {have[name]} (wanted {want[name]})" for name in want
+                                   if name in have and have[name] != want[name]]}
+    lines = [f"\n  {len(names)} {what}: {', '.join(names[:30])}{' …' * (len(names) > 30)}"
+             for what, names in wrong.items() if names]
+    if lines:
+        raise ValueError(f"{origin} does not fit:" + "".join(lines))
+
+
+# ---- weight formats -------------------------------------------------------------------------------------------------
+
+# (Wan's name of a module, which is ours; diffusers'), in a block and outside of blocks. diffusers numbers a block's
+# norms in the order of their use and Wan calls the only one with parameters norm3: norm2 and norm3 change places.
+IN_BLOCK = [("modulation", "scale_shift_table"), ("norm2", "norm3"), ("norm3", "norm2"),
+            ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
+            *((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in [("self_attn", "attn1"), ("cross_attn", "attn2")]
+              for a, b in [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")])]
 OUTSIDE = [("head.modulation", "scale_shift_table"), ("head.head", "proj_out"),
            ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
            ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
            ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
            ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-           ("time_projection.1", "condition_embedder.time_proj"),
-           ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
-           ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
-           ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-           ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-           ("img_emb.proj.4", "condition_embedder.image_embedder.norm2")]
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # ComfyUI's, in front of Wan's names
+           ("time_projection.1", "condition_embedder.time_proj")]
 
 
 def to_diffusers(name):
-    """diffusers' name of one of our parameters; from_diffusers is its inverse."""
-    return rename(name, [(ours, theirs) for ours, theirs in BLOCK], [(ours, theirs) for ours, theirs in OUTSIDE])
+    """diffusers' name of a parameter of ours; from_diffusers is its inverse."""
+    return rename(name, ours=0, theirs=1)
 
 
 def from_diffusers(name):
-    return rename(name, [(theirs, ours) for ours, theirs in BLOCK], [(theirs, ours) for ours, theirs in OUTSIDE])
+    return rename(name, ours=1, theirs=0)
 
 
-def rename(name, block, outside):
-    stem, rest = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
-    for old, new in block if stem else outside:
-        if rest == old or rest.startswith(old + "."):
-            return stem + new + rest[len(old):]
+def rename(name, ours, theirs):
+    block, rest = re.fullmatch(r"(blocks\.\d+\.)?(.*)", name).groups(default="")
+    for pair in IN_BLOCK if block else OUTSIDE:
+        if f"{rest}.".startswith(f"{pair[ours]}."):
+            return block + pair[theirs] + rest[len(pair[ours]):]
     return name
 
 
 def weights(path, role="ema"):
-    """A Source of one model's weights under our names, read by rows from `path`, whose kind is sniffed.
+    """The Source of one model's weights under our names; what path is gets sniffed.
 
-    path: a .safetensors file; a folder of them, sharded with an index or not, or the diffusers pipeline folder above it;
-    in Wan's, diffusers' or ComfyUI's names; or a checkpoint of ours, or a run's folder (its newest valid one), of which
-    `role` is read: ema, net, student, … Raises FileNotFoundError or ValueError that names what was found.
+    path: a .safetensors file; a folder of them, sharded or not; the diffusers pipeline's folder around it (of Wan2.2's
+    two transformers name the second one yourself); in Wan's, diffusers' or ComfyUI's names. Or a checkpoint of ours, or
+    a run's folder (its newest valid one), of which role is read. FileNotFoundError or ValueError names what is there.
     """
     path = Path(path)
-    if (path / "ckpt").is_dir():
-        path = latest(path) or path / "ckpt"
-    if (path / "manifest.json").is_file():
-        return one_role(stored(path), role)
-    where = locate(path)  # key -> file
-    prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in where)), "")
-    bare = {key.removeprefix(prefix): key for key in where}
-    if "condition_embedder.text_embedder.linear_1.weight" in bare:
-        keys = {from_diffusers(name): key for name, key in bare.items()}
-    elif "text_embedding.0.weight" in bare:
-        keys = bare
-    else:
-        raise ValueError(f"{path} holds no Wan transformer, in Wan's, diffusers' or ComfyUI's names: "
-                         f"{len(where)} tensors such as {', '.join(sorted(where)[:5])}")
-    opened = cache(lambda file: safe_open(file, framework="pt"))
-    part = lambda key: opened(where[key]).get_slice(key)
-    shapes = {name: tuple(part(key).get_shape()) for name, key in keys.items()}
-    return Source(str(path), shapes, lambda name, first, last: part(keys[name])[first:last], None)
+    if (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
+        return role_of(stored(find(path)), role)
+    source = files(path / "transformer" if (path / "transformer").is_dir() else path)
+    source = renamed(source, lambda key: re.sub(r"^(model\.)?diffusion_model\.", "", key))  # ComfyUI's prefixes
+    if any(re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name) for name in source.shapes):
+        return renamed(source, from_diffusers)
+    if any(re.fullmatch(r"blocks\.\d+\.self_attn\.q\.weight", name) for name in source.shapes):
+        return source
+    raise ValueError(f"{source.origin} is no Wan transformer under Wan's, diffusers' or ComfyUI's names: it holds "
+                     f"{len(source.shapes)} tensors such as {', '.join(sorted(source.shapes)[:5])}")
 
 
-def one_role(source, role):
-    """The tensors "role.*" of a checkpoint, the role's name taken off."""
-    shapes = {name[len(role) + 1:]: shape for name, shape in source.shapes.items() if name.startswith(role + ".")}
-    if not shapes:
-        raise ValueError(f"{source.origin} holds no role {role!r}, but {sorted({n.split('.')[0] for n in source.shapes})}")
-    return Source(f"{source.origin} ({role})", shapes,
-                  lambda name, first, last: source.rows(f"{role}.{name}", first, last), source.manifest)
+def role_of(source, role):
+    """What a checkpoint holds as "role.…", without that prefix; what has no role ("null") can still be read."""
+    names = {name.removeprefix(f"{role}."): name for name in source.shapes if name.startswith(f"{role}.")}
+    if not names:
+        roles = sorted({name.split(".")[0] for name in source.shapes if "." in name})
+        raise ValueError(f"{source.origin} holds no {role!r}, but {', '.join(roles)}")
+    return Source(f"{source.origin} ({role})", {name: source.shapes[full] for name, full in names.items()},
+                  lambda name, first, last: source.rows(names.get(name, name), first, last), source.manifest)
 
 
-def locate(path):
-    """{key: file} of a safetensors file or folder, by its index where it has one."""
-    if path.is_file() and path.suffix == ".safetensors":
-        files, listed = [path], None
-    else:
-        if (path / "transformer").is_dir():
-            path = path / "transformer"
-        index = sorted(path.glob("*.safetensors.index.json"))
-        listed = read_json(index[0])["weight_map"] if index else None
-        files = sorted({path / file for file in listed.values()} if index else path.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} lacks {', '.join(missing)}, which {index[0].name} lists")
-    if not files:
-        found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{path}: no .safetensors file and no checkpoint of ours ({found}); pickles are not read")
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def export(out, source, *, dtype, shard=math.inf, stem="diffusion_pytorch_model", beside={}):
+    """Writes all of a source to the folder out as safetensors, cast to dtype, and reads it back bit for bit.
+
+    More than `shard` bytes go to several files and an index, as diffusers and Wan have them. beside: {name: JSON} of
+    further files. out must not exist or be empty (FileExistsError) and appears only when complete and verified.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there and not empty: name another folder")
+    part = out.with_name(out.name + TEMPORARY)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write_shards(part, source, dtype, shard, stem)
+        written = files(part)
+        match(source.shapes, written.shapes, part)
+        for name in source.shapes:
+            if not same_bits(written.tensor(name), cast(source.tensor(name), dtype)):
+                raise OSError(f"{part}: {name} reads back otherwise than written")
+        for name, value in beside.items():
+            write_json(part / name, value, indent=2)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_shards(folder, source, dtype, limit, stem):
+    """Fills files up to the limit in the source's order; a tensor is never cut."""
+    shards, size, total = [[]], 0, 0
+    for name, shape in source.shapes.items():
+        n = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + n > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + n, total + n
+    if len(shards) == 1:
+        return write_safetensors(folder / f"{stem}.safetensors", source, shards[0], dtype)
     where = {}
-    for file in files:
-        with safe_open(file, framework="pt") as f:
-            for key in f.keys():
-                if key in where:
-                    raise ValueError(f"{key} is in {where[key].name} and in {file.name}: several models? Name one file")
-                where[key] = file
-    if listed is not None:
-        match(dict.fromkeys(listed), dict.fromkeys(where), index[0])
-    return where
+    for i, names in enumerate(shards, 1):
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, source, names, dtype)
+        where.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_json(folder / f"{stem}.safetensors.index.json", index, indent=2)
+
+
+def write_safetensors(file, source, names, dtype):
+    """The format is simple enough to be written one tensor at a time: the header's length, the header, the bytes."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        shape, of = source.shapes[name], dtype if source.shapes[name] else torch.float32
+        start, end = end, end + math.prod(shape) * of.itemsize
+        header[name] = {"dtype": SAFETENSORS[of], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(cast(source.tensor(name), dtype).flatten().view(torch.uint8).numpy())
+
+
+def cast(tensor, dtype):
+    """As it is exported; a 0-d tensor (LoRA's alpha) stays fp32."""
+    return tensor.to(dtype if tensor.ndim else torch.float32).contiguous()
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
