@@ -17,6 +17,7 @@ import sys
 import time
 from datetime import timedelta
 from importlib.metadata import distributions
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ class Log:
         self.wandb = None if wandb == "off" else start_wandb(self.out, config, wandb, run_id)
         self.run_id = self.wandb.id if self.wandb else run_id
         self.bar, self.shown = None, {}
-        if sys.stdout.isatty() and sys.stderr.isatty():
+        if sys.stdout.isatty() and sys.stderr.isatty() and os.get_terminal_size().columns:
             form = "{n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
             self.bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
         self.began = self.drawn = time.monotonic()
@@ -81,14 +82,15 @@ class Log:
         """The live line moves on, or a plain one is printed."""
         seen = {name: value for name, value in seen.items() if name.endswith(SHOWN)}
         self.shown |= seen
-        self.tick(step)
         if self.bar:
-            return self.bar.set_postfix_str(words(self.shown))
-        eta = ""
-        if self.start < step < self.steps:
-            left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
-            eta = f"  eta {timedelta(seconds=round(left))}"
-        print(f"step {step:{len(str(self.steps))}}/{self.steps}  {words(seen)}{eta}", flush=True)
+            self.tick(step)
+            self.bar.set_postfix_str(words(self.shown))
+        else:
+            eta = ""
+            if self.start < step < self.steps:
+                left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
+                eta = f"  eta {timedelta(seconds=round(left))}"
+            print(f"step {step:{len(str(self.steps))}}/{self.steps}  {words(seen)}{eta}", flush=True)
 
     def tick(self, step):
         """Moves the live line to `step`; cheap, for every step."""
@@ -159,10 +161,8 @@ class Log:
 
 def peak(name):
     """Dense bf16 TFLOP/s of a device by its name ("NVIDIA H100 80GB HBM3" -> 989), None if unknown or a slice of one (MIG)."""
-    words = re.split(r"[^A-Za-z0-9]+", name)
-    if "MIG" in words:
-        return None
-    return next((top for row, top in PEAKS.items() if set(row.split()) <= set(words)), None)
+    given = set(re.split(r"[^A-Za-z0-9]+", name))
+    return None if "MIG" in given else next((top for row, top in PEAKS.items() if given.issuperset(row.split())), None)
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -257,29 +257,31 @@ def curves(path, entries):
 
 
 def plot(axes, title, series):
-    """One panel: a colour per series, from dark (t = 0) to light for bins; raw values faint behind their running mean."""
+    """One panel: bins of t from dark (0, data) to light (1, noise); of a noisy series its running mean, raw values faint."""
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     binned = title.endswith("by t")
-    colours = colormaps["viridis"](torch.linspace(0, 0.9, len(series)).numpy()) if binned else [f"C{i}" for i in range(len(series))]
-    for colour, (name, points) in zip(colours, sorted(series.items())):
+    for i, (name, points) in enumerate(sorted(series.items())):
         x, y = zip(*points)
-        noisy = len(y) >= 50 and not name.endswith("lr")
-        axes.plot(x, y, color=colour, lw=0.7 if noisy else 1.4, alpha=0.25 if noisy else 1, label=None if noisy else name,
-                  marker="." if len(y) < 20 else None)
-        if noisy:
-            axes.plot(x, running_mean(y), color=colour, lw=1.4, label=name)
+        colour = colormaps["viridis"](0.9 * i / max(1, len(series) - 1)) if binned else f"C{i}"
+        label = name.rsplit("_", 1)[-1] if binned else name
+        smooth = len(y) >= 50 and not name.endswith("lr")
+        if smooth:
+            axes.plot(x, y, color=colour, lw=0.7, alpha=0.25)
+        axes.plot(x, running_mean(y) if smooth else y, color=colour, lw=1.4, label=label, marker="." if len(y) < 20 else None)
     values = [y for points in series.values() for _, y in points]
     if re.search("loss|norm", title) and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
+    elif min(values) >= 0:
+        axes.set_ylim(0, 1.1 * max(values) or 1)
     axes.set_title(title, loc="left")
     if len(series) > 1:
         axes.legend(fontsize=7)
 
 
-def running_mean(values, width=20):
-    """Exponential mean over about `width` values, unbiased at the start."""
-    means, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = total + (value - total) / width, weight + (1 - weight) / width
-        means.append(total / weight)
-    return means
+def running_mean(values):
+    """The mean of each value and its neighbours, one in 40 of all on either side."""
+    sums, n, reach = [0.0, *accumulate(values)], len(values), max(2, len(values) // 40)
+    spans = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
