@@ -51,10 +51,13 @@ class Seq(NamedTuple):
 LOCAL = Seq(split=lambda x: x, attend=attention, join=lambda x: x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# layers: parameters may be bf16 or fp32, one by one. Norms compute in fp32, a Linear in its weight's dtype.
+# ---- layers ---------------------------------------------------------------------------------------------------------
+# Parameters may be bf16 or fp32, each on its own: a Linear computes in its weight's dtype, all else in fp32.
+
 
 class Linear(nn.Linear):
+    """Wan's Linear, with room for adapters, of which `lora` names the one that is added."""
+
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs)
         self.lora = nn.ModuleDict()
@@ -88,7 +91,7 @@ class PatchEmbedding(nn.Conv3d):
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         affine = (self.weight.float(), self.bias.float()) if self.elementwise_affine else ()
-        return F.layer_norm(x.float(), self.normalized_shape, *affine, eps=self.eps)
+        return F.layer_norm(x, self.normalized_shape, *affine, eps=self.eps)    # the stream x is fp32
 
 
 class RMSNorm(nn.RMSNorm):
@@ -115,12 +118,12 @@ def rope_table(grid, width, device):
     """
     pairs = width // 2
     spatial = pairs // 3
-    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).reshape(-1, 3)
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))            # (L, 3)
     angle = torch.cat([place[:, None] * 10000 ** (-torch.arange(n, dtype=torch.float64) / n)
                        for place, n in zip(places.unbind(1), (pairs - 2 * spatial, spatial, spatial))], 1)
     cos, sin = angle.cos(), angle.sin()
-    table = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)       # (L, pairs, 2)
-    return tuple(rearrange(h, "L pairs two -> 1 L 1 (pairs two)").to(device, torch.float32) for h in table)
+    tables = torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1)                              # (L, K / 2, 2)
+    return tuple(rearrange(table, "L pairs two -> 1 L 1 (pairs two)").float().to(device) for table in tables)
 
 
 def rotate(x, rope):
@@ -148,7 +151,7 @@ class Attention(nn.Module):
         return self.o(rearrange(y, "B L N K -> B L (N K)"), lora)
 
 
-# With remat, backward computes a block again, all but its attention: that is most of a long video's work, and small.
+# With remat, backward computes a block again, but not its attentions: most of a long video's work, few bytes to keep.
 KEEP_ATTENTION = partial(create_selective_checkpoint_contexts, [torch.ops.nanovideo.attend.default])
 
 
@@ -165,10 +168,11 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(Linear(D, config.ffn), nn.GELU(approximate="tanh"), Linear(config.ffn, D))
         self.modulation = nn.Parameter(torch.zeros(1, 6, D))
 
-    def forward(self, x, *given):
+    def forward(self, *inputs):
         if self.remat and torch.is_grad_enabled():
-            return checkpoint(self.layers, x, *given, use_reentrant=False, context_fn=KEEP_ATTENTION)
-        return self.layers(x, *given)
+            return checkpoint(self.layers, *inputs, use_reentrant=False, preserve_rng_state=False,
+                              context_fn=KEEP_ATTENTION)
+        return self.layers(*inputs)
 
     def layers(self, x, e, text, rope, attend, metadata, lora):
         """x (B, L, D), text (B, S, D), e (B, 1 or L, 6, D): what t says to every token, or to each."""
@@ -177,14 +181,14 @@ class Block(nn.Module):
 
         h = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
         y = self.self_attn(h, h, lora, rope, attend, metadata)
-        x = torch.addcmul(x.float(), y.float(), gate_attn).to(x.dtype)
+        x = torch.addcmul(x, y.float(), gate_attn)
 
-        x = x + self.cross_attn(self.norm3(x), text, lora).to(x.dtype)
+        x = x + self.cross_attn(self.norm3(x), text, lora)
 
         up, gelu, down = self.ffn
         h = torch.addcmul(shift_ffn, self.norm2(x), 1 + scale_ffn)
         y = down(gelu(up(h, lora)), lora)
-        return torch.addcmul(x.float(), y.float(), gate_ffn).to(x.dtype)
+        return torch.addcmul(x, y.float(), gate_ffn)
 
 
 class Head(nn.Module):
@@ -200,7 +204,8 @@ class Head(nn.Module):
         return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- the model ------------------------------------------------------------------------------------------------------
+
 
 class DiT(nn.Module):
     """Build it under torch.device("meta"), then fill every parameter from `initial` or from weights."""
@@ -245,7 +250,7 @@ class DiT(nn.Module):
         if t.ndim == 2:
             e, e6 = (arrange(repeat(h, "B F ... -> B (F n) ...", n=grid[1] * grid[2])) for h in (e, e6))
 
-        tokens = self.patch_embedding(tokens)                                              # (B, L, D)
+        tokens = self.patch_embedding(tokens).float()   # (B, L, D): an fp32 stream drifts half as much as a bf16 one
         if torch.is_grad_enabled():
             tokens.requires_grad_()     # also above frozen embeddings: block 0 compiles to the graph of the others
         for i, block in enumerate(self.blocks):
@@ -275,7 +280,8 @@ class DiT(nn.Module):
         return grid
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- around the model -----------------------------------------------------------------------------------------------
+
 
 def initial(name, shape, rng):
     """The initial value (fp32, shape) of the parameter called `name`, drawn from the numpy Generator `rng`.
