@@ -1,8 +1,8 @@
-"""Between pixels, words and files on one side and latents and text embeddings on the other: the only file that knows mp4.
+"""Pixels and words to latents and text embeddings, and back to an mp4: the only file that knows any of the three.
 
-`load` gives a Codec, which is six plain values: "dct" is built in and needs no weights, "wan" is Wan's VAE and UMT5 from
-a folder or the Hugging Face hub. `read_video` cuts any film into training clips; `write_video` and `contact_sheet` show
-clips to people. Imports nothing of ours.
+`load` gives a Codec, a handful of plain functions: "dct" is built in and needs no weights; "wan" is Wan's VAE and UMT5,
+from a folder or the Hugging Face hub. `read_video` cuts any film into training clips; `write_video` and `contact_sheet`
+show clips to people. Imports nothing of ours.
 
 C F H W latent channels, frames, rows, columns · f h w the same in pixels · S text tokens · E text width
 A video is uint8 (f, h, w, 3) in numpy; latents z are fp32 (C, F, H, W), not normalised.
@@ -12,10 +12,11 @@ import html
 import json
 import math
 import re
+import textwrap
 import unicodedata
 import warnings
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import NormalDist
@@ -31,7 +32,7 @@ from einops import rearrange
 
 class Codec(NamedTuple):
     spec: dict          # all that `load` needs to build this codec again; manifests and checkpoints carry it
-    stride: tuple       # pixels per latent along frames, rows and columns; the first frame is a latent of its own
+    stride: tuple       # pixels per latent along frames, rows and columns; the first frame is a latent frame of its own
     encode: Callable    # video -> z
     decode: Callable    # z -> video
     embed: Callable     # [prompt] -> [fp32 (S_i, E)], S_i <= spec["text_length"]; "" is the unconditional prompt
@@ -58,12 +59,12 @@ def load(spec, *, vae=None, text=None, device="cpu", text_length=None):
 
 
 def to_bytes(x):
-    """Pixels in [0, 1], out-of-range ones clipped, rows of any float tensor (f, h, w, 3) -> video."""
+    """Pixels, a float tensor (f, h, w, 3) of which [0, 1] is kept -> video."""
     return (x.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def check_video(video, stride):
-    """A video that the strides do not divide is refused: 1 + a multiple of stride[0] frames, multiples elsewhere."""
+    """Refuses a video that the strides do not divide."""
     (frames, height, width, _), (f, h, w) = video.shape, stride
     if (frames - 1) % f or height % h or width % w:
         raise ValueError(f"{frames} frames of {height}x{width} pixels: this codec takes 1 + a multiple of {f} frames, "
@@ -78,7 +79,7 @@ def psnr(a, b):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# dct: a linear codec. A block of 4 frames x 4 rows x 4 columns x 3 colours becomes its C most visible cosines.
+# dct: a block of 4 frames x 4 rows x 4 columns x 3 colours becomes its first C cosines, and nothing is learned
 
 DCT = {"name": "dct", "channels": 24, "stride": [4, 4, 4], "text_width": 64, "text_length": 8}
 
@@ -86,12 +87,12 @@ DCT = {"name": "dct", "channels": 24, "stride": [4, 4, 4], "text_width": 64, "te
 def dct(spec):
     spec = DCT | spec
     f, h, w = spec["stride"]
-    basis = torch.from_numpy(dct_basis(spec["channels"], f, h, w))                          # (C, 3 f h w), orthonormal
+    basis = torch.from_numpy(dct_basis(spec["channels"], f, h, w))                  # (C, 3 f h w), orthonormal rows
 
     def encode(video):
         check_video(video, spec["stride"])
         x = torch.from_numpy(video).float() / 255 - 0.5
-        x = torch.cat([x[:1].expand(f - 1, -1, -1, -1), x])                                 # the first frame fills a group
+        x = torch.cat([x[:1].expand(f - 1, -1, -1, -1), x])                         # the first frame fills a group
         blocks = rearrange(x, "(F f) (H h) (W w) c -> F H W (c f h w)", f=f, h=h, w=w)
         return rearrange(blocks @ basis.T, "F H W C -> C F H W").contiguous()
 
@@ -138,7 +139,7 @@ def word_vector(word, width):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# wan: diffusers' AutoencoderKLWan and transformers' UMT5, loaded only when they are asked for.
+# wan: diffusers' AutoencoderKLWan and transformers' UMT5, each loaded only when it is asked for
 
 PIPELINE = "a diffusers pipeline such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 LARGE = 1280 * 720      # pixels per frame above which the VAE works in tiles
@@ -147,10 +148,11 @@ LARGE = 1280 * 720      # pixels per frame above which the VAE works in tiles
 def wan(spec, vae, text, device):
     spec = {"name": "wan", "text_length": 512} | spec
 
-    def absent(_):
-        raise ValueError(f"the wan codec was loaded without this part: give --vae and --text, each a folder of {PIPELINE}")
+    def absent(_, flag):
+        raise ValueError(f"the wan codec lacks this part: {flag}=PATH is wanted, a folder of {PIPELINE}")
 
-    encode = decode = embed = absent
+    encode = decode = partial(absent, flag="--vae")
+    embed = partial(absent, flag="--text")
     if vae:
         found, encode, decode = wan_vae(vae, device)
         spec = agree(spec, found, f"--vae={vae}")
@@ -163,15 +165,15 @@ def wan(spec, vae, text, device):
 def wan_vae(path, device):
     """-> what the VAE adds to the spec, encode, decode. Latents are the posterior's mean, fp32."""
     folder = part_of(path, "vae")
-    config = read_config(folder, "_class_name", "AutoencoderKLWan")
+    check_family(folder, "_class_name", "AutoencoderKLWan")
     vae, report = need("diffusers").AutoencoderKLWan.from_pretrained(
         folder, torch_dtype=torch.float32, output_loading_info=True)
     check_keys(folder, report)
     vae = vae.to(device).eval().requires_grad_(False)
     config = vae.config
     stride = [config.scale_factor_temporal, config.scale_factor_spatial, config.scale_factor_spatial]
-    spec = {"channels": config.z_dim, "stride": stride, "mean": list(config.latents_mean), "std": list(config.latents_std),
-            "vae_sha256": sha256(folder)}
+    spec = {"channels": config.z_dim, "stride": stride, "vae_sha256": sha256(folder),
+            "mean": list(config.latents_mean), "std": list(config.latents_std)}
 
     def encode(video):
         check_video(video, stride)
@@ -188,9 +190,9 @@ def wan_vae(path, device):
 
 
 def wan_text(path, length, device):
-    """-> what the text encoder adds to the spec, embed. bf16 on a GPU, fp32 on a CPU; padding is cut off."""
+    """-> what the text encoder adds to the spec, embed. It runs in bf16 on a GPU, fp32 on a CPU; padding is cut off."""
     folder, words = part_of(path, "text_encoder"), part_of(path, "tokenizer")
-    read_config(folder, "model_type", "umt5")
+    check_family(folder, "model_type", "umt5")
     if not (words / "tokenizer_config.json").exists():
         words = folder.parent / "tokenizer"
     if not (words / "tokenizer_config.json").exists():
@@ -208,7 +210,7 @@ def wan_text(path, length, device):
         sizes = tokens.attention_mask.sum(1).tolist()
         for prompt, size in zip(prompts, sizes):
             if size > length:
-                raise ValueError(f"a prompt of {size} tokens, and this text encoder takes {length}: {prompt[:80]!r} ...")
+                raise ValueError(f"a prompt of {size} tokens, and this encoder takes {length}: {prompt[:80]!r} ...")
         states = encoder(**tokens.to(device)).last_hidden_state.float().cpu()
         return [row[:size].clone() for row, size in zip(states, sizes)]
 
@@ -229,7 +231,7 @@ def need(package):
 
 
 def part_of(path, part):
-    """The folder that holds one part of a diffusers pipeline: `path`/part, or `path` itself; a hub id is fetched first."""
+    """The folder of one part of a diffusers pipeline: path/part, or path itself; of a hub id, that part is fetched."""
     folder = Path(path)
     if not folder.exists():
         if len(folder.parts) != 2 or folder.is_absolute():
@@ -238,8 +240,8 @@ def part_of(path, part):
     return folder / part if (folder / part).is_dir() else folder
 
 
-def read_config(folder, key, wanted):
-    """The folder's config.json, which must say that it is of the wanted family."""
+def check_family(folder, key, wanted):
+    """Refuses a folder whose config.json is absent or names another class of model."""
     if not (folder / "config.json").exists():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"{folder} has no config.json but {found}; wanted is {PIPELINE}")
@@ -247,13 +249,13 @@ def read_config(folder, key, wanted):
     if config.get(key) != wanted:
         found = config.get("_class_name") or config.get("architectures") or config.get("model_type")
         raise ValueError(f"{folder} holds {found}; wanted is {wanted}, as in {PIPELINE}")
-    return config
 
 
 def check_keys(folder, report):
-    """Weights that a file lacks would be random numbers: an error."""
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise ValueError(f"{folder} lacks weights: {sorted(map(str, report['missing_keys'] or report['mismatched_keys']))[:8]}")
+    """Refuses a file that lacks weights, which the libraries fill with random numbers."""
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights: {', '.join(missing[:8])}")
 
 
 def sha256(folder):
@@ -315,7 +317,7 @@ def read_video(path, *, sizes, frames, fps, cuts="first"):
 
 
 def at_rate(pictures, fps):
-    """The picture on show at 0, 1/fps, 2/fps ... seconds after the first begins, by their timestamps, to the last's end."""
+    """The picture on show at 0, 1/fps, 2/fps ... seconds after the first, by timestamp, until the last one's end."""
     slack = 2e-3                            # s; files round timestamps, webm to 1 ms
     shown, count, lasts = None, 0, 1 / fps
     for picture in pictures:
@@ -330,14 +332,14 @@ def at_rate(pictures, fps):
                 count += 1
         shown = picture
     if shown is not None:
-        end = shown.time + (float(shown.duration * shown.time_base) or lasts)
+        end = shown.time + max(float(shown.duration * shown.time_base) or lasts, 2 * slack)
         while start + count / fps + slack < end:
             yield shown
             count += 1
 
 
 def framing(picture, pixel_aspect, sizes):
-    """A film's first picture -> the size nearest in log aspect, and the function picture -> uint8 (H, W, 3) of that size.
+    """A film's first picture -> the size nearest in log aspect, and the function picture -> uint8 (H, W, 3).
 
     pixel_aspect: how many times as wide as high a stored pixel is.
     """
@@ -360,14 +362,14 @@ def framing(picture, pixel_aspect, sizes):
 
 
 def write_video(path, videos, fps):
-    """One mp4 that browsers play (H.264, yuv420p): a list of videos side by side, a short one resting on its last frame."""
+    """One mp4 that browsers play (H.264, yuv420p): a grid of videos, a short one resting on its last frame."""
     def sheet(i):
         return grid([video[min(i, len(video) - 1)] for video in videos])
 
     with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as film:
         stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.height, stream.width = sheet(0).shape[:2]
-        stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 1, 1     # BT.709, limited: said, not guessed
+        stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 1, 1     # BT.709, limited: not a guess
         for i in range(max(map(len, videos))):
             picture = av.VideoFrame.from_ndarray(sheet(i), format="rgb24")
             film.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=SHARP)))
@@ -375,10 +377,10 @@ def write_video(path, videos, fps):
 
 
 def grid(pictures, gap=4):
-    """Pictures (h, w, 3) in a near-square grid, small ones enlarged by whole pixels -> (H, W, 3) of even height and width."""
+    """Pictures (h, w, 3) in a near-square grid, enlarged by whole pixels if small -> (H, W, 3), H and W even."""
     columns = math.ceil(len(pictures)**0.5)
     h, w = np.max([picture.shape[:2] for picture in pictures], axis=0)
-    zoom = max(1, min(256 // max(h, w), 1280 // (columns * w)))     # one clip of 32 px is shown at 256, a wall of them at 1280
+    zoom = max(1, min(256 // max(h, w), 1280 // (columns * w)))     # 32 px are shown at 256, a wall of them at 1280
     pictures = [picture.repeat(zoom, 0).repeat(zoom, 1) for picture in pictures]
     h, w, rows = h * zoom + gap, w * zoom + gap, -(-len(pictures) // columns)
     sheet = np.full((rows * h - gap, columns * w - gap, 3), 16, np.uint8)
@@ -389,19 +391,28 @@ def grid(pictures, gap=4):
 
 
 def contact_sheet(path, videos, captions):
-    """A PNG with a row per clip: its caption over six frames from the first to the last."""
-    from matplotlib.figure import Figure        # slow to import, and only pictures need it
+    """A PNG of each clip's caption over six of its frames, first to last; a row per clip, 24 rows to a column."""
+    from matplotlib.figure import Figure                        # slow to import, and only pictures need it
 
-    columns, cell, label, gap = 6, 1.2, 0.3, 0.06               # inches
-    row = cell * max(v.shape[1] / v.shape[2] for v in videos) + label
-    width, height = columns * (cell + gap) + gap, len(videos) * (row + gap) + gap
-    sheet = Figure((width, height), dpi=100, facecolor="#101014")
-    for i, (video, caption) in enumerate(zip(videos, captions, strict=True)):
-        top = height - gap - i * (row + gap)
-        sheet.text(gap / width, (top - label / 2) / height, caption, color="#d8d8e0", size=9, va="center")
-        for j, n in enumerate(np.linspace(0, len(video) - 1, columns).round().astype(int)):
-            box = (gap + j * (cell + gap), top - row, cell, row - label)
-            axes = sheet.add_axes([box[0] / width, box[1] / height, box[2] / width, box[3] / height])
-            axes.imshow(video[n], interpolation="nearest", aspect="equal")
-            axes.axis("off")
+    label, gap = 26, 6                                          # px of the sheet
+    strips, sizes = [], []
+    for video in videos:
+        zoom = 128 // video.shape[1] or 160 / video.shape[1]    # by whole pixels, or large ones to a height of 160
+        picked = video[np.linspace(0, len(video) - 1, 6).round().astype(int)]
+        picked = np.pad(picked, [(0, 0), (0, 0), (0, math.ceil(gap / zoom)), (0, 0)], constant_values=16)
+        strips.append(rearrange(picked, "n h w c -> h (n w) c"))
+        sizes.append([round(n * zoom) for n in strips[-1].shape[:2]])
+
+    rows = min(len(videos), 24)
+    h, w = np.max(sizes, axis=0) + [label + gap, 3 * gap]       # of a cell
+    height, width = rows * h + gap, -(-len(videos) // rows) * w
+    sheet = Figure((width / 100, height / 100), dpi=100, facecolor="#101010")
+    for i, (strip, size, caption) in enumerate(zip(strips, sizes, captions, strict=True)):
+        left, top = i // rows * w + 2 * gap, height - i % rows * h - gap
+        caption = textwrap.shorten(caption, size[1] // 7, placeholder=" ...")
+        sheet.text(left / width, (top - label / 2) / height, caption, color="#d8d8d8", size=9, va="center",
+                   parse_math=False)
+        axes = sheet.add_axes([left / width, (top - label - size[0]) / height, size[1] / width, size[0] / height])
+        axes.imshow(strip, aspect="auto")
+        axes.axis("off")
     sheet.savefig(path)

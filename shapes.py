@@ -1,4 +1,4 @@
-"""Moving shapes: a captioned text-to-video dataset made from a seed, and the judge that reads a clip back from its pixels.
+"""Moving shapes: a captioned dataset of videos made from a seed, and the judge that reads a clip back from its pixels.
 
 One soft-edged shape crosses a dark ground at constant speed: "a red circle moving left". A clip is a pure function of
 its generator, so the whole set needs no download; and because every attribute can be measured, the judge says exactly
@@ -13,9 +13,9 @@ import numpy as np
 
 # name -> its distance to the outline (negative inside) at offsets x, y from the centroid, and its area at r = 1
 SHAPES = {
-    "circle":   (lambda x, y, r: np.sqrt(x * x + y * y) - r,                                np.pi),
-    "square":   (lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.886 * r,                    1.772**2),
-    "triangle": (lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.72 * r,        3 * 3**0.5 * 0.72**2),
+    "circle":   (lambda x, y, r: np.sqrt(x * x + y * y) - r,                        np.pi),
+    "square":   (lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.886 * r,             1.772**2),
+    "triangle": (lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.72 * r, 3 * 3**0.5 * 0.72**2),
 }
 COLOURS = {
     "red":    (0.93, 0.16, 0.16),
@@ -35,7 +35,7 @@ EXTENT = 1.25   # half the widest shape, in r: what must stay inside the frame
 
 
 def coverage(shape, centre, r, size):
-    """How much of each pixel `shape` covers, in [0, 1]: centre (F, 2) as x, y and r (F,) or a number, in px -> (F, H, W)."""
+    """How much of each pixel `shape` covers, in [0, 1]: centre (F, 2) as x, y; r a number or (F,), px -> (F, H, W)."""
     H, W = size
     r = np.broadcast_to(r, len(centre)).astype(np.float32)[:, None, None]
     x, y = centre.astype(np.float32).T[:, :, None, None]
@@ -88,6 +88,21 @@ def judge(video):
     return name_shape(alpha, area, centre), name_colour(paint.mean(0)), name_direction(t, widths)
 
 
+def features(video):
+    """Six numbers in which clips of one caption differ -> (start x, start y, size, speed, paint's and ground's brightness).
+
+    Places and lengths in widths of the frame, brightness in [0, 1]; of whatever stands out from the ground, seen or not.
+    """
+    pixels = np.float32(video) / 255
+    alpha, paint, _ = segment(pixels)
+    F, H, W = alpha.shape
+    area = np.maximum(alpha.sum((1, 2)), 1e-6)
+    centre = np.stack([alpha.sum(1) @ np.arange(0.5, W), alpha.sum(2) @ np.arange(0.5, H)], 1) / area[:, None] / [W, H]
+    velocity, start = np.polyfit(np.linspace(0, 1, F), centre, 1)
+    ground = np.median(pixels, (1, 2)).mean()
+    return np.array([*start, np.sqrt(area.mean() / (H * W)), np.linalg.norm(velocity), paint.mean(), ground])
+
+
 def segment(video):
     """The object against its ground: (F, H, W, 3) in [0, 1] -> alpha (F, H, W), paint (F, 3), visible (F,) bool."""
     F, H, W, _ = video.shape
@@ -98,7 +113,7 @@ def segment(video):
     contrast = np.partition(away, -top)[:, -top:].mean(1)
     core = away > 0.75 * contrast[:, None]
     paint = (pixels * core[..., None]).sum(1) / np.maximum(core.sum(1), 1)[:, None]
-    axis = paint[:, None] - ground                              # from ground to paint: alpha is a pixel's place along it
+    axis = paint[:, None] - ground                              # alpha is a pixel's place from ground to paint
     alpha = ((pixels - ground) * axis).sum(2) / np.maximum((axis * axis).sum(2), 1e-6)
     alpha = np.clip(alpha, 0, 1)
     alpha[alpha < 0.15] = 0
@@ -108,7 +123,7 @@ def segment(video):
 
 
 def name_shape(alpha, area, centre):
-    """The shape whose drawing of the same area and centroid overlaps best (soft IoU, mean over frames, at least 0.75)."""
+    """The shape whose drawing of the same area and centroid overlaps best: mean soft IoU over frames, 0.75 at least."""
     overlap = {}
     for shape, (_, unit) in SHAPES.items():
         drawn = coverage(shape, centre, np.sqrt(area / unit), alpha.shape[1:])

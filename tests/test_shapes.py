@@ -1,0 +1,117 @@
+"""The moving shapes are what their captions say, and the judge reads them back from the pixels, and nothing else."""
+import numpy as np
+import pytest
+
+import torch
+
+import codec
+import shapes
+
+
+def attributes(caption):
+    _, colour, shape, _, direction = caption.split()
+    return shape, colour, direction
+
+
+def balanced(seed, **form):
+    """One clip of each caption, through the codec."""
+    dct, rng = codec.load("dct"), np.random.default_rng(seed)
+    return [dct.decode(dct.encode(shapes.clip(rng, caption=caption, **form)[0])) for caption in shapes.CAPTIONS]
+
+
+def test_there_are_96_captions_in_product_order():
+    assert len(set(shapes.CAPTIONS)) == 96
+    assert shapes.CAPTIONS[0] == "a red circle moving left" and shapes.CAPTIONS[1] == "a red circle moving right"
+    assert shapes.CAPTIONS[95] == "a white triangle moving down"
+
+
+def test_a_clip_is_a_function_of_its_generator_and_all_captions_are_drawn():
+    one, two = (shapes.clip(np.random.default_rng(3), size=(48, 64), frames=9) for _ in range(2))
+    assert np.array_equal(one[0], two[0]) and one[1] == two[1]
+    assert one[0].shape == (9, 48, 64, 3) and one[0].dtype == np.uint8
+    rng = np.random.default_rng(0)
+    assert {shapes.clip(rng, size=8, frames=1)[1] for _ in range(1000)} == set(shapes.CAPTIONS)
+
+
+def test_a_caption_that_does_not_exist_names_the_words_that_do():
+    with pytest.raises(ValueError, match="pink.*triangle.*purple.*down"):
+        shapes.clip(np.random.default_rng(0), caption="a pink circle moving left")
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_a_drawing_has_the_area_and_the_centroid_that_the_judge_assumes(shape):
+    _, unit = shapes.SHAPES[shape]
+    alpha = shapes.coverage(shape, np.array([[41.0, 37.5]]), 20.0, (80, 80))[0]
+    assert alpha.sum() == pytest.approx(unit * 400, rel=0.02)
+    assert (alpha.sum(0) @ np.arange(0.5, 80)) / alpha.sum() == pytest.approx(41.0, abs=0.1)
+    assert (alpha.sum(1) @ np.arange(0.5, 80)) / alpha.sum() == pytest.approx(37.5, abs=0.3)
+    assert np.unique(alpha).size > 3                            # a soft edge
+
+
+def test_the_triangle_points_up():
+    alpha = shapes.coverage("triangle", np.array([[16.0, 16.0]]), 8.0, (32, 32))[0]
+    assert 0 < alpha[:10].sum() < alpha[16:].sum() and alpha[23:].sum() == 0
+
+
+@pytest.mark.parametrize("direction", shapes.DIRECTIONS)
+def test_the_path_is_straight_steady_inside_the_frame_and_a_third_of_a_side_long(direction):
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        video, _ = shapes.clip(rng, size=(32, 64), caption=f"a white circle moving {direction}")
+        alpha, _, visible = shapes.segment(np.float32(video) / 255)
+        edges = [alpha[:, 0], alpha[:, -1], alpha[:, :, 0], alpha[:, :, -1]]
+        assert visible.all() and max(edge.max() for edge in edges) == 0
+        place = np.stack([alpha.sum(1) @ np.arange(64) / 64, alpha.sum(2) @ np.arange(32) / 32], 1)
+        place /= alpha.sum((1, 2))[:, None]
+        steps = np.diff(place, axis=0) @ shapes.DIRECTIONS[direction]
+        assert 0.24 < steps.sum() < 0.37 and steps.std() < 0.1 * steps.mean()
+
+
+@pytest.mark.parametrize("form", [{}, {"size": (48, 64), "frames": 9}], ids=["32x32x17", "48x64x9"])
+def test_the_judge_reads_every_real_clip_after_the_codec(form):
+    for caption, video in zip(shapes.CAPTIONS, balanced(0, **form)):
+        assert shapes.judge(video) == attributes(caption)
+
+
+def test_with_shuffled_captions_the_judge_is_at_chance():
+    read = [shapes.judge(video) for video in balanced(1)]
+    captions = np.random.default_rng(0).permutation(shapes.CAPTIONS)
+    right = np.array([[a == b for a, b in zip(seen, attributes(caption))] for seen, caption in zip(read, captions)])
+    assert right.all(1).mean() < 0.06
+    assert abs(right.mean(0) - [1 / 3, 1 / 8, 1 / 4]).max() < 0.13
+
+
+def test_noise_black_and_a_flicker_show_nothing():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (17, 32, 32, 3), dtype=np.uint8)
+    assert shapes.judge(noise) == shapes.judge(np.zeros_like(noise)) == (None, None, None)
+    latents = torch.randn(24, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert shapes.judge(codec.load("dct").decode(latents / 2))[0] is None
+    video, caption = shapes.clip(rng)
+    video[::4] = video[0, 0, 0]                                 # gone in 5 frames of 17, more than a fifth
+    assert shapes.judge(video) == (None, None, None)
+    video, caption = shapes.clip(rng)
+    video[::6] = video[0, 0, 0]                                 # in 3 of 17
+    assert shapes.judge(video) == attributes(caption)
+
+
+def test_each_attribute_is_rejected_by_itself():
+    rng = np.random.default_rng(0)
+    video, _ = shapes.clip(rng, caption="a red square moving left")
+    assert shapes.judge(video[::-1]) == ("square", "red", "right")
+    assert shapes.judge(np.repeat(video[:1], 17, 0)) == ("square", "red", None)         # it stands still
+    assert shapes.judge(video[:5]) == ("square", "red", None)                           # it hardly moves
+    diagonal = np.stack([np.roll(frame, -i, axis=0) for i, frame in enumerate(video[:, ::-1])])
+    assert shapes.judge(diagonal)[2] is None
+    assert shapes.judge(video // 3 + video[..., :1] // 3 * 2) == ("square", None, "left")                # pale red
+    striped, (alpha, _, _) = video.copy(), shapes.segment(np.float32(video) / 255)
+    striped[(alpha > 0.5) & (np.indices((32, 32)).sum(0) % 4 < 2)] = video[0, 0, 0]
+    assert shapes.judge(striped)[0] is None
+
+
+def test_colours_are_told_by_hue_and_saturation():
+    for name, paint in shapes.COLOURS.items():
+        assert shapes.name_colour(np.array(paint) * 0.8) == name
+    assert shapes.name_colour(np.array([0.9, 0.1, 0.6])) is None                        # pink: 30 degrees from any
+    assert shapes.name_colour(np.array([0.9, 0.6, 0.6])) is None                        # pale red
+    assert shapes.name_colour(np.array([0.93, 0.16, 0.22])) == "red"                    # hue 355, across zero
