@@ -335,8 +335,10 @@ def stored(path, *, rank=0, world=1, agree=bool):
         file = Path(path) / f"rank_{rank:05d}.pt"
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{file} holds more than tensors") from error
+        except pickle.UnpicklingError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} is not a dict of tensors")
         said = {name: (t["dtype"], (last - first, *t["shape"][1:]) if t["shape"] else ())
                 for name, t, (first, last) in cuts(tensors, rank)}
         match(said, {name: (kind(x), tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -388,6 +390,12 @@ def files(path):
     return Source(str(path), shapes, rows, None)
 
 
+def held(origin, tensors):
+    """The Source of tensors in memory."""
+    return Source(origin, {name: tuple(x.shape) for name, x in tensors.items()},
+                  lambda name, first, last: tensors[name][first:last] if tensors[name].ndim else tensors[name], None)
+
+
 def renamed(source, names):
     """The tensors of a source under other names: {new name: its name in source}, or a function of the latter."""
     names = names if isinstance(names, dict) else {names(name): name for name in source.shapes}
@@ -414,7 +422,8 @@ def match(want, have, origin):
 IN_BLOCK = [("modulation", "scale_shift_table"), ("norm2", "norm3"), ("norm3", "norm2"),
             ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
             *((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in [("self_attn", "attn1"), ("cross_attn", "attn2")]
-              for a, b in [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")])]
+              for a, b in [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"),
+                           ("norm_q", "norm_q"), ("norm_k", "norm_k")])]
 OUTSIDE = [("head.modulation", "scale_shift_table"), ("head.head", "proj_out"),
            ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
            ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
