@@ -176,10 +176,7 @@ class Latents:
 
     def read(self, step):
         bucket, ids = self.batch_ids(step)
-        for slots in self.slots:
-            for slot in slots:
-                self.latents[bucket].will_need(ids[slot] - self.first[bucket])
-                self.tokens.will_need(*self.text_off[ids[slot], :2].tolist())
+        self.will_need([ids[slot] for slots in self.slots for slot in slots])
         u = stratified(self.seed, "t_perm", "t", step, self.batch)
         return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots]) for slots in self.slots]
 
@@ -216,6 +213,13 @@ class Latents:
         self.each(fill, x0, ids)
         return x0, self.text(ids)
 
+    def will_need(self, ids):
+        """Has the system fetch samples from disk all at once, while the first of them is being read."""
+        for id in ids:
+            bucket = bisect_right(self.first, id) - 1
+            self.latents[bucket].will_need(id - self.first[bucket])
+            self.tokens.will_need(*self.text_off[id, :2].tolist())
+
     def text(self, ids):
         """Text of samples of any bucket -> (B, S, E) fp32."""
         rows = []
@@ -228,6 +232,10 @@ class Latents:
     def prompts(self, step, purpose, slots):
         """Text of training samples drawn at random for these slots -> (B, S, E) fp32."""
         return self.text([self.train[stream(self.seed, purpose, step, slot).integers(len(self.train))] for slot in slots])
+
+    def shape_of(self, id):
+        """(C, F, H, W) of a sample's latent."""
+        return self.shapes[bisect_right(self.first, id) - 1]
 
     def caption(self, id):
         """The sample's caption."""
@@ -290,7 +298,6 @@ class Rows:
         return self.files[bisect_right(self.first, first) - 1]
 
     def will_need(self, first, count=1):
-        """Has the system fetch these rows from disk while others are being read."""
         i = bisect_right(self.first, first) - 1
         begin, end = ((first - self.first[i] + n) * self.row_bytes for n in (0, count))
         begin -= begin % mmap.PAGESIZE
