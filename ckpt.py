@@ -1,7 +1,7 @@
 """Checkpoints that any number of ranks writes and any other number reads, and the weight formats of the Wan family.
 
 Imports nothing of ours. One idea serves both: a tensor has a name and a global shape and is moved by rows (its first
-dimension; a 0-d tensor is one row), so that a model need never stand whole in a process.
+dimension; a 0-d tensor is one row), so that a model never has to stand whole in a process.
 
     rows      {name: (tensor, first, shape)}: the tensor is rows [first, first + n) of one of that global shape
     Source    where rows are read from: a checkpoint, a file of weights, either of them renamed or merged
@@ -49,7 +49,7 @@ def save(out, step, rows, meta, *, rank=0, world=1, agree=bool, keep=3):
     try:
         with together(agree, path):
             if rank == 0:
-                for leftover in path.parent.glob(f"*{TEMPORARY}"):
+                for leftover in path.parent.glob(f"step_*{TEMPORARY}"):
                     shutil.rmtree(leftover)
                 part.mkdir(parents=True)
         with together(agree, path):
@@ -74,7 +74,7 @@ def save(out, step, rows, meta, *, rank=0, world=1, agree=bool, keep=3):
         if rank == 0:
             earlier = [p for n, p in steps(out).items() if n < step]
             for old in earlier[:len(earlier) - (keep - 1)]:
-                discard(old)
+                shutil.rmtree(aside(old))
     return path
 
 
@@ -129,8 +129,7 @@ def read_manifest(path):
     """manifest.json of a checkpoint, unaltered; the tensors' files are not looked at."""
     file = Path(path) / "manifest.json"
     if not file.is_file():
-        near = nearest(path)
-        raise FileNotFoundError(f"no checkpoint at {path}; {near} holds {sorted(p.name for p in near.iterdir())}")
+        raise FileNotFoundError(f"no checkpoint at {path}; {contents(path)}")
     manifest = read_json(file)
     if not isinstance(manifest, dict) or manifest.pop("crc32", None) != digest(manifest):
         raise ValueError(f"{file} is not what was saved: its CRC32 differs")
@@ -244,11 +243,12 @@ def seal(part, path, head, tensors, world):
         note.unlink()
     write_json(part / "manifest.json", {**manifest, "crc32": digest(manifest)})
     sync_folder(part)
-    if path.exists():  # damaged, or of the same run before it was resumed from an earlier step
-        discard(path)
+    before = aside(path) if path.exists() else None  # damaged, or saved before the run was resumed from an earlier step
     part.rename(path)
     sync_folder(path.parent)
     sync_folder(path.parent.parent)
+    if before:
+        shutil.rmtree(before)
 
 
 def steps(out):
@@ -257,11 +257,9 @@ def steps(out):
     return dict(sorted(found.items()))
 
 
-def discard(path):
-    """Removes a checkpoint; killed half-way, no half of it bears its name."""
-    doomed = path.with_name(f"{path.name}.old{TEMPORARY}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+def aside(path):
+    """Takes its name from a checkpoint that is to be removed: killed half-way, no half of it bears one."""
+    return path.rename(path.with_name(f"{path.name}.old{TEMPORARY}"))
 
 
 def count(shape):
@@ -275,6 +273,10 @@ def kind(tensor):
 def nearest(path):
     """The path itself or the first folder above it that exists."""
     return next(p for p in (Path(path), *Path(path).absolute().parents) if p.is_dir())
+
+
+def contents(path):
+    return f"{nearest(path)} holds {', '.join(sorted(p.name for p in nearest(path).iterdir())) or 'nothing'}"
 
 
 @lru_cache(maxsize=None)  # `latest`, then `load`: a file that was not touched is not read twice
@@ -294,9 +296,9 @@ def read_json(file):
     return json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def write_json(file, value, indent=None):
+def write_json(file, value):
     with open(file, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=indent)
+        json.dump(value, f)
         f.flush()
         os.fsync(f.fileno())
 
@@ -331,7 +333,7 @@ def stored(path, *, rank=0, world=1, agree=bool):
     tensors = manifest["tensors"]
 
     @cache
-    def contents(rank):
+    def opened(rank):
         file = Path(path) / f"rank_{rank:05d}.pt"
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -349,7 +351,7 @@ def stored(path, *, rank=0, world=1, agree=bool):
         pieces = []
         for rank, a, b in tensors[name]["rows"]:
             if a < last and first < b:
-                x = contents(rank)[name]
+                x = opened(rank)[name]
                 pieces.append(x[max(first, a) - a:min(last, b) - a] if x.ndim else x)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -359,7 +361,7 @@ def stored(path, *, rank=0, world=1, agree=bool):
 def files(path):
     """The Source of a .safetensors file, or of a folder of them with its index if it has one, under their own keys."""
     path, listed = Path(path), None
-    index = sorted(path.glob("*.safetensors.index.json"))
+    index = sorted(path.glob("*.safetensors.index.json"), key=lambda p: len(p.name))  # the plain one before a variant
     if index:
         listed = read_json(index[0])["weight_map"]
         parts = sorted({path / name for name in listed.values()})
@@ -367,9 +369,8 @@ def files(path):
         parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     lost = [p.name for p in parts if p.suffix != ".safetensors" or not p.is_file()]
     if lost or not parts:
-        near = nearest(path)
-        raise FileNotFoundError(f"{path}: no weights ({', '.join(lost) or '*.safetensors'}; pickles are not read); "
-                                f"{near} holds {sorted(p.name for p in near.iterdir())}")
+        raise FileNotFoundError(f"no weights at {path}: {', '.join(lost) or '*.safetensors'} is missing, pickles are "
+                                f"not read; {contents(path)}")
     where = {}
     for part in parts:
         try:
@@ -390,17 +391,14 @@ def files(path):
     return Source(str(path), shapes, rows, None)
 
 
-def held(origin, tensors):
-    """The Source of tensors in memory."""
-    return Source(origin, {name: tuple(x.shape) for name, x in tensors.items()},
-                  lambda name, first, last: tensors[name][first:last] if tensors[name].ndim else tensors[name], None)
-
-
 def renamed(source, names):
-    """The tensors of a source under other names: {new name: its name in source}, or a function of the latter."""
-    names = names if isinstance(names, dict) else {names(name): name for name in source.shapes}
-    shapes = {new: source.shapes[old] for new, old in names.items()}
-    return source._replace(shapes=shapes, rows=lambda name, first, last: source.rows(names[name], first, last))
+    """The tensors of a source under the names that the function `names` makes of theirs."""
+    old = {names(name): name for name in source.shapes}
+    if len(old) < len(source.shapes):
+        twice = sorted(set(source.shapes) - set(old.values()))
+        raise ValueError(f"{source.origin} holds {', '.join(twice)} under another name too")
+    return source._replace(shapes={new: source.shapes[name] for new, name in old.items()},
+                           rows=lambda name, first, last: source.rows(old[name], first, last))
 
 
 def match(want, have, origin):
@@ -477,79 +475,3 @@ def role_of(source, role):
         raise ValueError(f"{source.origin} holds no {role!r}, but {', '.join(roles)}")
     return Source(f"{source.origin} ({role})", {name: source.shapes[full] for name, full in names.items()},
                   lambda name, first, last: source.rows(names.get(name, name), first, last), source.manifest)
-
-
-SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def export(out, source, *, dtype, shard=math.inf, stem="diffusion_pytorch_model", beside={}):
-    """Writes all of a source to the folder out as safetensors, cast to dtype, and reads it back bit for bit.
-
-    More than `shard` bytes go to several files and an index, as diffusers and Wan have them. beside: {name: JSON} of
-    further files. out must not exist or be empty (FileExistsError) and appears only when complete and verified.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there and not empty: name another folder")
-    part = out.with_name(out.name + TEMPORARY)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        write_shards(part, source, dtype, shard, stem)
-        written = files(part)
-        match(source.shapes, written.shapes, part)
-        for name in source.shapes:
-            if not same_bits(written.tensor(name), cast(source.tensor(name), dtype)):
-                raise OSError(f"{part}: {name} reads back otherwise than written")
-        for name, value in beside.items():
-            write_json(part / name, value, indent=2)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def write_shards(folder, source, dtype, limit, stem):
-    """Fills files up to the limit in the source's order; a tensor is never cut."""
-    shards, size, total = [[]], 0, 0
-    for name, shape in source.shapes.items():
-        n = math.prod(shape) * dtype.itemsize
-        if shards[-1] and size + n > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + n, total + n
-    if len(shards) == 1:
-        return write_safetensors(folder / f"{stem}.safetensors", source, shards[0], dtype)
-    where = {}
-    for i, names in enumerate(shards, 1):
-        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, source, names, dtype)
-        where.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    write_json(folder / f"{stem}.safetensors.index.json", index, indent=2)
-
-
-def write_safetensors(file, source, names, dtype):
-    """The format is simple enough to be written one tensor at a time: the header's length, the header, the bytes."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        shape, of = source.shapes[name], dtype if source.shapes[name] else torch.float32
-        start, end = end, end + math.prod(shape) * of.itemsize
-        header[name] = {"dtype": SAFETENSORS[of], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            f.write(cast(source.tensor(name), dtype).flatten().view(torch.uint8).numpy())
-
-
-def cast(tensor, dtype):
-    """As it is exported; a 0-d tensor (LoRA's alpha) stays fp32."""
-    return tensor.to(dtype if tensor.ndim else torch.float32).contiguous()
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))

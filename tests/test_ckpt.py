@@ -215,7 +215,8 @@ def test_a_file_that_holds_anything_but_the_manifests_tensors_is_refused(tmp_pat
 # ---- saves that do not end -----------------------------------------------------------------------------------------
 
 KILLS = {"among the bytes": (ckpt.Counted, "write"), "before the manifest": (ckpt, "digest"),
-         "before the name": (ckpt, "sync_folder"), "before pruning": (ckpt, "steps"), "amid pruning": (ckpt.shutil, "rmtree")}
+         "before the name": (ckpt, "sync_folder"), "before pruning": (ckpt, "steps"),
+         "amid pruning": (ckpt.shutil, "rmtree")}
 
 
 @pytest.mark.parametrize("when", KILLS)
@@ -249,7 +250,7 @@ def test_a_full_disk_on_one_rank_fails_on_all_and_loses_nothing(tmp_path, monkey
     monkeypatch.setattr(ckpt.Counted, "write", limited)
     errors = on_ranks(2, lambda rank, agree: ckpt.save(
         tmp_path, 2, shard(full, rank, 2), {}, rank=rank, world=2, agree=agree, keep=1))
-    assert all(isinstance(e, OSError) and "step_0000002 was not saved" in str(e) and "GB free" in str(e) for e in errors)
+    assert all(isinstance(e, OSError) and "0000002 was not saved" in str(e) and "GB free" in str(e) for e in errors)
     assert "No space left on device" in str(errors[bad]) and "another rank" in str(errors[1 - bad])
     assert list((tmp_path / "ckpt").iterdir()) == [first] and loads(first, full)
     monkeypatch.undo()
@@ -269,8 +270,8 @@ def test_a_disk_that_is_full_when_the_manifest_is_written_loses_nothing(tmp_path
 
 
 def test_the_newest_stay_and_nothing_goes_before_the_new_one_has_its_name(tmp_path, monkeypatch):
-    discard, there = ckpt.discard, []
-    monkeypatch.setattr(ckpt, "discard", lambda path: (there.append(set(ckpt.steps(tmp_path))), discard(path)))
+    aside, there = ckpt.aside, []
+    monkeypatch.setattr(ckpt, "aside", lambda path: there.append(set(ckpt.steps(tmp_path))) or aside(path))
     for step in (1, 2, 10):
         save(tmp_path, step, keep=2)
     assert list(ckpt.steps(tmp_path)) == [2, 10] and there == [{1, 2, 10}]
@@ -338,8 +339,9 @@ def test_fill_takes_each_ranks_rows_casts_them_and_refuses_other_shapes():
 def wan(blocks=2):
     """A small Wan model's tensors under Wan's own names, written from its source."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"patch_embedding": (8, 4, 1, 2, 2), "text_embedding.0": (8, 6), "text_embedding.2": (8, 8), "head.head": (16, 8),
-              "time_embedding.0": (8, 4), "time_embedding.2": (8, 8), "time_projection.1": (48, 8)}
+    shapes = {"patch_embedding": (8, 4, 1, 2, 2), "text_embedding.0": (8, 6), "text_embedding.2": (8, 8),
+              "time_embedding.0": (8, 4), "time_embedding.2": (8, 8), "time_projection.1": (48, 8),
+              "head.head": (16, 8)}
     names = {f"{n}.{w}": s if w == "weight" else s[:1] for n, s in shapes.items() for w in ("weight", "bias")}
     names["head.modulation"] = (1, 2, 8)
     for b in range(blocks):
@@ -409,8 +411,15 @@ def test_a_key_too_many_or_too_few_is_listed(tmp_path):
         assert line in str(error.value)
 
 
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    ours = wan()
+    save_file(ours | {"diffusion_model.head.modulation": torch.zeros(1, 2, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="head.modulation under another name too"):
+        ckpt.weights(tmp_path)
+
+
 def test_other_files_are_refused_by_what_they_hold(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.*no weights"):
+    with pytest.raises(FileNotFoundError, match="no weights at .*nothing"):
         ckpt.weights(tmp_path / "nothing")
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "model.pth").write_bytes(b"")

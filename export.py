@@ -1,0 +1,249 @@
+"""Weights of a run for other programs: `python export.py --ckpt=out/train --format=diffusers --out=out/export`.
+
+    --format     read by                                    with --lora by
+    diffusers    WanTransformer3DModel.from_pretrained      WanPipeline.load_lora_weights
+    comfy        ComfyUI, from its diffusion_models         ComfyUI, from its loras
+    wan          Wan's own code, whose names are ours       (it has no LoRA)
+
+Runs on one process, one tensor at a time, whatever number of ranks wrote the checkpoint. The folder appears once it has
+been read back bit for bit; nanovideo.json in it says how to sample. Imports model and ckpt.
+"""
+import json
+import math
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+import ckpt
+from model import MODELS, DiT, merge
+
+
+@dataclass(frozen=True)
+class Config:
+    """Export the weights of a run, verified, under the names that another program reads."""
+
+    ckpt: str = "out/train"                                         # a run's folder (its newest checkpoint), or one
+    weights: Literal["ema", "net"] = "ema"                          # averaged weights, or those of the last update
+    format: Literal["wan", "diffusers", "comfy"] = "diffusers"      # whose names
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"    # of every tensor
+    shard_gb: float = 5.0                                           # largest file; comfy is always one
+    out: str = "out/export"                                         # folder to write, new or empty
+
+    # of a run with LoRA, one of the first two
+    lora: bool = False                                              # only the adapter
+    merge: bool = False                                             # the adapter folded into the weights under it
+    base: str | None = None                                         # those weights; None = they are in the checkpoint
+    adapter: str | None = None                                      # its name; None = there is one only
+
+
+def main(cfg):
+    with door():
+        if cfg.shard_gb <= 0:
+            raise ValueError(f"--shard_gb={cfg.shard_gb}: above 0")
+        saved = ckpt.weights(cfg.ckpt, cfg.weights)
+        meta, step = saved.manifest["meta"], saved.manifest["step"]
+        beside = {"nanovideo.json": {"checkpoint": saved.origin, "step": step, "sampling": meta["sampling"]}}
+        stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
+        if cfg.format == "comfy":
+            stem, shard = Path(cfg.out).name, math.inf
+
+        adapter = which_adapter(saved, cfg)
+        if cfg.lora:
+            source = lora_file(saved, adapter, meta["config"]["lora_alpha"], cfg.format)
+            stem, shard = "pytorch_lora_weights" if cfg.format == "diffusers" else stem, math.inf
+        else:
+            source = saved if adapter is None else merged(saved, adapter, meta["config"]["lora_alpha"], cfg.base)
+            config = MODELS[meta["sampling"]["model"]]
+            with torch.device("meta"):
+                shapes = {name: tuple(p.shape) for name, p in DiT(config).named_parameters()}
+            ckpt.match(shapes, source.shapes, source.origin)
+            source = ckpt.renamed(source, NAMES[cfg.format])
+            if cfg.format in CONFIG:
+                beside["config.json"] = CONFIG[cfg.format](config, meta["sampling"])
+        export(cfg.out, source, DTYPES[cfg.dtype], shard, stem, beside)
+
+    print(f"{saved.origin}, step {step}: {len(source.shapes)} tensors, read back bit for bit, in")
+    for file in sorted(Path(cfg.out).iterdir()):
+        print(f"  {file}  {file.stat().st_size / 1e6:,.1f} MB")
+
+
+@contextmanager
+def door():
+    """Bad input is refused in one line, exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+# ---- formats --------------------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}    # safetensors' names of them
+NAMES = {
+    "wan": lambda name: name,
+    "diffusers": ckpt.to_diffusers,
+    "comfy": lambda name: f"model.diffusion_model.{name}",
+}
+
+
+def wan_config(config, sampling):
+    """config.json as Wan's WanModel reads it."""
+    return {"_class_name": "WanModel", "_diffusers_version": "0.30.0",
+            "model_type": "ti2v" if sampling["model"] == "wan2.2-5b" else "t2v",
+            "dim": config.dim, "num_layers": config.blocks, "num_heads": config.heads, "ffn_dim": config.ffn,
+            "in_dim": config.channels, "out_dim": config.channels, "freq_dim": config.freq_dim,
+            "text_len": sampling["text"]["length"], "eps": config.eps}
+
+
+def diffusers_config(config, sampling):
+    """config.json as diffusers' WanTransformer3DModel reads it."""
+    return {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0",
+            "num_layers": config.blocks, "num_attention_heads": config.heads,
+            "attention_head_dim": config.dim // config.heads, "ffn_dim": config.ffn, "in_channels": config.channels,
+            "out_channels": config.channels, "patch_size": list(config.patch), "text_dim": config.text_dim,
+            "freq_dim": config.freq_dim, "eps": config.eps, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+            "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None, "rope_max_seq_len": 1024}
+
+
+CONFIG = {"wan": wan_config, "diffusers": diffusers_config}
+
+
+# ---- LoRA: an adapter of module M is M.lora.NAME.A (r, inputs) and .B (outputs, r), and adds alpha / r · B A ---------
+
+def which_adapter(saved, cfg):
+    """The name of the adapter to export, None for a run without; ValueError where the flags do not fit the run."""
+    names = sorted({name.split(".lora.")[1].split(".")[0] for name in saved.shapes if ".lora." in name})
+    if not names:
+        if cfg.lora or cfg.merge or cfg.base or cfg.adapter:
+            raise ValueError(f"{saved.origin} has no adapter: --lora, --merge, --base and --adapter do not apply")
+        return None
+    if cfg.lora == cfg.merge:
+        raise ValueError(f"{saved.origin} has an adapter: --lora (it alone) or --merge (folded into the weights)")
+    name = cfg.adapter or names[0]
+    if name not in names or not cfg.adapter and len(names) > 1:
+        raise ValueError(f"--adapter={cfg.adapter}: choose from {', '.join(names)}")
+    return name
+
+
+def merged(saved, name, alpha, base):
+    """The model's weights with the adapter folded in, as they are read."""
+    below = {n: shape for n, shape in saved.shapes.items() if ".lora." not in n}
+    if not below and not base:
+        raise ValueError(f"{saved.origin} has the adapter alone: --base=PATH names the weights it was trained on")
+    base = ckpt.weights(base) if base else saved._replace(shapes=below)
+
+    def rows(key, first, last):
+        weight = base.rows(key, first, last)
+        A, B = (f"{key.removesuffix('.weight')}.lora.{name}.{factor}" for factor in "AB")
+        if A not in saved.shapes or key.endswith(".bias"):
+            return weight
+        return merge(weight.float(), saved.tensor(A), saved.rows(B, first, last), alpha)
+
+    return base._replace(rows=rows)
+
+
+def lora_file(saved, name, alpha, format):
+    """The adapter as diffusers or ComfyUI have it. diffusers' files have no alpha: alpha / r is multiplied into B."""
+    if format == "wan":
+        raise ValueError("--format=wan: Wan has no LoRA files, choose diffusers or comfy")
+    tensors = {}
+    for full in saved.shapes:
+        module, _, factor = full.partition(f".lora.{name}.")
+        if factor and format == "diffusers":
+            x = saved.tensor(full)
+            tensors[f"transformer.{ckpt.to_diffusers(module)}.lora_{factor}.weight"] = (
+                x * (alpha / x.shape[1]) if factor == "B" else x)
+        elif factor:
+            tensors[f"diffusion_model.{module}.lora_{dict(A='down', B='up')[factor]}.weight"] = saved.tensor(full)
+            tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(float(alpha))
+    return ckpt.Source(saved.origin, {key: tuple(x.shape) for key, x in tensors.items()},
+                       lambda key, first, last: tensors[key][first:last] if tensors[key].ndim else tensors[key], None)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def export(out, source, dtype, shard, stem, beside):
+    """Writes a source's tensors to the folder out, as safetensors of at most `shard` bytes, and checks what it wrote.
+
+    Several files get the index that diffusers and Wan have. beside: {name: JSON} of further files. out must not exist
+    or be empty (FileExistsError) and appears only when complete and read back bit for bit.
+    """
+    out = Path(out)
+    part = out.with_name(f"{out.name}.tmp")
+    for path in (out, part):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{path} is there and not empty: name another --out")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        write_shards(part, source, dtype, shard, stem)
+        written = ckpt.files(part)
+        ckpt.match(source.shapes, written.shapes, part)
+        for name in source.shapes:
+            if not same_bits(written.tensor(name), cast(source.tensor(name), dtype)):
+                raise OSError(f"{part}: {name} reads back otherwise than written")
+        for name, value in beside.items():
+            (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_shards(folder, source, dtype, limit, stem):
+    """Fills one file after the other in the source's order; a tensor is never cut."""
+    shards, size = [[]], 0
+    for name, shape in source.shapes.items():
+        n = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size + n > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n
+    if len(shards) == 1:
+        return write_file(folder / f"{stem}.safetensors", source, shards[0], dtype)
+    where = {}
+    for i, names in enumerate(shards, 1):
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, source, names, dtype)
+        where |= dict.fromkeys(names, file)
+    total = sum(math.prod(shape) for shape in source.shapes.values()) * dtype.itemsize
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+    (folder / f"{stem}.safetensors.index.json").write_text(index, encoding="utf-8")
+
+
+def write_file(file, source, names, dtype):
+    """safetensors: the header's length in 8 bytes, the header, the tensors. So one tensor at a time is in memory."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = sorted(names, key=lambda name: len(source.shapes[name]) > 0)    # fp32 first keeps every tensor aligned
+    for name in names:
+        shape, kind = source.shapes[name], dtype if source.shapes[name] else torch.float32
+        start, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": CODES[kind], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            f.write(cast(source.tensor(name), dtype).flatten().view(torch.uint8).numpy())
+
+
+def cast(tensor, dtype):
+    """A tensor as it is exported; a 0-d one (alpha) stays fp32."""
+    return tensor.to(dtype if tensor.ndim else torch.float32).contiguous()
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

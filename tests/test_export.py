@@ -1,0 +1,212 @@
+"""What export.py writes: read by diffusers itself, with equal outputs; other layouts come back bit for bit."""
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ckpt
+import export
+from model import MODELS, DiT, ModelConfig, add_lora
+
+SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=4, text_dim=16, freq_dim=32)
+SAMPLING = {"model": "small", "codec": {"name": "dct"}, "mean": [0.0] * 4, "std": [1.0] * 4, "fps": 8,
+            "sampler": "euler", "shift": 3.0, "guidance": 5.0, "text": {"width": 16, "length": 7}}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(MODELS, "small", SMALL)
+
+
+def network(seed=0, lora=False):
+    torch.manual_seed(seed)
+    net = DiT(SMALL)
+    if lora:
+        add_lora(net, "student", rank=4, alpha=6)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+def run(out, net, ema=None, only=""):
+    """A run's folder whose one checkpoint holds net and its average."""
+    rows = {f"net.{n}": (p.detach(), 0, tuple(p.shape)) for n, p in net.named_parameters() if only in n}
+    rows |= {f"ema.{n}": (p.detach(), 0, tuple(p.shape)) for n, p in (ema or net).named_parameters() if only in n}
+    ckpt.save(out, 10, rows, {"config": {"lora_alpha": 6}, "sampling": SAMPLING})
+    return str(out)
+
+
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 3, 4, 6, generator=g), torch.rand(2, generator=g), torch.randn(2, 7, 16, generator=g)
+
+
+def ours(net, **how):
+    with torch.no_grad():
+        return net(*inputs(), **how)
+
+
+def theirs(transformer):
+    x, t, text = inputs()
+    with torch.no_grad():
+        return transformer(x, 1000 * t, text).sample
+
+
+def near(a, b, within=1e-5):
+    return ((a - b).norm() / b.norm()).item() <= within
+
+
+def tensors(folder):
+    return {key: x for file in sorted(folder.glob("*.safetensors")) for key, x in load_file(file).items()}
+
+
+def test_diffusers_loads_the_export_and_computes_the_same(tmp_path):
+    from diffusers import WanTransformer3DModel
+    net, ema = network(0), network(1)
+    path = run(tmp_path / "run", net, ema)
+    for role, model in (("net", net), ("ema", ema)):
+        out = tmp_path / role
+        export.main(export.Config(ckpt=path, out=str(out), weights=role, shard_gb=1e-4))
+        assert len(list(out.glob("*-of-*.safetensors"))) > 1 and list(out.glob("*.index.json"))
+        transformer, told = WanTransformer3DModel.from_pretrained(out, output_loading_info=True)
+        assert not any(told.values())
+        assert set(tensors(out)) == set(transformer.state_dict()) and len(tensors(out)) == 27 * SMALL.blocks + 15
+        assert near(theirs(transformer), ours(model))
+    # config.json says what diffusers' own says, and nothing else
+    transformer.save_pretrained(tmp_path / "own")
+    mine, own = (json.loads((folder / "config.json").read_text()) for folder in (out, tmp_path / "own"))
+    assert {k: v for k, v in mine.items() if k[0] != "_"} == {k: v for k, v in own.items() if k[0] != "_"}
+    assert mine["_class_name"] == own["_class_name"]
+
+
+def test_a_diffusers_folder_comes_back_as_it_was(tmp_path):
+    from diffusers import WanTransformer3DModel
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+        ffn_dim=80, num_layers=3)
+    transformer.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="50KB")
+    net = DiT(SMALL)
+    ckpt.fill({n: (p, 0, tuple(p.shape)) for n, p in net.named_parameters()}, ckpt.weights(tmp_path / "pipeline"))
+    assert near(ours(net), theirs(transformer))
+    export.main(export.Config(ckpt=run(tmp_path / "run", net), out=str(tmp_path / "out")))
+    own = transformer.state_dict()
+    assert all(torch.equal(x, own[key]) for key, x in tensors(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("format", ["wan", "diffusers", "comfy"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_format_comes_back_bit_for_bit(tmp_path, format, dtype):
+    net = network()
+    out = tmp_path / "mine"
+    export.main(export.Config(ckpt=run(tmp_path / "run", net), out=str(out), format=format, dtype=dtype, shard_gb=1e-4))
+    source = ckpt.weights(out)
+    assert set(source.shapes) == set(dict(net.named_parameters()))
+    for name, p in net.named_parameters():
+        x = source.tensor(name)
+        assert x.dtype == getattr(torch, dtype) and torch.equal(x, p.detach().to(x.dtype))
+    if format == "comfy":
+        assert [f.name for f in sorted(out.iterdir())] == ["mine.safetensors", "nanovideo.json"]
+        assert all(key.startswith("model.diffusion_model.") for key in tensors(out))
+    if format == "wan":
+        assert set(tensors(out)) == set(dict(net.named_parameters()))
+        config = json.loads((out / "config.json").read_text())
+        assert (config["model_type"], config["dim"], config["num_layers"], config["text_len"]) == ("t2v", 48, 3, 7)
+    told = json.loads((out / "nanovideo.json").read_text())
+    assert told["sampling"] == SAMPLING and told["step"] == 10 and "ema" in told["checkpoint"]
+
+
+def test_nothing_is_overwritten_and_a_failed_export_leaves_nothing(tmp_path, monkeypatch, capsys):
+    path, out = run(tmp_path / "run", network()), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(SystemExit):
+        export.main(export.Config(ckpt=path, out=str(out)))
+    assert "not empty" in capsys.readouterr().err and [p.name for p in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+
+    cast = export.cast
+    flipped = iter([True])
+    monkeypatch.setattr(export, "cast", lambda x, dtype: -cast(x, dtype) if next(flipped, False) else cast(x, dtype))
+    with pytest.raises(SystemExit):
+        export.main(export.Config(ckpt=path, out=str(out)))
+    assert "reads back otherwise" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"] and not list(out.iterdir())
+    export.main(export.Config(ckpt=path, out=str(out)))
+    assert ckpt.weights(out).shapes
+
+
+def test_a_checkpoint_of_another_shape_than_its_model_is_refused(tmp_path, monkeypatch, capsys):
+    path = run(tmp_path / "run", network())
+    monkeypatch.setitem(MODELS, "small", ModelConfig(**asdict(SMALL) | {"ffn": 96}))
+    with pytest.raises(SystemExit):
+        export.main(export.Config(ckpt=path, out=str(tmp_path / "out")))
+    assert "other than wanted: blocks.0.ffn.0.weight (80, 48) (wanted (96, 48))" in capsys.readouterr().err
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------------
+
+def pipeline(transformer):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler(),
+                       transformer=transformer)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfy"])
+def test_diffusers_pipeline_loads_the_adapter_and_computes_the_same(tmp_path, format):
+    from diffusers import WanTransformer3DModel
+    plain, net = network(0), network(0, lora=True)
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            dict(net.named_parameters())[name].copy_(p)
+    export.main(export.Config(ckpt=run(tmp_path / "plain", plain), out=str(tmp_path / "base")))
+    path = run(tmp_path / "run", net, only=".lora.")
+    export.main(export.Config(ckpt=path, out=str(tmp_path / "lora"), lora=True, format=format))
+    transformer = WanTransformer3DModel.from_pretrained(tmp_path / "base")
+    assert near(theirs(transformer), ours(net)) and not near(theirs(transformer), ours(net, lora="student"), 0.01)
+    pipe = pipeline(transformer)
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert len(tensors(tmp_path / "lora")) == (2 if format == "diffusers" else 3) * 10 * SMALL.blocks
+    assert near(theirs(pipe.transformer), ours(net, lora="student"))
+
+
+def test_alpha_stays_exact_and_aligned_beside_bf16_factors(tmp_path):
+    net = network(0, lora=True)
+    path = run(tmp_path / "run", net, only="blocks.0.self_attn.q.lora.")
+    export.main(export.Config(ckpt=path, out=str(tmp_path / "lora"), lora=True, format="comfy", dtype="bfloat16"))
+    stem, adapter = "diffusion_model.blocks.0.self_attn.q", net.blocks[0].self_attn.q.lora["student"]
+    found = tensors(tmp_path / "lora")
+    assert list(found[f"{stem}.alpha"].shape) == [] and found[f"{stem}.alpha"].dtype == torch.float32
+    assert found[f"{stem}.alpha"] == 6 and torch.equal(found[f"{stem}.lora_down.weight"], adapter.A.detach().bfloat16())
+    assert torch.equal(found[f"{stem}.lora_up.weight"], adapter.B.detach().bfloat16())
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_merged_export_is_the_model_with_its_adapter(tmp_path, alone):
+    from diffusers import WanTransformer3DModel
+    net = network(0, lora=True)
+    base = DiT(SMALL)
+    base.load_state_dict({n: p for n, p in net.state_dict().items() if ".lora." not in n})
+    export.main(export.Config(ckpt=run(tmp_path / "plain", base), out=str(tmp_path / "base"), format="comfy"))
+    path, below = run(tmp_path / "run", net, only=".lora." if alone else ""), str(tmp_path / "base") if alone else None
+    export.main(export.Config(ckpt=path, out=str(tmp_path / "out"), merge=True, base=below))
+    assert near(theirs(WanTransformer3DModel.from_pretrained(tmp_path / "out")), ours(net, lora="student"))
+
+
+@pytest.mark.parametrize("flags, lora, says", [
+    (dict(lora=True), False, "has no adapter"),
+    (dict(), True, "--lora (it alone) or --merge"),
+    (dict(lora=True, merge=True), True, "--lora (it alone) or --merge"),
+    (dict(merge=True), True, "--base=PATH names the weights"),
+    (dict(lora=True, adapter="critic"), True, "--adapter=critic: choose from student"),
+    (dict(lora=True, format="wan"), True, "choose diffusers or comfy"),
+    (dict(shard_gb=0.0), False, "--shard_gb=0.0"),
+])
+def test_flags_that_do_not_fit_the_run_are_refused_in_one_line(tmp_path, capsys, flags, lora, says):
+    path = run(tmp_path / "run", network(lora=lora), only=".lora." if lora else "")
+    with pytest.raises(SystemExit) as error:
+        export.main(export.Config(ckpt=path, out=str(tmp_path / "out"), **flags))
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
