@@ -183,7 +183,7 @@ class Block(nn.Module):
         y = self.self_attn(h, h, lora, rope, attend, metadata)
         x = torch.addcmul(x, y.float(), gate_attn)
 
-        x = x + self.cross_attn(self.norm3(x), text, lora)
+        x = x + self.cross_attn(self.norm3(x), text, lora).float()
 
         up, gelu, down = self.ffn
         h = torch.addcmul(shift_ffn, self.norm2(x), 1 + scale_ffn)

@@ -1,0 +1,364 @@
+"""model.py against diffusers' Wan, against itself in other arrangements, and against counted operations."""
+import math
+import re
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from attention import attention, build_metadata, reference
+from model import LOCAL, MODELS, DiT, ModelConfig, Seq, add_lora, flops, initial, merge, rope_table
+
+ops = torch.ops
+SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=6, text_dim=20)
+GRID = (3, 4, 6)        # tokens of the latents that `batch` makes
+
+
+def build(config=SMALL, remat=False, adapters=()):
+    """A model in which no parameter is all zeros or ones, so that none can be left out unseen."""
+    with torch.device("meta"):
+        net = DiT(config, remat)
+        for name in adapters:
+            add_lora(net, name, rank=2, alpha=3)
+    net.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            rng = np.random.default_rng(list(name.encode()))        # of the name alone: adapters do not shift the others
+            p.copy_(initial(name, p.shape, rng) + 0.03 * torch.from_numpy(rng.standard_normal(p.shape, np.float32)))
+    return net
+
+
+def batch(config=SMALL, B=2, shape=(3, 8, 12), S=5, frames=False):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(B, config.channels, *shape, generator=rng)
+    t = torch.rand((B, shape[0]) if frames else B, generator=rng)
+    return x, t, torch.randn(B, S, config.text_dim, generator=rng)
+
+
+def run(net, x, t, text, **kwargs):
+    """The output and the gradients of a weighted sum of it, by name."""
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    v = net(x, t, text, **kwargs)
+    v = v[0] if isinstance(v, tuple) else v
+    (v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum().backward()
+    return {"v": v.detach(), "x": x.grad, **{n: p.grad for n, p in net.named_parameters() if p.grad is not None}}
+
+
+def error(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def assert_close(got, want, limit=1e-5):
+    assert got.keys() == want.keys()
+    errors = {name: error(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= limit, {n: e for n, e in errors.items() if e > limit}
+
+
+# ---- Wan ------------------------------------------------------------------------------------------------------------
+
+RENAMES = (
+    (r"^text_embedding\.0", "condition_embedder.text_embedder.linear_1"),
+    (r"^text_embedding\.2", "condition_embedder.text_embedder.linear_2"),
+    (r"^time_embedding\.0", "condition_embedder.time_embedder.linear_1"),
+    (r"^time_embedding\.2", "condition_embedder.time_embedder.linear_2"),
+    (r"^time_projection\.1", "condition_embedder.time_proj"),
+    (r"^head\.head", "proj_out"),
+    (r"^head\.modulation", "scale_shift_table"),
+    (r"\.modulation", ".scale_shift_table"),
+    (r"\.norm3", ".norm2"),
+    (r"self_attn", "attn1"),
+    (r"cross_attn", "attn2"),
+    (r"\.([qkv])\.", r".to_\1."),
+    (r"\.o\.", r".to_out.0."),
+    (r"ffn\.0", "ffn.net.0.proj"),
+    (r"ffn\.2", "ffn.net.2"),
+)
+
+
+def diffusers_name(name):
+    for ours, theirs in RENAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+@pytest.mark.parametrize("frames", (False, True), ids=("one t per sample", "one t per frame"))
+@pytest.mark.parametrize("config, B, shape, S", (
+    (SMALL, 2, (3, 8, 12), 5),
+    (ModelConfig(dim=64, blocks=1, heads=2, ffn=48, channels=16, text_dim=32), 3, (1, 6, 4), 3),
+    (ModelConfig(dim=256, blocks=4, heads=2, ffn=320, channels=4, text_dim=24, eps=1e-3), 1, (5, 4, 10), 9),
+), ids=("width 12", "width 32", "width 128"))
+def test_outputs_and_gradients_equal_those_of_diffusers(config, B, shape, S, frames):
+    diffusers = pytest.importorskip("diffusers")
+    wan = diffusers.WanTransformer3DModel(
+        num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads, ffn_dim=config.ffn,
+        num_layers=config.blocks, in_channels=config.channels, out_channels=config.channels, text_dim=config.text_dim,
+        eps=config.eps)
+    net = build(config)
+    wan.load_state_dict({diffusers_name(name): value for name, value in net.state_dict().items()})
+
+    x, t, text = batch(config, B, shape, S, frames)
+    per_token = t.repeat_interleave(shape[1] * shape[2] // 4, 1) if frames else t       # diffusers' form
+    got = {diffusers_name(name): value for name, value in run(net, x, t, text).items()}
+    assert_close(got, run(wan, x, 1000 * per_token, text, return_dict=False))
+
+
+@pytest.mark.parametrize("name, parameters", (
+    ("tiny", 1_259_744), ("wan-1.3b", 1_418_996_800), ("wan2.2-5b", 4_999_787_712), ("wan-14b", 14_288_491_584)))
+def test_the_presets_have_their_sizes_and_no_buffer(name, parameters):
+    with torch.device("meta"):
+        net = DiT(MODELS[name])
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert not list(net.buffers())
+
+
+def test_initial_values_follow_the_recipe_and_depend_on_name_shape_and_stream_only():
+    def draw(name, *shape):
+        value = initial(name, shape, np.random.default_rng(7))
+        assert value.shape == shape and value.dtype == torch.float32
+        assert torch.equal(value, initial(name, shape, np.random.default_rng(7)))
+        return value
+
+    for name, shape, fans in (("blocks.1.ffn.0.weight", (300, 200), 500), ("text_embedding.0.weight", (300, 200), 500),
+                              ("patch_embedding.weight", (300, 25, 1, 2, 2), 400)):
+        weight, bound = draw(name, *shape), (6 / fans) ** 0.5
+        assert weight.abs().max() <= bound and abs(weight.std() / (bound / 3 ** 0.5) - 1) < 0.02
+        assert abs(weight.mean()) < 0.02 * bound
+    for name in ("head.head.weight", "blocks.0.self_attn.q.lora.student.B"):
+        assert draw(name, 30, 20).eq(0).all()
+    assert draw("blocks.0.cross_attn.norm_q.weight", 40).eq(1).all() and draw("blocks.0.norm3.weight", 40).eq(1).all()
+    assert draw("blocks.0.norm3.bias", 40).eq(0).all() and draw("head.head.bias", 40).eq(0).all()
+
+    A = draw("blocks.0.self_attn.q.lora.student.A", 80, 400)
+    assert A.abs().max() <= 400 ** -0.5 and abs(A.std() / (1 / 1200 ** 0.5) - 1) < 0.02      # kaiming uniform, a = √5
+
+    rows = draw("blocks.3.modulation", 1, 6, 10_000)[0]
+    assert (rows.std(1) * 100 - 1).abs().max() < 0.05
+    assert (rows.mean(1) - torch.tensor([0, 0, 1, 0, 0, 1])).abs().max() < 1e-3
+    assert draw("head.modulation", 1, 2, 10_000).mean().abs() < 1e-3
+
+
+def test_a_new_model_says_zero():
+    net = build()
+    rng = np.random.default_rng(0)
+    for name, p in net.named_parameters():
+        p.data = initial(name, p.shape, rng)
+    assert net(*batch()).eq(0).all()
+
+
+# ---- the order of tokens ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("frames", (False, True))
+def test_any_order_of_tokens_gives_the_same_output(frames):
+    order = torch.randperm(math.prod(GRID), generator=torch.Generator().manual_seed(0))
+    shuffled = SimpleNamespace(order=order, inverse=order.argsort(), sparsity=0)        # 0: attention is dense
+    net, inputs = build(), batch(frames=frames)
+    assert_close(run(net, *inputs, metadata=shuffled), run(net, *inputs))
+
+
+def test_a_window_in_tile_order_is_a_mask_in_raster_order():
+    metadata = build_metadata(GRID, tile=(2, 2, 2), window=(1, 1, 3))
+    assert metadata.sparsity > 0.5 and not torch.equal(metadata.order, metadata.order.sort().values)
+
+    def masked(q, k, v, _):
+        q, k, v = (x[:, metadata.order] for x in (q, k, v))
+        return reference(q, k, v, metadata)[:, metadata.inverse]
+
+    net, inputs = build(), batch(frames=True)
+    in_raster_order = run(net, *inputs, seq=LOCAL._replace(attend=masked))
+    assert_close(run(net, *inputs, metadata=metadata), in_raster_order)
+    assert error(in_raster_order["v"], net(*inputs)) > 1e-2
+
+
+@pytest.mark.parametrize("ends, sparse", ((0, [1, 1, 1]), (1, [0, 1, 0]), (2, [0, 0, 0])))
+def test_the_first_and_last_blocks_stay_dense(ends, sparse):
+    metadata, seen = build_metadata(GRID, tile=(2, 2, 2), window=(1, 1, 1)), []
+
+    def attend(q, k, v, metadata):
+        seen.append(metadata)
+        return attention(q, k, v, metadata)
+
+    build()(*batch(), metadata=metadata, dense_ends=ends, seq=LOCAL._replace(attend=attend))
+    assert seen == [metadata if s else None for s in sparse]
+
+
+@pytest.mark.parametrize("frames", (False, True))
+def test_a_padded_sequence_gives_the_same_output(frames):
+    L, pad = math.prod(GRID), 5
+    padded = Seq(split=lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)),
+                 attend=lambda q, k, v, m: F.pad(attention(q[:, :L], k[:, :L], v[:, :L], m), (0, 0, 0, 0, 0, pad)),
+                 join=lambda x: x[:, :L])
+    metadata = build_metadata(GRID, tile=(2, 2, 2), window=(3, 1, 1))
+    net, inputs = build(), batch(frames=frames)
+    assert_close(run(net, *inputs, metadata=metadata, seq=padded), run(net, *inputs, metadata=metadata))
+
+
+# ---- precision, memory, speed -------------------------------------------------------------------------------------------
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that work on numbers, and apart those of them that are given bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.all, self.bf16 = Counter(), Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.all[op] += 1
+        if not op.is_view and op is not ops.aten._to_copy.default:
+            self.bf16[op] += any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in args)
+        return op(*args, **(kwargs or {}))
+
+
+def halve(net, names=("",)):
+    """Puts what FSDP would gather in bf16, or the parameters that have one of these words in their names, in bf16."""
+    kept = set() if names != ("",) else {p for module in net.islands() for p in module.parameters()}
+    for name, p in net.named_parameters():
+        if p not in kept and any(word in name for word in names):
+            p.data = p.data.bfloat16()
+    return net
+
+
+def test_only_matrix_products_attention_and_gelu_see_bf16():
+    net, inputs = halve(build()), batch(frames=True)
+    with torch.no_grad(), Calls() as calls:
+        assert net(*inputs).dtype == torch.float32
+    outside = 3     # the patch embedding's and the text's; time and head are fp32
+    assert +calls.bf16 == {ops.aten.addmm.default: 10 * SMALL.blocks + outside,
+                           ops.nanovideo.attend.default: 2 * SMALL.blocks, ops.aten.gelu.default: SMALL.blocks + 1}
+
+
+def test_bf16_drifts_little_from_fp32():
+    config = replace(SMALL, blocks=12)
+    inputs = batch(config)
+    got, want = run(halve(build(config)), *inputs), run(build(config), *inputs)
+    assert error(got["v"], want["v"]) < 1.5e-2
+    assert np.median([error(got[name], want[name]) for name in want]) < 1.5e-2
+
+
+@pytest.mark.parametrize("part", ("norm", "modulation", "ffn", "self_attn.v", "cross_attn", "embedding", "head"))
+def test_any_part_may_be_bf16(part):
+    net, inputs = build(), batch()
+    want = net(*inputs)
+    assert 0 < error(halve(net, (part,))(*inputs), want) < 2e-2
+
+
+def test_remat_changes_nothing_and_runs_attention_once():
+    metadata = build_metadata(GRID, tile=(2, 2, 2), window=(1, 3, 1))
+    plain, remat = (build(remat=remat) for remat in (False, True))
+    with Calls() as once:
+        want = run(plain, *batch(), metadata=metadata, dense_ends=1)
+    with Calls() as twice:
+        assert_close(run(remat, *batch(), metadata=metadata, dense_ends=1), want, limit=0)
+    again = twice.all - once.all
+    assert once.all[ops.nanovideo.attend.default] == 2 * SMALL.blocks and not again[ops.nanovideo.attend.default]
+    assert again[ops.aten.addmm.default] == 10 * SMALL.blocks
+
+
+@pytest.mark.parametrize("remat", (False, True))
+def test_blocks_compile_whole_and_into_one_graph(remat):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net, inputs = build(remat=remat, adapters=("student",)), batch()
+    want = run(net, *inputs, lora="student")
+    for block in net.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    assert_close(run(net, *inputs, lora="student"), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1     # block 0 too, above frozen embeddings
+
+
+def test_a_model_that_has_sampled_can_train():
+    rope_table.cache_clear()
+    net, inputs = build(), batch()
+    with torch.inference_mode():
+        net(*inputs)
+    run(net, *inputs)
+
+
+# ---- FLOPs ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ends", (None, 0, 1, 3))
+def test_flops_are_those_that_torch_counts(name, ends):
+    config = replace(MODELS[name], blocks=4)
+    sparse = {}
+    if ends is not None:
+        metadata = build_metadata((5, 8, 12), tile=(2, 4, 4), window=(1, 1, 3), device="meta")
+        sparse = dict(metadata=metadata, dense_ends=ends)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        x = torch.empty(3, config.channels, 5, 16, 24)
+        DiT(config)(x, torch.empty(3), torch.empty(3, 7, config.text_dim), **sparse)
+    assert 3 * flops(config, x.shape[1:], 7, **sparse) == counter.get_total_flops()
+
+
+def test_flops_of_wan_at_480p():
+    assert flops(MODELS["wan-1.3b"], (16, 21, 60, 104), 512) == pytest.approx(283.0e12, rel=1e-3)
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+def adapted(B=None):
+    """A model with two adapters; B of both is zero, as in a new one, unless a scale is given."""
+    net = build(adapters=("student", "critic"))
+    for name, p in net.named_parameters():
+        if name.endswith(".B"):
+            p.data *= B or 0
+    return net
+
+
+def test_a_new_adapter_changes_nothing():
+    net, inputs = adapted(), batch()
+    for name in (None, "student", "critic"):
+        assert torch.equal(net(*inputs, lora=name), build()(*inputs))
+
+
+def test_each_adapter_is_the_merged_model_and_learns_alone():
+    net, inputs = adapted(B=0.3), batch()
+    assert error(net(*inputs, lora="student"), net(*inputs, lora="critic")) > 1e-2
+    assert torch.equal(net(*inputs), build()(*inputs))
+    for adapter in ("student", "critic"):
+        parts = dict(net.named_parameters())
+        merged = build()
+        for name, p in merged.named_parameters():
+            path = name.removesuffix("weight") + f"lora.{adapter}."
+            if path + "A" in parts:
+                p.data = merge(p, parts[path + "A"], parts[path + "B"], alpha=3).detach()
+        got = run(net, *inputs, lora=adapter)
+        assert error(got["v"], merged(*inputs)) < 1e-5
+        assert set(got) == {"v", "x"} | {n for n in parts if f".lora.{adapter}." in n}
+    assert sum("lora.critic.A" in n for n in parts) == 10 * SMALL.blocks
+    assert parts["blocks.2.ffn.0.lora.critic.A"].shape == (2, 48)
+    assert parts["blocks.2.ffn.0.lora.critic.B"].shape == (80, 2)
+
+
+def test_targets_choose_the_layers():
+    net = build()
+    add_lora(net, "a", 4, 4, targets=("self_attn.q", "ffn.2"))
+    trained = {re.sub(r"\d+", "N", n, count=1) for n, p in net.named_parameters() if p.requires_grad}
+    assert trained == {f"blocks.N.{m}.lora.a.{x}" for m in ("self_attn.q", "ffn.2") for x in "AB"}
+    with pytest.raises(ValueError, match="'to_q' is none of .*self_attn.q"):
+        add_lora(net, "b", 4, 4, targets=("to_q",))
+
+
+# ---- the door ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("message, change", (
+    (r"x is \(2, 6, 3, 8, 11\).*\(B, 6, F, H, W\).*\(1, 2, 2\)", dict(x=torch.zeros(2, 6, 3, 8, 11))),
+    (r"x is \(2, 5, 3, 8, 12\).*\(B, 6, F, H, W\)", dict(x=torch.zeros(2, 5, 3, 8, 12))),
+    (r"x is \(6, 3, 8, 12\)", dict(x=torch.zeros(6, 3, 8, 12))),
+    (r"t is \(2, 8\): wants \(2,\) or \(2, 3\)", dict(t=torch.zeros(2, 8))),
+    (r"t is \(1,\)", dict(t=torch.zeros(1))),
+    (r"text is \(2, 5, 21\): wants \(2, S, 20\)", dict(text=torch.zeros(2, 5, 21))),
+    (r"text is \(1, 5, 20\): wants \(2, S, 20\)", dict(text=torch.zeros(1, 5, 20))),
+    (r"metadata orders 60 tokens, the grid \(3, 4, 6\) has 72", dict(metadata=build_metadata((3, 4, 5)))),
+    (r"lora is 'critic': the model has \('student',\)", dict(lora="critic")),
+))
+def test_what_does_not_fit_is_named(message, change):
+    inputs = dict(zip(("x", "t", "text"), batch()))
+    with pytest.raises(ValueError, match=message):
+        build(adapters=("student",))(**{**inputs, **change})
