@@ -103,11 +103,6 @@ def latest(out, *, rank=0, world=1, agree=bool, report=print):
     return None
 
 
-def find(path):
-    """path if it is a checkpoint, else the newest valid one of the run's folder path, for a process on its own."""
-    return path if (Path(path) / "manifest.json").is_file() else latest(path) or path
-
-
 def verify(path, *, rank=0, world=1, agree=bool):
     """The manifest of a checkpoint whose files all have the size and CRC32 they were saved with.
 
@@ -131,7 +126,7 @@ def read_manifest(path):
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; {contents(path)}")
     manifest = read_json(file)
-    if not isinstance(manifest, dict) or manifest.pop("crc32", None) != digest(manifest):
+    if not isinstance(manifest, dict) or manifest.get("crc32") != digest(manifest):
         raise ValueError(f"{file} is not what was saved: its CRC32 differs")
     if manifest["version"] != VERSION:
         raise ValueError(f"{file} is of version {manifest['version']}, this code reads version {VERSION}")
@@ -241,7 +236,7 @@ def seal(part, path, head, tensors, world):
     manifest = {**head, "files": files, "tensors": tensors}
     for note in part.glob("*.json"):
         note.unlink()
-    write_json(part / "manifest.json", {**manifest, "crc32": digest(manifest)})
+    write_json(part / "manifest.json", manifest | {"crc32": digest(manifest)})
     sync_folder(part)
     before = aside(path) if path.exists() else None  # damaged, or saved before the run was resumed from an earlier step
     part.rename(path)
@@ -289,7 +284,7 @@ def crc32(file, mtime_ns):
 
 
 def digest(manifest):
-    return zlib.crc32(json.dumps(manifest).encode())
+    return zlib.crc32(json.dumps({key: value for key, value in manifest.items() if key != "crc32"}).encode())
 
 
 def read_json(file):
@@ -456,7 +451,7 @@ def weights(path, role="ema"):
     """
     path = Path(path)
     if (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
-        return role_of(stored(find(path)), role)
+        return role_of(stored(latest(path) or path), role)
     source = files(path / "transformer" if (path / "transformer").is_dir() else path)
     source = renamed(source, lambda key: re.sub(r"^(model\.)?diffusion_model\.", "", key))  # ComfyUI's prefixes
     if any(re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name) for name in source.shapes):
@@ -468,10 +463,10 @@ def weights(path, role="ema"):
 
 
 def role_of(source, role):
-    """What a checkpoint holds as "role.…", without that prefix; what has no role ("null") can still be read."""
-    names = {name.removeprefix(f"{role}."): name for name in source.shapes if name.startswith(f"{role}.")}
-    if not names:
+    """What a checkpoint holds as "role.…", without that prefix."""
+    shapes = {name.removeprefix(f"{role}."): shape for name, shape in source.shapes.items() if name.startswith(f"{role}.")}
+    if not shapes:
         roles = sorted({name.split(".")[0] for name in source.shapes if "." in name})
         raise ValueError(f"{source.origin} holds no {role!r}, but {', '.join(roles)}")
-    return Source(f"{source.origin} ({role})", {name: source.shapes[full] for name, full in names.items()},
-                  lambda name, first, last: source.rows(names.get(name, name), first, last), source.manifest)
+    return source._replace(origin=f"{source.origin} ({role})", shapes=shapes,
+                           rows=lambda name, first, last: source.rows(f"{role}.{name}", first, last))
