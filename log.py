@@ -204,7 +204,7 @@ def start_wandb(out, config, mode, run_id):
     if mode == "online" and not wandb.login(prompt=False):
         raise RuntimeError("--wandb=online finds no login: `wandb login`, or WANDB_API_KEY=…, or --wandb=offline")
     run = wandb.init(project="nanovideo", name=out.name, dir=out, config=config, mode=mode,
-                     id=run_id or wandb.util.generate_id(), resume="allow", settings=wandb.Settings(console="off"))
+                     id=run_id, resume="allow", settings=wandb.Settings(console="off"))
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

@@ -40,9 +40,9 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh               # (replicate, shard), all ranks
-    sp: int                        # ranks that share a sample
-    ring: dist.ProcessGroup | None # these ranks; None if each has its own
+    mesh: DeviceMesh                    # (replicate, shard), all ranks
+    sp: int                             # ranks that share a sample
+    ring: dist.ProcessGroup | None      # those ranks; None where each has its own
 
     @property
     def data_rank(self):
@@ -108,7 +108,7 @@ def nvidia_present():
 
 def close():
     """Ends the group; on success only, and after main(cfg) has returned, so that no net is alive: gloo aborts otherwise."""
-    dist.barrier()
+    dist.all_reduce(torch.zeros(()))  # a barrier, by gloo
     dist.destroy_process_group()
 
 
@@ -128,11 +128,12 @@ def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
         for island in islands:
             island.float()
     if compile:  # in place, so that no name gains a prefix; before fully_shard, whose hooks stay outside of the graphs
-        dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * shapes + 1)
-        dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * shapes)
+        # A graph per shape, each with and without gradient, in training, validation and sampling batches: the default of
+        # 8 would be met by the second bucket. Not dynamic, or what a graph computes would depend on the shapes before it.
+        torch._dynamo.config.recompile_limit += 8 * shapes
+        torch._dynamo.config.accumulated_recompile_limit += 8 * shapes
         for block in net.blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, dynamic=False)
 
     # Nothing to cast, nothing to gather, nothing to reduce: left plain.
     whole = world.mesh.size(1) == 1
@@ -174,23 +175,6 @@ def local_rows(net):
             first = min(rank * math.ceil(p.shape[0] / size), p.shape[0])
         rows[name] = (local(p), first, tuple(p.shape))
     return rows
-
-
-def share(rows, world):
-    """The part of rows that this rank is to write, so that all ranks together write each once.
-
-    Replicas hold the same rows and take disjoint ranges of them; a 0-d tensor goes with rank 0.
-    """
-    mine = {}
-    replica, replicas = world.mesh.get_local_rank(0), world.mesh.size(0)
-    for name, (tensor, first, shape) in rows.items():
-        if not shape:
-            a, b = 0, int(world.rank == 0)
-        else:
-            a, b = (len(tensor) * i // replicas for i in (replica, replica + 1))
-        if b > a:
-            mine[name] = (tensor[a:b] if shape else tensor, first + a, shape)
-    return mine
 
 
 # ---- every step -----------------------------------------------------------------------------------------------------

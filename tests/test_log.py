@@ -1,0 +1,183 @@
+"""A run's folder: what is written, what a resumed run finds, what is never written."""
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from log import MACHINE, Log, panel, peak, running_mean
+
+
+def read(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def train(out, start, stop, steps=100, killed=False):
+    """A run of 100 steps that validates every 25 and logs every 10, up to `stop`; killed: without its end."""
+    log = Log(out, {"lr": 1e-3}, step=start, steps=steps)
+    for step in range(start, stop + 1):
+        if step % 25 == 0 and (step > start or step == 0):
+            log(step, val_loss=1 / (1 + step))
+        if step < stop and (step + 1) % 10 == 0:
+            log(step + 1, loss=2 / (1 + step), grad_norm=torch.tensor(0.5), seconds=0.1)
+    if killed:
+        log.jsonl.close()
+    else:
+        log.close()
+
+
+def test_calls_for_one_step_make_one_object(tmp_path):
+    train(tmp_path, 0, 100)
+    lines = read(tmp_path)
+    assert [line["step"] for line in lines] == [0, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 100]
+    assert lines[6] == {"step": 50, "loss": 2 / 50, "grad_norm": 0.5, "seconds": 0.1, "val_loss": 1 / 51}
+
+
+@pytest.mark.parametrize("saved, died", [(50, 50), (50, 73), (30, 73), (0, 44), (100, 100)])
+def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path, saved, died):
+    train(tmp_path / "whole", 0, 100)
+    train(tmp_path / "resumed", 0, died, killed=True)
+    train(tmp_path / "resumed", saved, 100)
+    assert (tmp_path / "resumed/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 60, "lo', b"\0" * 40, b'{"step": 60}'])
+def test_a_line_torn_by_a_crash_is_cut_off(tmp_path, tail):
+    train(tmp_path / "whole", 0, 100)
+    train(tmp_path / "torn", 0, 55, killed=True)
+    with open(tmp_path / "torn/log.jsonl", "ab") as file:
+        file.write(tail)
+    train(tmp_path / "torn", 50, 100)
+    assert (tmp_path / "torn/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
+
+
+def test_what_is_not_finite_is_null_and_every_type_is_json(tmp_path):
+    log = Log(tmp_path, {}, steps=1)
+    log(1, loss=math.nan, grad_norm=torch.tensor(math.inf), bins=torch.tensor([1.0, math.nan]), t=np.float32(0.5), n=np.int64(3),
+        lr=1e-3, skipped=True, name="x")
+    log.close()
+    assert read(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "bins": [1.0, None], "t": 0.5, "n": 3, "lr": 1e-3,
+                               "skipped": True, "name": "x"}]
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_config_says_what_it_takes_to_run_again(tmp_path):
+    Log(tmp_path, {"lr": 1e-3, "window": (3, 3, 3), "init": None}, steps=1).close()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["flags"] == {"lr": 1e-3, "window": [3, 3, 3], "init": None}
+    assert config["versions"]["torch"] == torch.__version__ and config["threads"] == torch.get_num_threads()
+    assert config["commit"] is None or len(config["commit"].removesuffix("-dirty")) == 40
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
+    log = Log(tmp_path / "run", {}, steps=10, main=False)
+    log(1, loss=1.0)
+    log.tick(2)
+    log.say("hello")
+    log.video(2, tmp_path / "no.mp4")
+    log.draw()
+    log.close()
+    assert log.speed(1e12, torch.device("cpu"), "fp32")["tflops"] == 1
+    assert not (tmp_path / "run").exists() and capsys.readouterr() == ("", "")
+
+
+def test_a_pipe_gets_plain_lines_with_progress_and_the_time_left(tmp_path, capsys):
+    log = Log(tmp_path, {}, steps=100)
+    log(50, loss=0.123456, loss_by_t0=1.0, seconds=1.0)
+    log(100, val_loss=math.nan)
+    log.say("done")
+    out, err = capsys.readouterr()
+    first, second, third = out.splitlines()
+    assert first.startswith("step  50/100  loss 0.1235  eta 0:0") and "\r" not in out and err == ""
+    assert second == "step 100/100  val_loss not finite" and third == "done"
+
+
+def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch, capsys):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *fd: os.terminal_size((120, 24)))
+    monkeypatch.setenv("COLUMNS", "120")
+    log = Log(tmp_path, {}, step=20, steps=100)
+    log(50, loss=0.5, lr=1e-3)
+    log.say("a video")
+    log.tick(100)
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "a video\n" and "step" not in err
+    assert "20/100" in err and "50/100" in err and "loss 0.5  lr 0.001" in err and "100/100" in err and err.count("\n") == 1
+
+
+def test_curves_show_every_series_related_ones_together(tmp_path):
+    log = Log(tmp_path, {}, steps=200)
+    for step in range(1, 201):
+        log(step, loss=1 / step, lr=1e-3, grad_norm=math.nan if step == 7 else 1.0, **{f"loss_by_t{i}": i / step for i in range(5)})
+        if step % 50 == 0:
+            log(step, val_loss=1 / step, skipped=0)
+    log.close()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "curves.png").stat().st_size > 20_000
+    assert panel("val_loss") == panel("train_set_loss") == panel("loss") == "loss" != panel("student_loss")
+    assert panel("loss_by_t0") == panel("loss_by_t4") == "loss by t" != panel("val_loss_by_t0")
+
+
+def test_the_running_mean_keeps_constants_and_removes_noise():
+    assert running_mean([2.0] * 100) == pytest.approx([2.0] * 100)
+    assert max(map(abs, running_mean([1.0, -1.0] * 500))) < 0.05
+
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H20", 148),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA L40S", 362),
+    ("NVIDIA L4", 121), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 9999", None),
+    ("AMD Instinct MI300X", None)])
+def test_the_peak_of_a_device_is_known_or_none(name, tflops):
+    assert peak(name) == tflops
+
+
+def test_mfu_is_given_for_bf16_on_known_devices_only(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert Log.speed(494.5e12, device, "bf16") == {"tflops": 494.5, "mfu": 0.5, "memory_gb": 5}
+    assert "mfu" not in Log.speed(494.5e12, device, "fp32") and "mfu" not in Log.speed(1e12, torch.device("cpu"), "bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "something new")
+    assert "mfu" not in Log.speed(494.5e12, device, "bf16")
+    assert Log.speed(1e12, device, "bf16").keys() <= set(MACHINE)
+
+
+def test_a_file_of_a_step_sorts_by_step(tmp_path):
+    log = Log(tmp_path, {}, steps=10)
+    assert log.file("samples", 500, "mp4") == tmp_path / "samples/step_0000500.mp4" and (tmp_path / "samples").is_dir()
+
+
+# ---- wandb ----------------------------------------------------------------------------------------------------------
+
+def test_wandb_offline_records_and_its_id_goes_on(tmp_path):
+    pytest.importorskip("wandb")
+    log = Log(tmp_path, {"lr": 1e-3}, steps=20, wandb="offline")
+    log(10, loss=0.5)
+    (tmp_path / "clip.mp4").write_bytes(b"\0" * 100)
+    log.video(10, tmp_path / "clip.mp4", ["a red circle"])
+    log.close()
+    again = Log(tmp_path, {"lr": 1e-3}, step=10, steps=20, wandb="offline", run_id=log.run_id)
+    again(20, loss=math.nan)
+    again.close()
+    assert again.run_id == log.run_id and log.run_id
+    assert {path.name.rsplit("-", 1)[-1] for path in (tmp_path / "wandb").glob("offline-run-*")} == {log.run_id}
+
+
+def test_the_id_of_a_wandb_run_outlives_a_resume_without_wandb(tmp_path):
+    log = Log(tmp_path, {}, steps=20, run_id="abc")
+    assert log.run_id == "abc"
+
+
+def test_wandb_online_without_a_login_is_an_error_and_never_a_question(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    asked = {}
+    monkeypatch.setattr(wandb, "login", lambda **options: asked.update(options))
+    with pytest.raises(RuntimeError, match="wandb login.*WANDB_API_KEY.*--wandb=offline"):
+        Log(tmp_path, {}, steps=20, wandb="online")
+    assert asked == {"prompt": False}

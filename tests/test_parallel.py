@@ -1,0 +1,320 @@
+"""One spawn of four gloo ranks walks through every mesh and writes down what it computed; the tests compare it with one rank."""
+import os
+import socket
+import zlib
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from torch import multiprocessing, nn
+
+import parallel
+from attention import attention, build_metadata
+from model import LOCAL, DiT, ModelConfig, Seq
+
+# Rows that nothing divides: 3 channels and patches of 1 2 2 make 12, ffn has 27, modulations 1, so that ranks hold none.
+CONFIG = ModelConfig(dim=32, blocks=2, heads=4, ffn=27, channels=3, text_dim=8, freq_dim=8)
+GRID = (3, 1, 3)        # 9 tokens: neither 2 nor 4 ranks divide them
+ALONE = (1, 1, 1)       # processes, --shard, --sp
+MESHES = [(2, 1, 1), (2, -1, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, -1, 1), (4, 2, 2), (4, -1, 4)]
+STEPS = 5
+
+
+def build(world, precision="fp32", **more):
+    """The net with the same values on every mesh, and its rows."""
+    with torch.device("meta"):
+        net = DiT(CONFIG)
+    parallel.prepare(net, world, precision=precision, **more)
+    rows = parallel.local_rows(net)
+    for name, (tensor, first, shape) in rows.items():
+        whole = 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        tensor.copy_(whole[first:first + len(tensor)])
+    return net, rows
+
+
+def batch(world, sparse=True):
+    """This rank's samples of a global batch of four, with the metadata and Seq that go with them."""
+    draw = torch.Generator().manual_seed(0)
+    mine = torch.arange(4).chunk(world.data_size)[world.data_rank]
+    x, t, text = (f(4, *shape, generator=draw)[mine] for f, shape in ((torch.randn, (3, 3, 2, 6)), (torch.rand, ()), (torch.randn, (5, 8))))
+    seq = LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, 9, world))
+    return (x, t, text), dict(metadata=build_metadata(GRID, (2, 1, 2), (1, 1, 1)) if sparse else None, seq=seq)
+
+
+def objective(v):
+    return (v - 0.3).square().mean()
+
+
+def backward(net, rows, world, loss):
+    """-> {loss, norm, and the gradient of each of this rank's rows}."""
+    loss.backward()
+    norm = parallel.grad_norm(net, rows, world)
+    return {"loss": parallel.mean({"loss": loss.item()}, world)["loss"], "norm": norm.item(),
+            "grads": {name: (p.grad, first, shape) for name, (p, first, shape) in rows.items()}}
+
+
+def trained(world, micros, precision="fp32", **kind):
+    """Losses and norms of some AdamW updates, each rank's samples in so many micro-batches."""
+    net, rows = build(world, precision)
+    inputs, more = batch(world, **kind)
+    opt = torch.optim.AdamW([p for p, _, _ in rows.values()], lr=1e-3, fused=True)
+    sync, history = parallel.sync(net), []
+    for _ in range(STEPS):
+        losses = []
+        for i, some in enumerate(zip(*(x.chunk(micros) for x in inputs)), 1):
+            sync(i == micros)
+            losses.append(objective(net(*some, **more)) / micros)
+            losses[-1].backward()
+        norm = parallel.grad_norm(net, rows, world)
+        opt.step()
+        history.append((parallel.mean({"loss": sum(losses).item()}, world)["loss"], norm.item()))
+    return torch.tensor(history, dtype=torch.float64)
+
+
+def swapped(world):
+    """Losses before, while and after other weights are in the net, as validation with EMA weights does."""
+    net, rows = build(world)
+    inputs, more = batch(world)
+    losses = []
+    for scale, grad in ((1, True), (0.5, False), (2, False), (1, True)):
+        torch._foreach_mul_([p for p, _, _ in rows.values()], scale)
+        with torch.set_grad_enabled(grad):
+            losses.append(objective(net(*inputs, **more)))
+        if grad:
+            losses[-1].backward()
+    return torch.tensor([parallel.mean({"loss": loss.item()}, world)["loss"] for loss in losses])
+
+
+def interleaved(world):
+    """A gradient through a forward after which the same net was called without one, as a LoRA student and its teacher do."""
+    net, rows = build(world)
+    (x, t, text), more = batch(world)
+    v = net(x, t, text, **more)
+    with torch.no_grad():
+        target = net(x + 1, t, text, **more)
+    return backward(net, rows, world, (v - target).square().mean())
+
+
+def partly_frozen(world):
+    """Only one matrix per block is trained."""
+    with torch.device("meta"):
+        net = DiT(CONFIG)
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.endswith("self_attn.q.weight"))
+    parallel.prepare(net, world, precision="fp32")
+    rows = parallel.local_rows(net)
+    for p, _, _ in rows.values():
+        p.fill_(0.02)
+    inputs, more = batch(world)
+    return backward(net, rows, world, objective(net(*inputs, **more)))
+
+
+def dtypes(world):
+    """The dtypes a bf16 net stores, computes and reduces in; and what a frozen one stores."""
+    net, rows = build(world, "bf16")
+    seen = {}
+    for name in ("blocks.1.ffn.0", "head.head", "time_embedding.0", "text_embedding.0"):
+        net.get_submodule(name).register_forward_pre_hook(lambda m, _, name=name: seen.update({name: m.weight.dtype}))
+    inputs, more = batch(world)
+    backward(net, rows, world, objective(net(*inputs, **more)))
+    teacher, frozen = build(world, "bf16", trainable=False)
+    with torch.no_grad():
+        out = objective(teacher(*inputs, **more)).item()
+    return {"compute": seen, "stored": {p.dtype for p, _, _ in rows.values()}, "grads": {p.grad.dtype for p, _, _ in rows.values()},
+            "frozen": {name: p.dtype for name, (p, _, _) in frozen.items()}, "teacher": parallel.mean({"loss": out}, world)["loss"],
+            "trainable": [name for name, p in teacher.named_parameters() if p.requires_grad]}
+
+
+def report(world):
+    """All that the tests want to know of one mesh, from one rank."""
+    net, rows = build(world)
+    inputs, more = batch(world)
+    seen = {"rows": {name: (p, first, shape) for name, (p, first, shape) in rows.items()}, "names": [n for n, _ in net.named_parameters()],
+            "step": backward(net, rows, world, objective(net(*inputs, **more)))}
+    micros = 1 if world.size == 1 else 4 // world.data_size     # alone all four samples at once, elsewhere one by one
+    seen |= {"sparse": trained(world, micros), "dense": trained(world, micros, sparse=False), "bf16": trained(world, micros, "bf16"),
+             "swapped": swapped(world), "interleaved": interleaved(world), "partly_frozen": partly_frozen(world), "dtypes": dtypes(world)}
+    seen["mean"] = parallel.mean({"a": float(world.rank), "b": torch.tensor([world.rank, 1.0])}, world)
+    seen["agree"] = [parallel.agree(True, world), parallel.agree(world.rank != world.size - 1, world), parallel.agree(False, world)]
+    return seen
+
+
+def walk(rank, folder, ports):
+    torch.set_num_threads(1)
+    for mesh, port in zip([ALONE, *MESHES], ports):
+        size, shard, sp = mesh
+        if rank < size:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            torch.save(report(parallel.init("cpu", shard, sp)), folder / f"{size} {shard} {sp} {rank}")
+            parallel.close()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """{mesh: [report of each rank]}"""
+    folder = tmp_path_factory.mktemp("ranks")
+    with ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [ALONE, *MESHES]]
+        ports = [server.getsockname()[1] for server in servers]
+    multiprocessing.spawn(walk, (folder, ports), nprocs=4)
+    return {mesh: [torch.load(folder / f"{mesh[0]} {mesh[1]} {mesh[2]} {rank}", weights_only=False) for rank in range(mesh[0])]
+            for mesh in [ALONE, *MESHES]}
+
+
+def assembled(parts):
+    """Whole tensors from each rank's rows; replicas must agree to the bit."""
+    whole = {}
+    for rows in parts:
+        for name, (tensor, first, shape) in rows.items():
+            if tensor is None:
+                continue
+            whole.setdefault(name, torch.full(shape, torch.nan))
+            old = whole[name][first:first + len(tensor)]
+            assert old.isnan().all() or torch.equal(old, tensor), name
+            old.copy_(tensor)
+    return whole
+
+
+def same_gradient(reports, alone):
+    for seen in reports:
+        assert seen["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+        assert seen["norm"] == pytest.approx(alone["norm"], rel=1e-6)
+    grads = assembled([seen["grads"] for seen in reports])
+    wanted = assembled([alone["grads"]])
+    assert grads.keys() == wanted.keys() and grads
+    for name, g in wanted.items():
+        assert (grads[name] - g).norm() <= 1e-5 * g.norm() + 1e-7 * alone["norm"], name
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_mesh_has_the_loss_the_norm_and_the_gradient_of_one_rank(ran, mesh):
+    alone = ran[ALONE][0]
+    same_gradient([r["step"] for r in ran[mesh]], alone["step"])
+    same_gradient([r["interleaved"] for r in ran[mesh]], alone["interleaved"])
+    same_gradient([r["partly_frozen"] for r in ran[mesh]], alone["partly_frozen"])
+
+
+def test_the_norm_is_that_of_the_whole_gradient(ran):
+    step = ran[ALONE][0]["step"]
+    whole = torch.cat([g.double().flatten() for g, _, _ in step["grads"].values()])
+    assert step["norm"] == pytest.approx(whole.norm().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_training_is_the_same_on_every_mesh_and_in_micro_batches(ran, mesh, kind):
+    for r in ran[mesh]:
+        torch.testing.assert_close(r[kind], ran[ALONE][0][kind], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_all_ranks_hold_the_same_norm_to_the_bit(ran, mesh):
+    for r in ran[mesh]:
+        assert torch.equal(r["sparse"], ran[mesh][0]["sparse"]) and torch.equal(r["bf16"], ran[mesh][0]["bf16"])
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_world_size_takes_the_same_dtypes(ran, mesh):
+    alone = ran[ALONE][0]["dtypes"]
+    half, full = torch.bfloat16, torch.float32
+    assert alone["compute"] == {"blocks.1.ffn.0": half, "head.head": full, "time_embedding.0": full, "text_embedding.0": half}
+    assert alone["stored"] == alone["grads"] == {full}
+    assert {name for name, dtype in alone["frozen"].items() if dtype == full} == \
+           {name for name in alone["frozen"] if name.startswith(("time_", "head."))}
+    assert alone["trainable"] == []
+    for r in ran[mesh]:
+        assert {k: v for k, v in r["dtypes"].items() if k != "teacher"} == {k: v for k, v in alone.items() if k != "teacher"}
+        assert r["dtypes"]["teacher"] == pytest.approx(alone["teacher"], rel=1e-3)
+        torch.testing.assert_close(r["bf16"], ran[ALONE][0]["bf16"], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)
+def test_weights_that_were_swapped_in_and_out_are_what_the_net_computes_with(ran, mesh):
+    first, halved, restored, again = ran[mesh][0]["swapped"].tolist()
+    assert first == pytest.approx(again, rel=1e-6) == restored
+    assert halved != pytest.approx(first, rel=1e-2)
+    torch.testing.assert_close(ran[mesh][0]["swapped"], ran[ALONE][0]["swapped"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_rows_of_all_ranks_make_the_net_under_clean_names(ran, mesh):
+    whole, alone = assembled([r["rows"] for r in ran[mesh]]), assembled([ran[ALONE][0]["rows"]])
+    with torch.device("meta"):
+        names = [name for name, _ in DiT(CONFIG).named_parameters()]
+    assert list(whole) == ran[mesh][0]["names"] == names
+    assert all(torch.equal(whole[name], alone[name]) for name in names)
+    none = [name for r in ran[mesh] for name, (tensor, _, _) in r["rows"].items() if len(tensor) == 0]
+    assert bool(none) == (mesh[1] != 1)     # a rank without rows is part of what is tested
+
+
+@pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)
+def test_means_and_agreement_are_over_all_ranks(ran, mesh):
+    mean = (mesh[0] - 1) / 2
+    for r in ran[mesh]:
+        assert r["mean"]["a"] == mean and r["mean"]["b"].tolist() == [mean, 1.0]
+        assert r["agree"] == [True, False, False]
+
+
+# ---- one process ----------------------------------------------------------------------------------------------------
+
+@contextmanager
+def one_process():
+    yield parallel.init("cpu")
+    parallel.close()
+
+
+def test_five_shapes_compile_to_one_graph_each_for_all_blocks(monkeypatch):
+    plain = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options))
+    counted = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    with one_process() as world:
+        net, _ = build(world, "bf16", compile=True, shapes=5)
+        before = counted["unique_graphs"]
+        for frames in range(1, 6):     # 10 graphs, more than torch's limit of 8
+            inputs = torch.randn(1, 3, frames, 2, 2), torch.rand(1), torch.randn(1, 5, 8)
+            net(*inputs).sum().backward()
+            with torch.no_grad():
+                net(*inputs)
+        assert counted["unique_graphs"] - before == 10
+
+
+def test_one_fp32_process_is_left_unwrapped():
+    with one_process() as world:
+        net, rows = build(world)
+        assert type(net) is DiT and type(net.blocks[0]).__name__ == "Block"
+        assert all(rows[name][0].data_ptr() == p.data_ptr() for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("flag, value", [("shard", 3), ("shard", 0), ("shard", -2), ("sp", 3), ("sp", -1), ("shard", 8)])
+def test_sizes_that_do_not_divide_the_world_are_refused_with_the_choices(monkeypatch, flag, value):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=rf"--{flag}={value} .* 4 processes: choose 1, 2, 4"):
+        parallel.init("cpu", **{flag: value})
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_is_there_and_does_not_work_is_an_error_with_the_reason(monkeypatch, device):
+    def broken():
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+    monkeypatch.setattr(parallel, "nvidia_present", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", broken)
+    with pytest.raises(RuntimeError, match="driver on your system is too old.*--device=cpu"):
+        parallel.pick_device(device)
+    assert parallel.pick_device("cpu").type == "cpu"
+
+
+def test_more_local_ranks_than_gpus_are_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="2 processes on a machine with 1 GPU"):
+        parallel.pick_device("cuda", local_rank=0, local_size=2)
+
+
+def test_heads_that_sp_does_not_divide_are_refused():
+    world = parallel.World(rank=0, size=3, device=torch.device("cpu"), mesh=None, sp=3, ring=None)
+    _, attend, _ = parallel.ulysses(attention, 9, world)
+    with pytest.raises(ValueError, match="4 heads .* --sp=3"):
+        attend(*torch.zeros(3, 1, 3, 4, 8))
