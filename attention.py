@@ -1,11 +1,14 @@
 """Attention behind one door: dense, or sliding-tile over a video's tokens (STA, arXiv 2502.04507). Imports nothing of ours.
 
 A grid of F x H x W tokens is cut into tiles. Per axis of n tiles, a query in tile q sees the w key tiles [s, s + w),
-s = clamp(q - w//2, 0, n - w): every query sees the same number of tiles, at a border the window shifts inward. Queries
+s = clamp(q - w//2, 0, n - w): every query sees the same number of tiles, and at a border the window shifts inward. Queries
 that share s see the very same keys, so a pattern is a list of pairs (box of queries, box of keys), each of them dense.
 
 B batch · L query tokens · S key tokens · N heads · K head width
 """
+from __future__ import annotations  # so that the kernels' types stay unread where there is no triton
+
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -15,27 +18,34 @@ import torch
 from einops import rearrange
 from torch.utils.flop_counter import register_flop_formula
 
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # macOS, Windows: nobody but CUDA asks for it
+    triton = None
 
-# ---- who sees whom ----------------------------------------------------------------------------------------------
+
+# ---- who sees whom ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    grid: tuple           # F, H, W in tokens
-    tile: tuple           # tokens of a whole tile along each axis; the last one may be shorter
-    window: tuple         # tiles seen along each axis, the effective w
-    forward: tuple        # per axis, for every distinct key window: (first query, end), (first key, end), in tokens
-    reverse: tuple        # per axis, for every key tile: (first key, end), (first query, end), in tokens
-    order: torch.Tensor   # (L,) raster index of the i-th token in tile order
+    grid: tuple            # F, H, W in tokens
+    tile: tuple            # tokens of a whole tile along each axis; the last tile may be shorter
+    window: tuple          # tiles seen along each axis: the effective w
+    forward: tuple         # per axis, for each distinct window: (first query, end), (first key, end), in tokens
+    reverse: tuple         # per axis, for each key tile: (first key, end), (first query that sees it, end), in tokens
+    order: torch.Tensor    # (L,) raster index of the i-th token in tile order
     inverse: torch.Tensor  # (L,) place in tile order of the i-th raster token
-    pairs: int            # query-key pairs that see each other; the forward costs 4 B N K pairs FLOPs
-    sparsity: float       # 1 - pairs / L^2
+    pairs: int             # (query, key) that see each other; the forward costs 4 B N K pairs FLOPs
+    sparsity: float        # 1 - pairs / L^2
 
 
 def build_metadata(grid, tile=(4, 4, 8), window=(3, 3, 3), device="cpu"):
     """The pattern of a grid (F, H, W) in tokens, a tile in tokens and a window in tiles; cached by its arguments.
 
-    Even windows count one tile more (STA's rule: k//2 tiles to each side); a window wider than its axis sees all of it.
+    A window of k tiles reaches k//2 to each side (an even k counts as k + 1); wider than its axis, it sees all of it.
     """
     for name, value in (("grid", grid), ("tile", tile), ("window", window)):
         if len(value) != 3 or not all(isinstance(x, int) and x > 0 for x in value):
@@ -48,18 +58,17 @@ def _build(grid, tile, window, device):
     tile = tuple(min(t, size) for t, size in zip(tile, grid))
     window = tuple(min(2 * (k // 2) + 1, -(-size // t)) for k, size, t in zip(window, grid, tile))
     forward, reverse = zip(*(_axis(*axis) for axis in zip(grid, tile, window)))
-
-    with torch.inference_mode(False):  # built while sampling, used while training
+    pairs = prod(sum((q1 - q0) * (k1 - k0) for (q0, q1), (k0, k1) in axis) for axis in forward)
+    with torch.inference_mode(False):  # may be built while sampling and used while training
         raster = torch.arange(prod(grid)).view(grid)
-        tiles = (c for a in raster.split(tile[0], 0) for b in a.split(tile[1], 1) for c in b.split(tile[2], 2))
-        order = torch.cat([tokens.flatten() for tokens in tiles])
-        pairs = prod(sum((q1 - q0) * (k1 - k0) for (q0, q1), (k0, k1) in axis) for axis in forward)
+        order = torch.cat([tokens.flatten() for frames in raster.split(tile[0], 0) for rows in frames.split(tile[1], 1)
+                           for tokens in rows.split(tile[2], 2)])
         return Metadata(grid, tile, window, forward, reverse, order.to(device), order.argsort().to(device),
                         pairs, 1 - pairs / prod(grid)**2)
 
 
 def _axis(size, tile, w):
-    """Forward and reverse neighbourhoods along one axis, in closed form, as spans of tokens."""
+    """One axis of `forward` and of `reverse`, in closed form."""
     n, r = -(-size // tile), w // 2
 
     def span(first, end):
@@ -69,14 +78,14 @@ def _axis(size, tile, w):
     return tuple(forward), tuple(reverse)
 
 
-# ---- the door ---------------------------------------------------------------------------------------------------
+# ---- the door -----------------------------------------------------------------------------------------------------------
 
 
 def attention(q, k, v, metadata=None):
     """softmax(q k^T / sqrt(K)) v for q (B, L, N, K), k and v (B, S, N, K) -> (B, L, N, K).
 
-    With metadata, L = S = F H W tokens in tile order (x[:, metadata.order]), and each query sees its window only.
-    Without, or with a window that covers the grid, dense. Backward once; no forward-mode derivative.
+    With metadata, L = S = F H W tokens in tile order, x[:, metadata.order], and a query sees its window alone. Without it,
+    or with a window that covers the grid, dense. Can be differentiated backward, once.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
@@ -84,13 +93,13 @@ def attention(q, k, v, metadata=None):
     if metadata is None or metadata.sparsity == 0:
         return torch.ops.nanovideo.attend(q, k, v, [], [], [])[0]
     if not q.shape[1] == k.shape[1] == prod(metadata.grid):
-        raise ValueError(f"{q.shape[1]} queries and {k.shape[1]} keys on a grid of {metadata.grid}: "
+        raise ValueError(f"{q.shape[1]} queries and {k.shape[1]} keys for a grid of {metadata.grid}: "
                          f"takes {prod(metadata.grid)} of each")
     return torch.ops.nanovideo.attend(q, k, v, metadata.grid, metadata.tile, metadata.window)[0]
 
 
-# One opaque operator for every backend: torch.compile keeps it whole, selective checkpointing can name it, and its FLOPs
-# are counted by formula. lse (B, N, L) is the natural log of the softmax's denominator.
+# One opaque operator, dense when its lists are empty: torch.compile keeps it whole, selective checkpointing saves what it
+# returns, its FLOPs are counted by formula. lse (B, N, L) is the log of the softmax's denominator.
 
 torch.library.define("nanovideo::attend", "(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] window)"
                      " -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
@@ -98,15 +107,29 @@ torch.library.define("nanovideo::attend_backward", "(Tensor grad, Tensor q, Tens
                      " int[] grid, int[] tile, int[] window) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
 
 
-@torch.library.register_fake("nanovideo::attend")
+@torch.library.impl("nanovideo::attend", ("cpu", "cuda"))
 def _(q, k, v, grid, tile, window):
-    B, L, N, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, N, L), dtype=torch.promote_types(q.dtype, torch.float32))
+    return _backend(q, grid)[0](*map(_dense_rows, (q, k, v)), grid, tile, window)
 
 
-@torch.library.register_fake("nanovideo::attend_backward")
+@torch.library.impl("nanovideo::attend_backward", ("cpu", "cuda"))
 def _(grad, q, k, v, out, lse, grid, tile, window):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _backend(q, grid)[1](*map(_dense_rows, (grad, q, k, v)), out, lse, grid, tile, window)
+
+
+def _backend(q, grid):
+    """The one place that chooses: a forward and its backward."""
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return (_cpu, _cpu_backward) if grid else (_cpu_dense, _cpu_dense_backward)
+    if q.is_cuda and not grid and q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 128:
+        return _cudnn if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else _flash
+    if triton is None:
+        raise RuntimeError(f"attention on {q.device} takes triton: pip install triton")
+    return _triton, _triton_backward
+
+
+def _dense_rows(x):
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _save(ctx, inputs, output):
@@ -125,101 +148,400 @@ def _backward(ctx, grad, _):
 torch.library.register_autograd("nanovideo::attend", _backward, setup_context=_save)
 
 
+@torch.library.register_fake("nanovideo::attend")
+def _(q, k, v, grid, tile, window):
+    return _empty(q)
+
+
+@torch.library.register_fake("nanovideo::attend_backward")
+def _(grad, q, k, v, out, lse, grid, tile, window):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _empty(q):
+    B, L, N, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, N, L), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 @register_flop_formula(torch.ops.nanovideo.attend)
-def _(q, k, v, grid, tile, window, *, out_shape=None, **_):
+def _(q, k, v, grid, tile, window, **_):
     B, L, N, K = q
     return 4 * B * N * K * (build_metadata(grid, tile, window).pairs if grid else L * k[1])
 
 
 @register_flop_formula(torch.ops.nanovideo.attend_backward)
-def _(grad, q, k, v, out, lse, grid, tile, window, *, out_shape=None, **_):
+def _(grad, q, k, v, out, lse, grid, tile, window, **_):
     B, L, N, K = q
     return 10 * B * N * K * (build_metadata(grid, tile, window).pairs if grid else L * k[1])
 
 
-# ---- CPU: one dense call per box -----------------------------------------------------------------------------------
+# ---- dense: PyTorch's own kernels, called below autograd -------------------------------------------------------------------
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-@torch.library.impl("nanovideo::attend", "CPU")
-def _(q, k, v, grid, tile, window):
-    if not grid:
-        out, lse = _flash(*(x.transpose(1, 2) for x in (q, k, v)))
-        return out.transpose(1, 2), lse.contiguous()
-    return _cpu(q, k, v, build_metadata(grid, tile, window))
+aten = torch.ops.aten
+cpu_flash = aten._scaled_dot_product_flash_attention_for_cpu.default
+cpu_flash_backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-@torch.library.impl("nanovideo::attend_backward", "CPU")
-def _(grad, q, k, v, out, lse, grid, tile, window):
-    if not grid:
-        grads = _flash_backward(*(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse, 0.0, False)
-        return tuple(x.transpose(1, 2) for x in grads)
-    return _cpu_backward(grad, q, k, v, out, lse, build_metadata(grid, tile, window))
+def _heads_first(*xs):
+    return [x.transpose(1, 2) for x in xs]
+
+
+def _cpu_dense(q, k, v, *_):
+    out, lse = cpu_flash(*_heads_first(q, k, v))
+    return out.transpose(1, 2), lse.contiguous()
+
+
+def _cpu_dense_backward(grad, q, k, v, out, lse, *_):
+    return _heads_first(*cpu_flash_backward(*_heads_first(grad, q, k, v, out), lse, 0.0, False))
+
+
+def _flash(q, k, v, *_):
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(*_heads_first(q, k, v))
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def _flash_backward(grad, q, k, v, out, lse, *_):
+    seed = torch.empty((), dtype=torch.long, device=q.device)  # of the dropout that there is none of
+    return _heads_first(*aten._scaled_dot_product_flash_attention_backward(
+        *_heads_first(grad, q, k, v, out), lse, None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed))
+
+
+def _cudnn(q, k, v, *_):
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)
+    return out.transpose(1, 2).contiguous(), lse.reshape(lse.shape[:3])
+
+
+def _cudnn_backward(grad, q, k, v, out, lse, *_):
+    seed = torch.empty((), dtype=torch.long, device=q.device)
+    return _heads_first(*aten._scaled_dot_product_cudnn_attention_backward(
+        *_heads_first(grad, q, k, v, out), lse[..., None], seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, False))
+
+
+# ---- CPU: each box of queries is dense over its box of keys ------------------------------------------------------------------
 
 
 def _raster(x, metadata):
-    return x[:, metadata.inverse].unflatten(1, metadata.grid)
+    return x[:, metadata.inverse].unflatten(1, metadata.grid)  # (B, F, H, W, N, ...)
+
+
+def _tiled(x, metadata):
+    return x.flatten(1, 3)[:, metadata.order]
 
 
 def _strips(metadata):
+    """The pairs of boxes, all columns at a time: (frames and rows of queries, frames and rows of keys)."""
     for (q_f, k_f), (q_h, k_h) in product(*metadata.forward[:2]):
         yield (slice(None), slice(*q_f), slice(*q_h)), (slice(None), slice(*k_f), slice(*k_h))
 
 
 def _columns(x):
-    """A strip (B, f, h, W, N, K) with its columns outermost, (B, N, W, f h, K): any range of columns is then one slice."""
-    return rearrange(x, "B f h W N K -> B N W (f h) K").contiguous()
+    """A copy with the columns outermost, so that those which a query sees are one slice."""
+    return rearrange(x, "B f h W N ... -> B N W (f h) ...").contiguous()
 
 
-def _cpu(q, k, v, metadata):
-    """q, k, v (B, L, N, K) in tile order -> out, lse. Keys are copied once per strip, so memory does not grow with L^2."""
+def _uncolumns(x, strip):
+    return rearrange(x, "B N (W f h) ... -> B f h W N ...", f=strip.shape[1], h=strip.shape[2])
+
+
+def _cpu(q, k, v, grid, tile, window):
+    metadata = build_metadata(grid, tile, window)
     q, k, v = (_raster(x, metadata) for x in (q, k, v))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys in _strips(metadata):
-        q_s, k_s, v_s = (_columns(x) for x in (q[queries], k[keys], v[keys]))
-        for (q0, q1), (k0, k1) in metadata.forward[2]:
-            o, l = _flash(q_s[:, :, q0:q1].flatten(2, 3), k_s[:, :, k0:k1].flatten(2, 3), v_s[:, :, k0:k1].flatten(2, 3))
-            f, h = q[queries].shape[1:3]
-            out[queries][:, :, :, q0:q1] = rearrange(o, "B N (w f h) K -> B f h w N K", f=f, h=h)
-            lse[queries][:, :, :, q0:q1] = rearrange(l, "B N (w f h) -> B f h w N", f=f, h=h)
-    return out.flatten(1, 3)[:, metadata.order], rearrange(lse.flatten(1, 3)[:, metadata.order], "B L N -> B N L").contiguous()
+        q_s, k_s, v_s = _columns(q[queries]), _columns(k[keys]), _columns(v[keys])
+        boxes = [cpu_flash(*(x[:, :, slice(*w)].flatten(2, 3) for x, w in ((q_s, q_w), (k_s, k_w), (v_s, k_w))))
+                 for q_w, k_w in metadata.forward[2]]
+        out[queries], lse[queries] = (_uncolumns(torch.cat(x, 2), q[queries]) for x in zip(*boxes))
+    return _tiled(out, metadata), _tiled(lse, metadata).transpose(1, 2).contiguous()
 
 
-def _cpu_backward(grad, q, k, v, out, lse, metadata):
-    grad, q, k, v, out = (_raster(x, metadata) for x in (grad, q, k, v, out))
-    lse = _raster(rearrange(lse, "B N L -> B L N"), metadata)
+def _cpu_backward(grad, q, k, v, out, lse, grid, tile, window):
+    metadata = build_metadata(grid, tile, window)
+    grad, q, k, v, out, lse = (_raster(x, metadata) for x in (grad, q, k, v, out, lse.transpose(1, 2)))
     dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
     for queries, keys in _strips(metadata):
-        grad_s, q_s, out_s, k_s, v_s = (_columns(x) for x in (grad[queries], q[queries], out[queries], k[keys], v[keys]))
-        lse_s = rearrange(lse[queries], "B f h W N -> B N W (f h)").contiguous()
-        dk_s, dv_s = (torch.zeros_like(x, dtype=lse.dtype) for x in (k_s, v_s))
-        f, h = q[queries].shape[1:3]
-        for (q0, q1), (k0, k1) in metadata.forward[2]:
-            box = [x[:, :, a:b].flatten(2, 3) for x, a, b in ((grad_s, q0, q1), (q_s, q0, q1), (k_s, k0, k1), (v_s, k0, k1),
-                                                             (out_s, q0, q1), (lse_s, q0, q1))]
-            a, b, c = _flash_backward(*box, 0.0, False)
-            dq[queries][:, :, :, q0:q1] = rearrange(a, "B N (w f h) K -> B f h w N K", f=f, h=h)
-            dk_s[:, :, k0:k1] += b.unflatten(2, (k1 - k0, -1))
-            dv_s[:, :, k0:k1] += c.unflatten(2, (k1 - k0, -1))
-        f, h = k[keys].shape[1:3]
-        dk[keys] += rearrange(dk_s, "B N W (f h) K -> B f h W N K", f=f, h=h)
-        dv[keys] += rearrange(dv_s, "B N W (f h) K -> B f h W N K", f=f, h=h)
-    return tuple(x.flatten(1, 3)[:, metadata.order].to(q.dtype) for x in (dq, dk, dv))
+        own = [_columns(x[queries]) for x in (grad, q, out, lse)]
+        k_s, v_s = _columns(k[keys]), _columns(v[keys])
+        dq_s, dk_s, dv_s = [], *(torch.zeros_like(x, dtype=lse.dtype) for x in (k_s, v_s))
+        for q_w, k_w in metadata.forward[2]:
+            grad_b, q_b, out_b, lse_b = (x[:, :, slice(*q_w)].flatten(2, 3) for x in own)
+            k_b, v_b = (x[:, :, slice(*k_w)].flatten(2, 3) for x in (k_s, v_s))
+            a, b, c = cpu_flash_backward(grad_b, q_b, k_b, v_b, out_b, lse_b, 0.0, False)
+            dq_s.append(a)
+            for total, part in ((dk_s, b), (dv_s, c)):
+                total[:, :, slice(*k_w)] += part.unflatten(2, (k_w[1] - k_w[0], -1))
+        dq[queries] = _uncolumns(torch.cat(dq_s, 2), q[queries])
+        for total, part in ((dk, dk_s), (dv, dv_s)):
+            total[keys] += _uncolumns(part.flatten(2, 3), k[keys])
+    return tuple(_tiled(x, metadata).to(q.dtype) for x in (dq, dk, dv))
 
 
-# ---- the slow and obvious way ----------------------------------------------------------------------------------------
+# ---- Triton: a program takes ROWS tokens of one box and walks through the other box, STEP tokens at a time --------------
+#
+# In tile order, the columns of a box that share a tile row lie one after the other: a run. The walk goes from run to run, so
+# each address is arithmetic on three counters, no index is loaded on the way, and only a run's last block can need a mask.
+
+jit = triton.jit if triton else lambda kernel: kernel
+
+
+@jit
+def _rows(job, size, tile, ROWS: tl.constexpr):
+    """Places in tile order of the job's ROWS tokens, counted in raster order within their box, and which of them exist."""
+    # volatile: when asked again after the walk they are computed again, not kept in registers all the way
+    f0, f1, h0 = tl.load(job, volatile=True), tl.load(job + 1, volatile=True), tl.load(job + 2, volatile=True)
+    h1, w0, w1 = tl.load(job + 3, volatile=True), tl.load(job + 4, volatile=True), tl.load(job + 5, volatile=True)
+    i = tl.load(job + 6, volatile=True) + tl.arange(0, ROWS)
+    f, h, w = f0 + i // ((h1 - h0) * (w1 - w0)), h0 + i // (w1 - w0) % (h1 - h0), w0 + i % (w1 - w0)
+    tf, th, tw = f // tile[0] * tile[0], h // tile[1] * tile[1], w // tile[2] * tile[2]  # where the token's tile begins
+    a, b, c = tl.minimum(tile[0], size[0] - tf), tl.minimum(tile[1], size[1] - th), tl.minimum(tile[2], size[2] - tw)
+    place = tf * size[1] * size[2] + a * (th * size[2] + b * tw) + ((f - tf) * b + h - th) * c + w - tw
+    return tl.where(f < f1, place, 0), f < f1
+
+
+@jit
+def _at(b, row, n, stride, BK: tl.constexpr):
+    return (b.to(tl.int64) * stride[0] + row.to(tl.int64) * stride[1] + n * stride[2])[:, None] + tl.arange(0, BK)[None, :]
+
+
+@jit
+def _start(job):
+    """The walk's first frame, its rows h0 h1, its columns w0 w1 and its number of blocks."""
+    return (tl.load(job + 7), tl.load(job + 8), tl.load(job + 9), tl.load(job + 10), tl.load(job + 11), tl.load(job + 12))
+
+
+@jit
+def _run(f, h, w0, w1, size, step):
+    """The first token and the length of the run at frame f, row h."""
+    a, b = tl.minimum(step[0], size[0] - f), tl.minimum(step[1], size[1] - h)
+    return f * size[1] * size[2] + a * (h * size[2] + b * w0), a * b * (w1 - w0)
+
+
+@jit
+def _next(f, h, i, left, h0, h1, step, STEP: tl.constexpr):
+    """On by one block: to the next one of the run, else to the next row's run, else to the next frame's."""
+    h = tl.where(left <= STEP, h + step[1], h)
+    i = tl.where(left <= STEP, 0, i + STEP)
+    f = tl.where(h >= h1, f + step[0], f)
+    return f, tl.where(h >= h1, h0, h), i
+
+
+@jit
+def _block(X, b, row, n, left, stride, STEP: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, RAGGED: tl.constexpr,
+           TMA: tl.constexpr):
+    """STEP tokens from `row` on, (STEP, BK); of the last STEP - left the caller must make nothing."""
+    if TMA:
+        return X.load([b, row, n, 0]).reshape(STEP, BK)
+    else:
+        i, c = tl.arange(0, STEP)[:, None], tl.arange(0, BK)[None, :]
+        x = X + (b.to(tl.int64) * stride[0] + row.to(tl.int64) * stride[1] + n * stride[2]) + (i * stride[1] + c)
+        if RAGGED or WIDTH < BK:
+            return tl.load(x, mask=(i < left) & (c < WIDTH), other=0.0)
+        else:
+            return tl.load(x)
+
+
+@jit
+def _forward_kernel(Q, K, V, Out, Lse, jobs, q_stride, k_stride, v_stride, out_stride, L, N, size, tile, step, scale,
+                    WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr,
+                    TMA: tl.constexpr):
+    job, b, n = jobs + tl.program_id(0) * 13, tl.program_id(1) // N, tl.program_id(1) % N
+    row, exists = _rows(job, size, tile, ROWS)
+    keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
+    q = tl.load(Q + _at(b, row, n, q_stride, BK), mask=keep, other=0.0)
+
+    m = tl.full((ROWS,), -1e30, tl.float32)  # finite, so that a block without any key changes nothing
+    l = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BK), tl.float32)
+    f, h0, h1, w0, w1, blocks = _start(job)
+    h, i = h0, 0
+    for _ in range(blocks):
+        start, length = _run(f, h, w0, w1, size, step)
+        k = _block(K, b, start + i, n, length - i, k_stride, STEP, WIDTH, BK, RAGGED, TMA)
+        s = tl.dot(q, k.T, input_precision="ieee")
+        if RAGGED:
+            if length - i < STEP:
+                s = tl.where((tl.arange(0, STEP) < length - i)[None, :], s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)
+        v = _block(V, b, start + i, n, length - i, v_stride, STEP, WIDTH, BK, RAGGED, TMA)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+        f, h, i = _next(f, h, i, length - i, h0, h1, step, STEP)
+
+    tl.store(Out + _at(b, row, n, out_stride, BK), (acc / l[:, None]).to(Out.dtype.element_ty), mask=keep)
+    tl.store(Lse + tl.program_id(1) * L + row, (m + tl.log2(l)) * 0.6931471805599453, mask=exists)
+
+
+@jit
+def _query_kernel(Q, K, V, Out, Lse, Grad, Stats, DQ, jobs, q_stride, k_stride, v_stride, out_stride, grad_stride, dq_stride,
+                  L, N, size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+                  RAGGED: tl.constexpr, TMA: tl.constexpr):
+    """dQ, and for the other kernel each query's log-sum-exp, to base 2, and its sum of out * grad."""
+    job, b, n = jobs + tl.program_id(0) * 13, tl.program_id(1) // N, tl.program_id(1) % N
+    row, exists = _rows(job, size, tile, ROWS)
+    keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
+    q = tl.load(Q + _at(b, row, n, q_stride, BK), mask=keep, other=0.0)
+    grad = tl.load(Grad + _at(b, row, n, grad_stride, BK), mask=keep, other=0.0)
+    out = tl.load(Out + _at(b, row, n, out_stride, BK), mask=keep, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    stat = tl.program_id(1) * L + row
+    lse = tl.load(Lse + stat, mask=exists, other=0.0) * 1.4426950408889634
+    tl.store(Stats + stat, lse, mask=exists)
+    tl.store(Stats + tl.num_programs(1) * L + stat, delta, mask=exists)
+
+    dq = tl.zeros((ROWS, BK), tl.float32)
+    f, h0, h1, w0, w1, blocks = _start(job)
+    h, i = h0, 0
+    for _ in range(blocks):
+        start, length = _run(f, h, w0, w1, size, step)
+        k = _block(K, b, start + i, n, length - i, k_stride, STEP, WIDTH, BK, RAGGED, TMA)
+        v = _block(V, b, start + i, n, length - i, v_stride, STEP, WIDTH, BK, RAGGED, TMA)
+        p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * scale - lse[:, None])
+        if RAGGED:
+            if length - i < STEP:
+                p = tl.where((tl.arange(0, STEP) < length - i)[None, :], p, 0.0)
+        ds = p * (tl.dot(grad, v.T, input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        f, h, i = _next(f, h, i, length - i, h0, h1, step, STEP)
+
+    tl.store(DQ + _at(b, row, n, dq_stride, BK), (dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=keep)
+
+
+@jit
+def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride, grad_stride, dk_stride, dv_stride, L, N,
+                size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+                RAGGED: tl.constexpr, TMA: tl.constexpr):
+    """dK and dV of ROWS keys, from the box of queries that see them; all products are transposed, keys x queries."""
+    job, b, n = jobs + tl.program_id(0) * 13, tl.program_id(1) // N, tl.program_id(1) % N
+    row, exists = _rows(job, size, tile, ROWS)
+    keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
+    k = tl.load(K + _at(b, row, n, k_stride, BK), mask=keep, other=0.0)
+    v = tl.load(V + _at(b, row, n, v_stride, BK), mask=keep, other=0.0)
+
+    dk = tl.zeros((ROWS, BK), tl.float32)
+    dv = tl.zeros((ROWS, BK), tl.float32)
+    f, h0, h1, w0, w1, blocks = _start(job)
+    h, i = h0, 0
+    for _ in range(blocks):
+        start, length = _run(f, h, w0, w1, size, step)
+        q = _block(Q, b, start + i, n, length - i, q_stride, STEP, WIDTH, BK, RAGGED, TMA)
+        grad = _block(Grad, b, start + i, n, length - i, grad_stride, STEP, WIDTH, BK, RAGGED, TMA)
+        stat = Stats + tl.program_id(1) * L + start + i + tl.arange(0, STEP)
+        if RAGGED:  # p = 2^(s - inf) = 0 for a query that is none
+            lse = tl.load(stat, mask=tl.arange(0, STEP) < length - i, other=float("inf"))
+            delta = tl.load(stat + tl.num_programs(1) * L, mask=tl.arange(0, STEP) < length - i, other=0.0)
+        else:
+            lse = tl.load(stat)
+            delta = tl.load(stat + tl.num_programs(1) * L)
+        p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, grad.T, input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        f, h, i = _next(f, h, i, length - i, h0, h1, step, STEP)
+
+    row, exists = _rows(job, size, tile, ROWS)
+    keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
+    tl.store(DK + _at(b, row, n, dk_stride, BK), (dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=keep)
+    tl.store(DV + _at(b, row, n, dv_stride, BK), dv.to(DV.dtype.element_ty), mask=keep)
+
+# A program's (ROWS, STEP, warps, stages) in the forward, dQ and dK/dV kernels, by a GPU's shared memory in KB and the padded
+# head width: 227 is sm_90 and sm_100, where blocks come by TMA; 163 is sm_80; 99 is sm_86, sm_89 and sm_120.
+HALF = {(227, 64): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        (227, 128): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
+        (163, 64): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (163, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+        (99, 64): ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (99, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2))}
+FULL = {64: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))}
+
+
+def _settings(*xs):
+    """Whether blocks come by TMA, and the three kernels' settings."""
+    x, width = xs[0], 64 if xs[0].shape[3] <= 64 else 128
+    if x.shape[3] > 128 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"heads of {x.shape[3]} in {x.dtype} on {x.device}: takes up to 128, float16, bfloat16 or float32")
+    if x.dtype == torch.float32:
+        return False, FULL[width]
+    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin // 1024
+    tma = shared >= 227 and all(x.data_ptr() % 16 == 0 and all(s % 8 == 0 < s for s in x.stride()[:3]) for x in xs)
+    return tma, HALF[227 if tma else 163 if shared >= 163 else 99, width]
+
+
+@lru_cache(maxsize=None)
+def _walks(grid, tile, window, lengths, reverse, rows, block, device):
+    """A kernel's jobs [(ragged, (jobs, 13) int32)], and the frames and rows that a run spans.
+
+    Walks whose runs are made of whole blocks go apart, free of masks. Longest first: in reverse they differ by up to 10 x.
+    """
+    if grid:
+        metadata = build_metadata(grid, tile, window, device)
+        axes = metadata.reverse if reverse else metadata.forward
+        whole = [len(axis) == 1 for axis in metadata.forward]  # a window over whole axes joins their runs
+        step = grid[0] if whole[1] and whole[2] else metadata.tile[0], grid[1] if whole[2] else metadata.tile[1]
+    else:
+        own, other = reversed(lengths) if reverse else lengths
+        axes, step = ((((0, 1), (0, 1)),), (((0, 1), (0, 1)),), (((0, own), (0, other)),)), (1, 1)
+
+    jobs = {False: [], True: []}
+    for (own_f, f), (own_h, h), (own_w, w) in product(*axes):
+        runs = [(min(a + step[0], f[1]) - a) * (min(b + step[1], h[1]) - b) * (w[1] - w[0])
+                for a in range(*f, step[0]) for b in range(*h, step[1])]
+        size = prod(end - first for first, end in (own_f, own_h, own_w))
+        walk = f[0], *h, *w, sum(-(-run // block) for run in runs)
+        jobs[any(run % block for run in runs)] += [(*own_f, *own_h, *own_w, i, *walk) for i in range(0, size, rows)]
+    return [(ragged, torch.tensor(sorted(table, key=lambda job: -job[-1]), dtype=torch.int32, device=device))
+            for ragged, table in jobs.items() if table], step
+
+
+def _launch(kernel, setting, tma, pattern, lengths, walked, **tensors):
+    """Runs a kernel over all jobs, heads and samples; of the tensors, those walked through become descriptors for TMA."""
+    rows, block, warps, stages = setting
+    grid, tile, window = map(tuple, pattern)
+    q = tensors["Q"]
+    B, _, N, K = q.shape
+    BK = max(16, triton.next_power_of_2(K))
+    strides = {f"{name.lower()}_stride": x.stride()[:3] for name, x in tensors.items() if x.ndim == 4}
+    if tma:
+        tensors |= {name: TensorDescriptor.from_tensor(tensors[name], [1, block, 1, BK]) for name in walked}
+    walks, step = _walks(grid, tile, window, lengths, kernel is _key_kernel, rows, block, q.device)
+    # dense is one row of tiles of one token
+    shape = dict(size=grid or (1, 1, max(lengths)), tile=tile or (1, 1, 1), step=step, L=lengths[0], N=N)
+    with torch.cuda.device_of(q):
+        for ragged, jobs in walks:
+            kernel[len(jobs), B * N](**tensors, **strides, **shape, jobs=jobs, scale=K**-0.5 * 1.4426950408889634, WIDTH=K,
+                                     BK=BK, ROWS=rows, STEP=block, RAGGED=ragged, TMA=tma, num_warps=warps, num_stages=stages)
+
+
+def _triton(q, k, v, *pattern):
+    tma, (setting, _, _) = _settings(q, k, v)
+    out, lse = _empty(q)
+    _launch(_forward_kernel, setting, tma, pattern, (q.shape[1], k.shape[1]), ("K", "V"), Q=q, K=k, V=v, Out=out, Lse=lse)
+    return out, lse
+
+
+def _triton_backward(grad, q, k, v, out, lse, *pattern):
+    tma, (_, query, key) = _settings(q, k, v, grad)
+    lengths = q.shape[1], k.shape[1]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    stats = lse.new_empty((2, *lse.shape))
+    _launch(_query_kernel, query, tma, pattern, lengths, ("K", "V"),
+            Q=q, K=k, V=v, Out=out, Lse=lse, Grad=grad, Stats=stats, DQ=dq)
+    _launch(_key_kernel, key, tma, pattern, lengths, ("Q", "Grad"), Q=q, K=k, V=v, Grad=grad, Stats=stats, DK=dk, DV=dv)
+    return dq, dk, dv
+
+
+# ---- the slow and obvious way ---------------------------------------------------------------------------------------------
 
 
 def reference(q, k, v, metadata):
-    """What `attention` computes, with a dense mask written from the definition; any float dtype, L^2 memory."""
+    """What `attention` computes, by a dense mask written from the definition above; any float dtype, L^2 memory."""
     see = torch.ones(1, 1, dtype=torch.bool)
     for size, tile, w in zip(metadata.grid, metadata.tile, metadata.window):
         n, at = -(-size // tile), torch.arange(size) // tile
-        first = (at - w // 2).clamp(0, n - w)
-        axis = (first[:, None] <= at) & (at < first[:, None] + w)
-        see = torch.kron(see, axis)  # raster order: the last axis is the fastest
+        first = (at - w // 2).clamp(0, n - w)[:, None]
+        see = torch.kron(see, (first <= at) & (at < first + w))  # raster order: the last axis is the fastest
     see = see.to(q.device)[metadata.order][:, metadata.order]
     scores = torch.einsum("blnk,bsnk->bnls", q, k) / q.shape[-1]**0.5
     return torch.einsum("bnls,bsnk->blnk", scores.masked_fill(~see, -torch.inf).softmax(-1), v)
