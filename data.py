@@ -1,18 +1,18 @@
 """Random numbers and training data, both as pure functions. Imports nothing of ours.
 
-Every random number of a run is a function of (seed, purpose, step, slot), slot being the sample's index in the global
-batch, and so is the order of the data. A run thus has no loader or generator state to save: a resumed run, or one on
-another number of ranks, trains on the identical stream of samples, noise and times.
+Every random number of a run is a function of (seed, purpose, step, slot), slot being a sample's index in the global
+batch, and the order of the data is one of (seed, step). So a run has no loader and no generator to save: resumed, or on
+another number of ranks, it meets the identical samples, noise and times.
 
-A dataset is a folder of raw latents and text embeddings, written by `Writer` and read by `Latents`:
+A dataset is a folder of raw numbers that `Writer` writes and `Latents` reads:
 
-    manifest.json            what the latents are (codec, mean, std, dtype, fps), shape and files of each bucket, checksums
-    16x21x60x104.0.bin       latents of one shape as rank 0 wrote them, not normalised, sample i at i x stride (4 KiB-aligned)
-    text.0.bin               text embeddings, one row per token, no padding; text.null.bin: those of no text at all
-    text_off.npy             int64 (N, 3): first text row and number of rows of each sample, byte of its line in captions.jsonl
-    crc.npy                  uint32 (N, 2): CRC32 of each sample's latent and text, checked when it is first read
+    manifest.json            codec, mean and std, dtype, fps; shape, count and files of each bucket; sizes and checksums
+    16x21x60x104.0.bin       latents of one shape by rank 0, not normalised, each on pages of its own
+    text.0.bin               text embeddings by rank 0, a row per token, no padding; text.null.bin: those of no prompt
+    text_off.npy             int64 (N, 3): a sample's first text row, how many, and the byte where its caption begins
+    crc.npy                  uint32 (N, 2): CRC32 of a sample's latent and text, checked when they are first read
     captions.jsonl           id, caption and source of each sample
-    journal.0.jsonl          what rank 0 has stored so far; an interrupted writer goes on from here
+    journal.0.jsonl          what rank 0 has stored, from where an interrupted Writer goes on; spec.json: its settings
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
@@ -25,10 +25,11 @@ import warnings
 import weakref
 import zlib
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
+from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -46,8 +47,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Appended to, never reordered: the position is part of the key.
 PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop", "val", "sample",
-            "student_prompt", "student_z", "student_renoise", "student_score_t_perm", "student_score_t", "student_score_noise",
-            "critic_prompt", "critic_z", "critic_renoise", "critic_score_t_perm", "critic_score_t", "critic_score_noise")
+            "student_prompt", "student_z", "student_renoise",
+            "student_score_t_perm", "student_score_t", "student_score_noise",
+            "critic_prompt", "critic_z", "critic_renoise",
+            "critic_score_t_perm", "critic_score_t", "critic_score_noise")
 
 
 def stream(seed, purpose, step, slot=0):
@@ -118,7 +121,7 @@ class Order:
 class Micro(NamedTuple):
     """What one rank forwards at once."""
     x0: torch.Tensor    # (B, C, F, H, W) fp32, normalised
-    text: torch.Tensor  # (B, S, E) fp32, padded with zeros
+    text: torch.Tensor  # (B, S, E) fp32, zeros after the last token
     null: torch.Tensor  # (S, E) fp32, the text of dropout and guidance
     drop: torch.Tensor  # (B,) fp32 in [0, 1): the text is dropped where it is < p
     u: torch.Tensor     # (B,) fp32 in [0, 1), stratified over the global batch
@@ -130,8 +133,8 @@ class Micro(NamedTuple):
 class Latents:
     """A dataset in training order: `at(step)` gives this rank's micro-batches, while a thread prepares the next step's.
 
-    batch: samples per update over all ranks; micro_batch: samples per forward, None = a rank's whole share; rank, world:
-    among data ranks; val: how many samples to hold out of training; pin: batches go to page-locked memory, for a GPU.
+    batch: samples per update, over all ranks; micro_batch: samples per forward, None = a rank's whole share; rank and
+    world: among data ranks; val: samples to hold out of training; pin: batches go to page-locked memory, for a GPU.
     Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
     """
 
@@ -145,48 +148,50 @@ class Latents:
         self.manifest = read_manifest(path)
         buckets, text, dtype = self.manifest["buckets"], self.manifest["text"], DTYPES[self.manifest["dtype"]]
         self.shapes = [tuple(bucket["shape"]) for bucket in buckets]
-        self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()  # ids go through bucket after bucket
+        self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()      # ids: bucket after bucket
         self.count = self.first[-1]
         self.latents = [Rows(path, b["files"], stride(b["shape"], dtype) // dtype.itemsize, dtype) for b in buckets]
         self.tokens = Rows(path, text["files"], text["width"], dtype)
-        self.text_off = np.load(self.path / "text_off.npy", mmap_mode="r")
-        self.crc = np.load(self.path / "crc.npy", mmap_mode="r")
+        self.text_off, self.crc = (np.load(self.path / name, mmap_mode="r") for name in ("text_off.npy", "crc.npy"))
         self.checked = np.zeros((self.count, 2), bool)
         self.mean, self.std = (torch.tensor(self.manifest[key] or []).view(-1, 1, 1, 1) for key in ("mean", "std"))
 
-        # Held out without regard to the seed, so that the validation losses of two seeds compare.
+        # The same samples for every seed, so that the validation losses of two seeds compare.
         self.held_out = stream(0, "held_out", 0).permutation(self.count)[:min(val, self.count // 20)].tolist()
         self.train = np.delete(np.arange(self.count), self.held_out)
         bounds = np.searchsorted(self.train, self.first)
         self.buckets = [self.train[a:b] for a, b in zip(bounds, bounds[1:])]
         self.order = Order(seed, [len(ids) for ids in self.buckets], batch)
 
-        # One torch thread in each: they would otherwise raise teams of their own against the training's.
-        self.pool = ThreadPoolExecutor(min(4, os.cpu_count()), initializer=torch.set_num_threads, initargs=(1,))
+        # One torch thread in each worker: a team of each one's own would fight the training for its cores.
+        self.workers = ThreadPoolExecutor(min(4, os.cpu_count()), initializer=torch.set_num_threads, initargs=(1,))
         self.loader, self.ahead = ThreadPoolExecutor(1), {}
-        self.free = defaultdict(list)
+        self.pages = defaultdict(list)
         self.null = self.pad([self.tokens(*text["null"])])[0]
 
     def at(self, step):
-        """This rank's micro-batches of a step -> [Micro]. A pure function of the step."""
-        now = self.ahead.get(step) or self.loader.submit(self.read, step)
-        micros = now.result()
+        """This rank's part of a step -> [Micro], a pure function of the step."""
+        micros = (self.ahead.get(step) or self.loader.submit(self.read, step)).result()
         self.ahead = {step + 1: self.loader.submit(self.read, step + 1)}
         return micros
 
     def read(self, step):
         bucket, ids = self.batch_ids(step)
+        if not self.manifest["buckets"][bucket]["files"]:
+            raise ValueError(f"{self.path} holds prompts without latents: one can distil from it, not train on it")
         self.will_need([ids[slot] for slots in self.slots for slot in slots])
         u = stratified(self.seed, "t_perm", "t", step, self.batch)
         return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots]) for slots in self.slots]
 
     def micro(self, step, ids, slots, u):
+        def noise(out, slot):
+            stream(self.seed, "noise", step, slot).standard_normal(dtype=np.float32, out=out)
+
         x0, text = self.sample(ids)
-        drop = torch.tensor([stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots])
         e = self.empty(x0.shape)
-        self.each(lambda out, slot: stream(self.seed, "noise", step, slot).standard_normal(dtype=np.float32, out=out),
-                  e.numpy(), slots)
-        return Micro(x0, text, self.null, drop, u, e, ids, slots)
+        self.each(noise, e.numpy(), slots)
+        drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
+        return Micro(x0, text, self.null, torch.tensor(drop), u, e, ids, slots)
 
     def batch_ids(self, step):
         """The global batch of a step -> (bucket, [id])."""
@@ -197,28 +202,29 @@ class Latents:
         """How many times the training samples have been gone through before this step."""
         return step * self.batch / len(self.train)
 
+    def shape_of(self, id):
+        """(C, F, H, W) of a sample's latent."""
+        return self.shapes[bisect_right(self.first, id) - 1]
+
+    def caption(self, id):
+        """The sample's caption."""
+        with open(self.path / "captions.jsonl", "rb") as lines:
+            lines.seek(self.text_off[id, 2])
+            return json.loads(lines.readline())["caption"]
+
     def sample(self, ids):
         """Samples of one bucket -> x0 (B, C, F, H, W) fp32 normalised, text (B, S, E) fp32."""
         bucket = bisect_right(self.first, ids[0]) - 1
         rows, first, shape = self.latents[bucket], self.first[bucket], self.shapes[bucket]
-        if not self.manifest["buckets"][bucket]["files"]:
-            raise ValueError(f"{self.path} holds prompts without latents: one can distil from it, not train on it")
-        x0 = self.empty((len(ids), *shape))
 
         def fill(x, id):
             z = rows(id - first)[0, :x.numel()].view(shape)
             self.check(id, 0, z, rows.name(id - first))
             x.copy_(z).sub_(self.mean).div_(self.std)
 
+        x0 = self.empty((len(ids), *shape))
         self.each(fill, x0, ids)
         return x0, self.text(ids)
-
-    def will_need(self, ids):
-        """Has the system fetch samples from disk all at once, while the first of them is being read."""
-        for id in ids:
-            bucket = bisect_right(self.first, id) - 1
-            self.latents[bucket].will_need(id - self.first[bucket])
-            self.tokens.will_need(*self.text_off[id, :2].tolist())
 
     def text(self, ids):
         """Text of samples of any bucket -> (B, S, E) fp32."""
@@ -231,49 +237,49 @@ class Latents:
 
     def prompts(self, step, purpose, slots):
         """Text of training samples drawn at random for these slots -> (B, S, E) fp32."""
-        return self.text([self.train[stream(self.seed, purpose, step, slot).integers(len(self.train))] for slot in slots])
-
-    def shape_of(self, id):
-        """(C, F, H, W) of a sample's latent."""
-        return self.shapes[bisect_right(self.first, id) - 1]
-
-    def caption(self, id):
-        """The sample's caption."""
-        with open(self.path / "captions.jsonl", "rb") as lines:
-            lines.seek(self.text_off[id, 2])
-            return json.loads(lines.readline())["caption"]
+        drawn = [stream(self.seed, purpose, step, slot).integers(len(self.train)) for slot in slots]
+        return self.text(self.train[drawn])
 
     def pad(self, rows):
-        """[(S_i, E)] -> (B, S, E) fp32 followed by zeros, which Wan attends to: they are part of the input."""
-        text = self.empty((len(rows), self.manifest["text"]["length"], self.manifest["text"]["width"]))
-
+        """[(S_i, E)] -> (B, S, E) fp32, zeros after S_i: Wan attends to them, so they are part of its input."""
         def fill(padded, row):
             padded[:len(row)].copy_(row)
             padded[len(row):].zero_()
 
+        text = self.empty((len(rows), self.manifest["text"]["length"], self.manifest["text"]["width"]))
         self.each(fill, text, rows)
         return text
 
-    def check(self, id, what, tensor, file):
-        """Compares a sample's latent (what=0) or text (1) with its checksum, the first time it is read."""
-        if not self.checked[id, what]:
-            if crc32(tensor) != self.crc[id, what]:
+    def check(self, id, part, stored, file):
+        """Compares a sample's latent (part 0) or text (1) with its checksum, the first time it is read."""
+        if not self.checked[id, part]:
+            if zlib.crc32(raw(stored)) != self.crc[id, part]:
                 raise ValueError(f"{self.path / file}: sample {id} is not what was written (its checksum differs). "
                                  f"Copy the file again, or delete {self.path} and run the same prepare.py command")
-            self.checked[id, what] = True
+            self.checked[id, part] = True
+
+    def will_need(self, ids):
+        """Has the system fetch all these samples from disk while the first of them is read."""
+        for id in ids:
+            bucket = bisect_right(self.first, id) - 1
+            self.latents[bucket].will_need(id - self.first[bucket])
+            self.tokens.will_need(*self.text_off[id, :2].tolist())
 
     def each(self, function, *lists):
-        """Calls the function on each tuple of the lists, in parallel; its errors surface here."""
-        list(self.pool.map(function, *lists))
+        """Calls function on the first of each list, the second and so on, at the same time; errors surface here."""
+        list(self.workers.map(function, *lists))
 
     def empty(self, shape):
-        """An fp32 tensor, where possible in pages that a former batch has let go of: new ones cost more than the reading."""
+        """An fp32 tensor, if possible on pages that an earlier batch has let go of: new ones cost more than reading."""
         if self.pin:
-            return torch.empty(shape, pin_memory=True)      # torch recycles page-locked memory by itself
-        size = math.prod(shape)
-        pages = self.free[size].pop() if self.free[size] else np.empty(size, np.float32)
+            return torch.empty(shape, pin_memory=True)      # torch keeps page-locked memory by itself
+        free = self.pages[math.prod(shape)]
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = np.empty(shape, np.float32).ravel()
         view = pages[:]                                     # lives as long as any tensor on it
-        weakref.finalize(view, self.free[size].append, pages).atexit = False
+        weakref.finalize(view, free.append, pages).atexit = False
         return torch.from_numpy(view).view(shape)
 
 
@@ -286,7 +292,7 @@ class Rows:
         self.row_bytes, self.maps, self.tensors = width * dtype.itemsize, [], []
         for name in self.files:
             with open(Path(path) / name, "rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")             # torch has no read-only tensors and says so; nothing writes here
+                warnings.simplefilter("ignore")             # torch has no read-only tensors: nothing here writes
                 self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 self.tensors.append(torch.frombuffer(self.maps[-1], dtype=dtype).view(-1, width))
 
@@ -306,56 +312,54 @@ class Rows:
 
 
 def stride(shape, dtype):
-    """Bytes from one sample to the next: whole pages, so that a sample can be read without touching another's."""
+    """Bytes from one latent to the next: whole pages, so that reading one touches no other."""
     return -(-math.prod(shape) * dtype.itemsize // PAGE) * PAGE
 
 
-def crc32(tensor):
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+def raw(tensor):
+    """The bytes of a tensor."""
+    return tensor.contiguous().view(torch.uint8).numpy()
 
 
 def check_batch(batch, micro_batch, world):
-    """A global batch that world x micro_batch does not divide is refused, naming choices that work."""
+    """A batch that world x micro_batch does not divide is refused, naming those that work."""
     unit = world * micro_batch
     if batch < 1 or batch % unit:
-        share, rest = divmod(batch, world)
-        micro = [] if rest else [f"--micro_batch={n}" for n in range(1, share + 1) if share % n == 0]
-        below = batch // unit * unit
-        whole = [f"--batch={n}" for n in (below, below + unit) if n > 0]
+        micro = [f"--micro_batch={n}" for n in range(1, batch + 1) if batch % (world * n) == 0]
+        whole = [f"--batch={n}" for n in (batch // unit * unit, batch // unit * unit + unit) if n > 0]
         raise ValueError(f"--batch={batch} does not divide into micro-batches of {micro_batch} on {world} data ranks; "
                          f"these do: {', '.join(micro + whole)}")
 
 
 def read_manifest(path):
-    """The manifest of a dataset whose files are all there, of the sizes and checksums that it gives."""
-    path = Path(path)
-    if not (path / "manifest.json").exists():
+    """The manifest of a dataset, its own checksum and all its files' sizes and checksums compared."""
+    path, file = Path(path), Path(path) / "manifest.json"
+    if not file.exists():
         if list(path.glob("journal.*.jsonl")):
-            raise FileNotFoundError(f"the dataset in {path} is unfinished: run the same prepare.py command again, it goes on")
-        raise FileNotFoundError(f"no dataset in {path}. `python prepare.py --out={path}` writes one of moving shapes, "
+            raise FileNotFoundError(f"the dataset in {path} is unfinished: the same prepare.py command goes on with it")
+        raise FileNotFoundError(f"no dataset in {path}: `python prepare.py --out={path}` writes one of moving shapes, "
                                 f"`python prepare.py --videos=DIR --out={path}` one of your clips")
     again = f"Copy {path} again, or run the same prepare.py command again"
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path / 'manifest.json'} is damaged: {error}. {again}") from error
+        raise ValueError(f"{file} is damaged: {error}. {again}") from error
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{path} is a dataset of version {manifest.get('version')}, this code reads version {VERSION}: "
-                         "make it again with this code's prepare.py")
-    if manifest["crc32"] != manifest_crc32(manifest):
-        raise ValueError(f"{path / 'manifest.json'} is not what was written (its checksum differs). {again}")
-    for name, file in manifest["files"].items():            # before mapping: reading past the end of a file kills the process
+        raise ValueError(f"{path} is a dataset of version {manifest.get('version')}, and this code reads version "
+                         f"{VERSION}: make it again with this prepare.py")
+    if manifest.get("crc32") != manifest_crc32(manifest):
+        raise ValueError(f"{file} is not what was written (its checksum differs). {again}")
+    for name, wanted in manifest["files"].items():          # before mapping: to read past a file's end kills the process
         size = (path / name).stat().st_size if (path / name).exists() else "no"
-        if size != file["size"]:
-            raise ValueError(f"{path / name} has {size} bytes instead of {file['size']}. {again}")
-        if "crc32" in file and zlib.crc32((path / name).read_bytes()) != file["crc32"]:
+        if size != wanted["size"]:
+            raise ValueError(f"{path / name} has {size} bytes instead of {wanted['size']}. {again}")
+        if "crc32" in wanted and zlib.crc32((path / name).read_bytes()) != wanted["crc32"]:
             raise ValueError(f"{path / name} is not what was written (its checksum differs). {again}")
     return manifest
 
 
 def manifest_crc32(manifest):
-    rest = {key: value for key, value in manifest.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    return zlib.crc32(json.dumps(manifest | {"crc32": None}, sort_keys=True).encode())
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -363,127 +367,114 @@ def manifest_crc32(manifest):
 class Writer:
     """Adds samples to a dataset, by one process or several at once; interrupted and made again, it goes on.
 
-    Each rank appends to files of its own. What its journal lists is on disk; anything beyond is cut off at the start.
-    spec: codec (a dict, with text_width and text_length), fps, dtype "bf16" or "fp32", shape (for a dataset of prompts
-    without latents: theirs), and whatever else must not change while a dataset is being filled; ValueError if it does.
+    Each rank appends to files of its own. What its journal lists is on disk; whatever lies beyond is cut off on return.
+    spec: codec (a dict, with text_width and text_length), fps, dtype "bf16" or "fp32", shape (only for a dataset of
+    prompts without latents: theirs), and what else must not change while a dataset is filled; ValueError if it does.
     """
 
     def __init__(self, path, spec, rank=0):
         self.path, self.rank, self.dtype = Path(path), rank, DTYPES[spec["dtype"]]
-        self.spec = json.loads(json.dumps(spec))
+        self.spec = json.loads(json.dumps(spec))            # as it is read back: lists, not tuples
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / "spec.json").exists():
             begun = json.loads((self.path / "spec.json").read_text())
-            changed = [f"{key} was {begun.get(key)}, now {self.spec.get(key)}"
+            changed = [f"{key} was {begun.get(key)} and is now {self.spec.get(key)}"
                        for key in sorted(begun | self.spec) if begun.get(key) != self.spec.get(key)]
             if changed:
                 raise ValueError(f"{path} was begun with other settings: {'; '.join(changed)}. "
-                                 "Give those again, choose another --out, or delete it")
+                                 "Take those, choose another --out, or delete it")
         else:
             write_whole(self.path / "spec.json", json.dumps(self.spec).encode())
 
-        journals = self.journals()
-        self.done = {record["key"] for records in journals.values() for record in records}
-        sizes = defaultdict(int)
-        for record in journals.get(rank, []):
-            sizes[self.text_name(rank)] += self.text_bytes(record["rows"])
-            if "shape" not in spec:
-                sizes[self.name(record["shape"], rank)] += stride(record["shape"], self.dtype)
+        records = self.records()
+        self.done = {record["key"] for record in records}
+        sizes = total(self.sizes(record) for record in records if record["rank"] == rank)
         self.files = {name: self.open_at(name, size) for name, size in sizes.items()}
-        journal = self.path / f"journal.{rank}.jsonl"
-        self.journal = self.open_at(journal.name, journal.read_bytes().rfind(b"\n") + 1 if journal.exists() else 0)
-        self.pending, self.saved = [], monotonic()
+        name = f"journal.{rank}.jsonl"
+        lines = (self.path / name).read_bytes() if (self.path / name).exists() else b""
+        self.journal, self.pending, self.saved = self.open_at(name, lines.rfind(b"\n") + 1), [], monotonic()
 
     def add(self, latent, text, *, caption, source, key):
         """Stores a sample: latent (C, F, H, W), None for a prompt alone, and text (S_i, E); key: its name in `done`."""
         length, width = self.spec["codec"]["text_length"], self.spec["codec"]["text_width"]
         if text.ndim != 2 or text.shape[1] != width or len(text) > length:
             raise ValueError(f"{source}: text of shape {tuple(text.shape)}, wanted at most {length} rows of {width}")
-        crc, shape = 0, self.spec.get("shape")
-        if shape is None:
-            if not latent.isfinite().all():
-                raise ValueError(f"{source}: its latent has numbers that are not finite")
-            latent, shape = latent.to(self.dtype), list(latent.shape)
-            crc = crc32(latent)
-            self.append(self.name(shape, self.rank), latent, stride(shape, self.dtype))
-        text = text.to(self.dtype)
-        self.append(self.text_name(self.rank), text, self.text_bytes(len(text)))
-        self.pending.append({"key": key, "caption": caption, "source": source, "shape": shape, "rows": len(text),
-                             "crc": [crc, crc32(text)]})
+        if latent is not None and not latent.isfinite().all():
+            raise ValueError(f"{source}: a latent with numbers that are not finite")
+        parts = [b"" if part is None else raw(part.to(self.dtype)).tobytes() for part in (latent, text)]
+        record = {"rank": self.rank, "key": key, "caption": caption, "source": source, "rows": len(text),
+                  "shape": self.spec.get("shape") or list(latent.shape), "crc": [zlib.crc32(part) for part in parts]}
+        for part, (name, size) in zip(parts, self.sizes(record).items()):
+            if size and name not in self.files:
+                self.files[name] = self.open_at(name, 0)
+            if size:
+                self.files[name].write(part.ljust(size, b"\0"))
+        self.pending.append(record)
         self.done.add(key)
         if monotonic() > self.saved + 5:    # seconds of work that a crash may cost
             self.save()
 
-    def append(self, name, tensor, size):
-        if name not in self.files:
-            self.files[name] = self.open_at(name, 0)
-        self.files[name].write(tensor.contiguous().view(torch.uint8).numpy().tobytes().ljust(size, b"\0"))
-
     def save(self):
         """Puts everything on disk, the journal last."""
         for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         self.journal.write(b"".join(json.dumps(record).encode() + b"\n" for record in self.pending))
-        self.journal.flush()
-        os.fsync(self.journal.fileno())
+        sync(self.journal)
         self.pending, self.saved = [], monotonic()
 
     def finish(self, null_text, mean=None, std=None, half_power=False):
-        """Makes a dataset of what all ranks have saved -> its manifest. For one rank, after `save` on all of them.
+        """Makes one dataset of what all ranks have saved -> its manifest. For one rank, after `save` on all of them.
 
-        null_text (S_0, E): that of dropout and guidance. mean, std [C]: of the latents, None = measured; half_power: then
-        divide by k std^½, k such that the mean square over channels is 1, so that quiet channels stay quiet.
+        null_text (S_0, E): that of dropout and guidance. mean, std [C]: of the latents, None = measured; half_power: the
+        divisor is then k std^½, where k makes the mean square over channels 1, so that quiet channels stay quieter.
         """
         self.save()
-        rows, texts, records = 0, [], []
-        for rank, part in self.journals().items():
-            for record in part:
-                records.append(record | {"rank": rank, "first": rows})
-                rows += record["rows"]
-            texts.append([self.text_name(rank), sum(record["rows"] for record in part)])
+        records = self.records()
         if not records:
             raise ValueError(f"nothing was stored in {self.path}: there is no dataset to finish")
+        sizes, texts, rows = total(map(self.sizes, records)), Counter(), 0
+        for record in records:
+            record["first"] = rows
+            rows += record["rows"]
+            texts[f"text.{record['rank']}.bin"] += record["rows"]
         null_text = null_text.to(self.dtype)
-        texts.append(["text.null.bin", len(null_text)])
-        records.sort(key=lambda record: (record["shape"], record["rank"]))
+        texts["text.null.bin"] = len(null_text)
 
+        records.sort(key=itemgetter("shape", "rank"))       # bucket after bucket, each rank's in the order of writing
         buckets = []
-        for shape, bucket in groupby(records, lambda record: record["shape"]):
-            files = [[self.name(shape, rank), len(list(part))] for rank, part in groupby(bucket, lambda record: record["rank"])]
-            buckets.append({"shape": shape, "count": sum(n for _, n in files), "files": [] if "shape" in self.spec else files})
+        for shape, bucket in groupby(records, itemgetter("shape")):
+            files = Counter(next(iter(self.sizes(record))) for record in bucket)
+            buckets.append({"shape": shape, "count": files.total(),
+                            "files": [[name, n] for name, n in files.items() if name in sizes]})
         if mean is None:
             mean, std = self.moments(buckets, half_power)
-
-        lines = [json.dumps({"id": id, "caption": record["caption"], "source": record["source"]}).encode() + b"\n"
-                 for id, record in enumerate(records)]
-        starts = np.cumsum([0] + [len(line) for line in lines])
-        small = {"text.null.bin": null_text.contiguous().view(torch.uint8).numpy().tobytes(),
+        captions = [json.dumps({"id": id, "caption": record["caption"], "source": record["source"]}).encode() + b"\n"
+                    for id, record in enumerate(records)]
+        starts = accumulate(map(len, captions), initial=0)
+        small = {"text.null.bin": raw(null_text).tobytes(), "captions.jsonl": b"".join(captions),
                  "text_off.npy": npy([[r["first"], r["rows"], start] for r, start in zip(records, starts)], np.int64),
-                 "crc.npy": npy([record["crc"] for record in records], np.uint32),
-                 "captions.jsonl": b"".join(lines)}
-        for name, data in small.items():
-            write_whole(self.path / name, data)
+                 "crc.npy": npy([record["crc"] for record in records], np.uint32)}
+        for name, content in small.items():
+            write_whole(self.path / name, content)
 
-        large = {name: n * stride(b["shape"], self.dtype) for b in buckets for name, n in b["files"]}
-        large |= {name: self.text_bytes(n) for name, n in texts}
-        manifest = {"version": VERSION, "codec": self.spec["codec"], "mean": mean, "std": std, "dtype": self.spec["dtype"],
-                    "fps": self.spec["fps"], "text": {"width": null_text.shape[1], "length": self.spec["codec"]["text_length"],
-                                                      "rows": rows, "files": [t for t in texts if t[1]],
-                                                      "null": [rows, len(null_text)]},
-                    "buckets": buckets, "files": {name: {"size": size} for name, size in large.items() if size}
-                    | {name: {"size": len(data), "crc32": zlib.crc32(data)} for name, data in small.items()}}
+        codec = self.spec["codec"]
+        manifest = {"version": VERSION, "codec": codec, "mean": mean, "std": std, "dtype": self.spec["dtype"],
+                    "fps": self.spec["fps"], "buckets": buckets,
+                    "text": {"width": codec["text_width"], "length": codec["text_length"], "rows": rows,
+                             "files": [[name, n] for name, n in texts.items() if n], "null": [rows, len(null_text)]},
+                    "files": {name: {"size": size} for name, size in sizes.items()}
+                    | {name: {"size": len(content), "crc32": zlib.crc32(content)} for name, content in small.items()}}
         manifest["crc32"] = manifest_crc32(manifest)
         write_whole(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
         return manifest
 
     def moments(self, buckets, half_power):
-        """Mean and divisor of each channel, over all stored latents."""
+        """Mean and divisor of each channel over all latents stored -> [C], [C]; None, None where there are none."""
         count, total, squares = 0, 0, 0
         for bucket in buckets:
-            shape = bucket["shape"]
-            rows = Rows(self.path, bucket["files"], stride(shape, self.dtype) // self.dtype.itemsize, self.dtype)
-            for i in range(bucket["count"]):
+            shape, width = bucket["shape"], stride(bucket["shape"], self.dtype) // self.dtype.itemsize
+            rows = Rows(self.path, bucket["files"], width, self.dtype)
+            for i in range(rows.first[-1]):
                 z = rows(i)[0, :math.prod(shape)].view(shape[0], -1).double()
                 count, total, squares = count + z.shape[1], total + z.sum(1), squares + z.square().sum(1)
         if count == 0:
@@ -492,43 +483,52 @@ class Writer:
         std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()     # a channel may be constant
         return mean.tolist(), ((std * std.mean()).sqrt() if half_power else std).tolist()
 
-    def journals(self):
-        """{rank: [record of each sample that it has saved]}; a line that a crash cut short is left out."""
-        files = sorted(self.path.glob("journal.*.jsonl"), key=lambda file: int(file.name.split(".")[1]))
-        return {int(file.name.split(".")[1]): [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
-                for file in files}
+    def records(self):
+        """What all ranks have saved, rank after rank; a line that a crash cut short is left out."""
+        journals = sorted(self.path.glob("journal.*.jsonl"), key=lambda file: int(file.name.split(".")[1]))
+        return [json.loads(line) for file in journals for line in file.read_bytes().split(b"\n")[:-1]]
+
+    def sizes(self, record):
+        """{file: bytes} that a sample takes, first its latent's, then its text's."""
+        shape, rank = "x".join(map(str, record["shape"])), record["rank"]
+        latent = 0 if "shape" in self.spec else stride(record["shape"], self.dtype)
+        text = record["rows"] * self.spec["codec"]["text_width"] * self.dtype.itemsize
+        return {f"{shape}.{rank}.bin": latent, f"text.{rank}.bin": text}
 
     def open_at(self, name, size):
         """Opens a file to append after its first `size` bytes."""
         file = open(self.path / name, "ab")
         if file.tell() < size:
-            raise ValueError(f"{self.path / name} has {file.tell()} bytes, the journal lists {size}: "
+            raise ValueError(f"{self.path / name} has {file.tell()} bytes where the journal lists {size}: "
                              f"delete {self.path} and run the same command again")
         file.truncate(size)
         return file
 
-    def text_bytes(self, rows):
-        return rows * self.spec["codec"]["text_width"] * self.dtype.itemsize
 
-    def name(self, shape, rank):
-        return f"{'x'.join(map(str, shape))}.{rank}.bin"
-
-    def text_name(self, rank):
-        return f"text.{rank}.bin"
+def total(sizes):
+    """The sum of {file: bytes}; a file of none is left out."""
+    counter = Counter()
+    for size in sizes:
+        counter.update(size)
+    return +counter
 
 
 def npy(rows, dtype):
-    """The bytes of an .npy file."""
+    """The content of an .npy file."""
     file = io.BytesIO()
     np.save(file, np.array(rows, dtype))
     return file.getvalue()
 
 
-def write_whole(path, data):
+def write_whole(path, content):
     """Writes a file that is there whole or not at all, whatever happens meanwhile."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        file.write(content)
+        sync(file)
     os.replace(part, path)
+
+
+def sync(file):
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,482 @@
+"""Random streams, order, reading and writing of data.py. Run: pytest tests/test_data.py"""
+import gc
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import torch
+
+import data
+from data import Latents, Order, Writer, normal, stratified, stream
+
+SMALL, WIDE = (4, 3, 2, 2), (4, 3, 2, 4)
+CODEC = {"name": "none", "text_width": 8, "text_length": 5}
+
+
+def spec(**changed):
+    return {"codec": CODEC, "fps": 8, "dtype": "bf16"} | changed
+
+
+def fill(writer, indices, shapes=(SMALL, WIDE, SMALL)):
+    """Sample i: latents N(1, 3²), 1 to 4 text rows; every third is wide."""
+    for i in indices:
+        if f"key {i}" not in writer.done:
+            rng = stream(0, "sample", i)
+            latent, text = 3 * normal(rng, shapes[i % len(shapes)]) + 1, normal(rng, (i % 4 + 1, 8))
+            writer.add(latent, text, caption=f"caption {i}", source=f"{i}.mp4", key=f"key {i}")
+    return writer
+
+
+NULL = torch.arange(16.).view(2, 8)
+
+
+def make(path, count=60, shapes=(SMALL, WIDE, SMALL), **changed):
+    fill(Writer(path, spec(**changed)), range(count), shapes).finish(NULL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("data") / "set")
+
+
+def damage(file, at):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def by_slot(path, steps, world=1, **options):
+    """{(step, slot): (id, x0, text, e, u, drop)} of all ranks."""
+    seen = {}
+    for rank in range(world):
+        latents = Latents(path, seed=3, batch=8, rank=rank, world=world, **options)
+        for step in steps:
+            for m in latents.at(step):
+                for i, slot in enumerate(m.slots):
+                    assert (step, slot) not in seen, "two ranks took one slot"
+                    seen[step, slot] = m.ids[i], *(x[i] for x in (m.x0, m.text, m.e, m.u, m.drop))
+    return seen
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        a[k][0] == b[k][0] and all(torch.equal(x, y) for x, y in zip(a[k][1:], b[k][1:])) for k in a)
+
+
+# ---- random streams -------------------------------------------------------------------------------------------------
+
+def test_each_seed_purpose_step_and_slot_has_a_stream_of_its_own():
+    arguments = [(0, "noise", 0, 0), (1, "noise", 0, 0), (2**40, "noise", 0, 0), (0, "t", 0, 0), (0, "noise", 1, 0),
+                 (0, "noise", 2**40, 0), (0, "noise", 0, 1), (0, "noise", 0, 2**40)]
+    first = [stream(*a).integers(2**63) for a in arguments]
+    assert len(set(first)) == len(first)
+    assert first == [stream(*a).integers(2**63) for a in arguments]
+
+
+def test_no_stream_runs_into_the_next():
+    a, b = (set(stream(0, "noise", 0, slot).integers(2**63, size=10_000).tolist()) for slot in (0, 1))
+    assert not a & b
+
+
+def test_purposes_keep_their_places():
+    assert data.PURPOSES[:10] == ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop", "val", "sample")
+    assert data.PURPOSES[10:22] == tuple(f"{net}_{use}" for net in ("student", "critic") for use in (
+        "prompt", "z", "renoise", "score_t_perm", "score_t", "score_noise"))
+
+
+def test_normal_is_fp32_of_mean_0_and_variance_1():
+    x = normal(stream(0, "noise", 0), (200, 500))
+    assert x.dtype == torch.float32 and x.shape == (200, 500)
+    assert abs(x.mean()) < 0.01 and abs(x.var() - 1) < 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_stratified_puts_one_number_in_each_stratum(batch):
+    u = stratified(0, "t_perm", "t", 5, batch)
+    assert u.dtype == torch.float32 and sorted((u * batch).int().tolist()) == list(range(batch))
+    if batch > 1:
+        assert not torch.equal(u, stratified(0, "t_perm", "t", 6, batch))
+        assert not torch.equal(u, u.sort().values), "slots must not be sorted by t"
+        assert len(set((u * batch % 1).tolist())) == batch, "each slot has its own place in its stratum"
+
+
+def test_stratified_stays_below_1(monkeypatch):
+    class Highest:
+        def permutation(self, n):
+            return np.arange(n)
+
+        def random(self):
+            return 1 - 2**-53
+    monkeypatch.setattr(data, "stream", lambda *a: Highest())
+    assert stratified(0, "t_perm", "t", 0, 8).max() < 1
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+COUNTS, BATCH = [3, 10, 40, 0], 8
+
+
+def test_every_sample_comes_exactly_once_per_pass():
+    order, positions = Order(0, COUNTS, BATCH), {b: [] for b in range(len(COUNTS))}
+    for step in range(400):
+        bucket, batch = order.at(step)
+        assert len(batch) == BATCH
+        positions[bucket].extend(batch.tolist())
+    for bucket, n in enumerate(COUNTS):
+        passes = [positions[bucket][i:i + n] for i in range(0, len(positions[bucket]) - n + 1, n or 1)] if n else []
+        assert all(sorted(p) == list(range(n)) for p in passes)
+        assert len(passes) > 50 or n == 0
+        assert n < 10 or len(set(map(tuple, passes))) == len(passes), "each pass is shuffled anew"
+
+
+def test_epochs_hold_each_bucket_by_its_share_in_mixed_order():
+    order, step = Order(0, [16, 40, 44], 4), 0
+    plans = []
+    for epoch in range(6):
+        counts = [(epoch + 1) * n // 4 - epoch * n // 4 for n in (16, 40, 44)]
+        plan = [order.at(step + i)[0] for i in range(sum(counts))]
+        assert [plan.count(b) for b in range(3)] == counts
+        assert sum(a != b for a, b in zip(plan, plan[1:])) > 5, "buckets come one after the other"
+        plans.append(tuple(plan))
+        step += sum(counts)
+    assert len(set(plans)) == 6
+
+
+@pytest.mark.parametrize("counts, batch", [(COUNTS, BATCH), ([1], 16), ([1, 2], 16), ([1000, 7], 3), ([64], 64)])
+def test_the_epoch_of_a_step_is_found(counts, batch):
+    order = Order(0, counts, batch)
+    for step in (*range(60), 1234, 10**9):
+        epoch = order.epoch(step)
+        assert sum(order.before(epoch)) <= step < sum(order.before(epoch + 1))
+
+
+def test_another_seed_is_another_order():
+    assert not np.array_equal(Order(0, [500], 64).at(0)[1], Order(1, [500], 64).at(0)[1])
+
+
+def test_millions_of_samples_are_permuted_once_per_pass(monkeypatch):
+    made = Counter()
+    monkeypatch.setattr(data, "stream", lambda *a: made.update([a[1]]) or stream(*a))
+    order = Order(0, [2_000_000, 1_000_000], 1000)
+    for step in [*range(50), *range(3 * 10**9, 3 * 10**9 + 50)]:
+        order.at(step)
+    assert made["order"] <= 8 and made["epoch"] <= 4
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+def test_any_world_and_micro_batch_see_the_same_stream(dataset):
+    steps = (0, 1, 2, 7)
+    alone = by_slot(dataset, steps)
+    assert {slot for _, slot in alone} == set(range(8))
+    for world, micro_batch in ((1, 2), (2, 4), (2, 1), (4, 2), (4, 1)):
+        assert same(alone, by_slot(dataset, steps, world, micro_batch=micro_batch))
+
+
+def test_a_resumed_run_goes_on_with_the_same_stream(dataset):
+    whole = by_slot(dataset, range(12))
+    resumed = {}
+    for start, end in ((0, 4), (4, 6), (6, 12)):     # twice within one epoch
+        resumed |= by_slot(dataset, range(start, end))
+    assert same(whole, resumed)
+
+
+def test_no_two_slots_or_steps_share_noise_or_time(dataset):
+    seen = by_slot(dataset, range(4), world=2).values()
+    for column in (3, 4, 5):    # e, u, drop
+        assert len({s[column].numpy().tobytes() for s in seen}) == len(seen)
+
+
+def test_epochs_differ_in_order_and_batches(dataset):
+    latents = Latents(dataset, seed=0, batch=5)
+    steps = len(latents.train) // 5
+    epochs = [[frozenset(latents.batch_ids(step)[1]) for step in range(i * steps, (i + 1) * steps)] for i in (0, 1)]
+    assert not set(epochs[0]) & set(epochs[1])
+    assert latents.epoch_of(steps) == 1
+
+
+def test_dropout_has_its_rate_and_drops_others_in_the_next_epoch(dataset):
+    latents = Latents(dataset, seed=0, batch=6)
+    dropped = Counter()
+    for step in range(400):
+        [m] = latents.at(step)
+        dropped.update(id for id, drop in zip(m.ids, m.drop) if drop < 0.25)
+    assert 0.2 < sum(dropped.values()) / 2400 < 0.3
+    assert len(dropped) == latents.count, "some captions are always dropped, or never"
+    assert max(dropped.values()) < 25
+
+
+def test_latents_are_stored_as_they_are_and_normalised_once(tmp_path):
+    latents = Latents(make(tmp_path / "set", shapes=(SMALL,), dtype="fp32"), seed=0, batch=4)
+    z = torch.stack([3 * normal(stream(0, "sample", i), SMALL) + 1 for i in range(60)])
+    raw = np.fromfile(tmp_path / "set/4x3x2x2.0.bin", np.float32).reshape(60, -1)[:, :z[0].numel()]
+    assert np.array_equal(raw, z.flatten(1).numpy())
+    x0, _ = latents.sample(list(range(60)))
+    mean, std = (torch.tensor(latents.manifest[key]).view(-1, 1, 1, 1) for key in ("mean", "std"))
+    assert torch.equal(x0, (z - mean) / std)
+    flat = x0.transpose(0, 1).flatten(1)
+    assert torch.allclose(flat.mean(1), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(flat.std(1), torch.ones(4), atol=2e-3)
+    [m] = latents.at(0)
+    assert torch.equal(m.x0, x0[m.ids])
+
+
+def test_bf16_rounds_once(tmp_path):
+    latents = Latents(make(tmp_path / "set", shapes=(SMALL,)), seed=0, batch=4)
+    z = (3 * normal(stream(0, "sample", 7), SMALL) + 1).bfloat16().float()
+    assert torch.equal(latents.sample([7])[0][0], (z - latents.mean) / latents.std)
+
+
+def test_text_is_padded_with_zeros(dataset):
+    latents = Latents(dataset, seed=0, batch=4)
+    for id in range(latents.count):
+        i = int(latents.caption(id).split()[1])
+        _, [text] = latents.sample([id])
+        rng = stream(0, "sample", i)
+        normal(rng, WIDE if i % 3 == 1 else SMALL)
+        assert text.shape == (5, 8) and text.dtype == torch.float32
+        assert torch.equal(text[:i % 4 + 1], normal(rng, (i % 4 + 1, 8)).bfloat16().float())
+        assert not text[i % 4 + 1:].any()
+
+
+def test_the_null_text_is_the_one_that_was_given(dataset):
+    latents = Latents(dataset, seed=0, batch=4)
+    assert torch.equal(latents.null[:2], NULL) and not latents.null[2:].any()
+    assert all(m.null is latents.null for m in latents.at(0))
+
+
+def test_held_out_samples_are_never_trained_on(dataset):
+    latents = Latents(dataset, seed=0, batch=6, val=2)
+    assert len(latents.held_out) == 2 and len(latents.train) == 58
+    assert latents.held_out == Latents(dataset, seed=1, batch=6, val=2).held_out, "seeds must compare"
+    seen = {id for step in range(60) for id in latents.batch_ids(step)[1]}
+    assert seen == set(latents.train.tolist()) == set(range(60)) - set(latents.held_out)
+    assert sum(latents.order.counts) == 58
+
+
+@pytest.mark.parametrize("val, expected", [(0, 0), (1, 1), (3, 3), (16, 3)])
+def test_at_most_a_twentieth_is_held_out(dataset, val, expected):
+    assert len(Latents(dataset, seed=0, batch=4, val=val).held_out) == expected
+
+
+def test_prompts_are_drawn_from_the_training_samples_of_all_buckets(dataset):
+    latents = Latents(dataset, seed=0, batch=4, val=3)
+    texts = {latents.sample([id])[1].numpy().tobytes(): id for id in range(latents.count)}
+    drawn = [latents.prompts(step, "critic_prompt", range(8)) for step in range(80)]
+    assert {texts[text.numpy().tobytes()] for text in torch.cat(drawn)} == set(latents.train.tolist())
+    slots = latents.prompts(5, "student_prompt", range(8))
+    assert torch.equal(slots[2:4], latents.prompts(5, "student_prompt", [2, 3]))
+    assert not torch.equal(slots, latents.prompts(5, "critic_prompt", range(8)))
+
+
+def test_a_batch_that_is_held_is_not_written_over(dataset):
+    latents = Latents(dataset, seed=0, batch=8)
+    held, copies = [], []
+    for step in range(12):
+        m = latents.at(step)[0]
+        if step % 3 == 0:
+            held.append(m.x0[2:4])                  # a part keeps the whole
+            copies.append(m.x0[2:4].clone())
+    assert all(torch.equal(a, b) for a, b in zip(held, copies))
+    del held, m
+    gc.collect()
+    assert sum(map(len, latents.pages.values())) > 0, "memory that was let go of is not used again"
+
+
+def test_training_keeps_its_threads(dataset):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    Latents(dataset, seed=0, batch=8).at(0)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+def opened(path, **options):
+    return Latents(path, **{"seed": 0, "batch": 4} | options)
+
+
+@pytest.mark.parametrize("options, named", [
+    ({"batch": 12, "micro_batch": 4, "world": 2}, ["--batch=12", "micro-batches of 4", "2 data ranks",
+                                                   "--micro_batch=3", "--micro_batch=6", "--batch=8", "--batch=16"]),
+    ({"batch": 3, "world": 2}, ["--batch=3", "--batch=2", "--batch=4"]),
+    ({"batch": 0}, ["--batch=0", "--batch=1"]),
+])
+def test_a_batch_that_does_not_divide_names_those_that_do(dataset, options, named):
+    with pytest.raises(ValueError) as error:
+        opened(dataset, **options)
+    assert all(word in str(error.value) for word in named), error.value
+
+
+def test_the_choices_named_do_divide(dataset):
+    with pytest.raises(ValueError) as error:
+        opened(dataset, batch=12, micro_batch=4, world=2)
+    for choice in str(error.value).split(": ")[1].split(", "):
+        name, value = choice.removeprefix("--").split("=")
+        opened(dataset, **{"batch": 12, "micro_batch": 4, "world": 2} | {name: int(value)})
+
+
+def test_a_missing_dataset_gives_the_command_that_makes_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"python prepare.py --videos=DIR --out=\S*absent"):
+        opened(tmp_path / "absent")
+
+
+def test_an_unfinished_dataset_says_so(tmp_path):
+    fill(Writer(tmp_path, spec()), range(5)).save()
+    with pytest.raises(FileNotFoundError, match="unfinished.*same prepare.py command"):
+        opened(tmp_path)
+
+
+def test_a_dataset_of_another_version_is_refused(tmp_path):
+    path = make(tmp_path / "set")
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"version": 7}))
+    with pytest.raises(ValueError, match="version 7.*reads version 1.*make it again"):
+        opened(path)
+
+
+@pytest.mark.parametrize("name", ["4x3x2x2.0.bin", "4x3x2x4.0.bin", "text.0.bin", "text.null.bin",
+                                  "text_off.npy", "crc.npy", "captions.jsonl"])
+@pytest.mark.parametrize("harm", ["truncated", "missing"])
+def test_a_file_of_another_size_is_named(tmp_path, name, harm):
+    path = make(tmp_path / "set")
+    if harm == "missing":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes((path / name).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{name} has (\d+|no) bytes instead of \d+. Copy .* again"):
+        opened(path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "text.null.bin", "text_off.npy", "crc.npy", "captions.jsonl"])
+def test_a_flipped_bit_in_a_small_file_is_found_at_once(tmp_path, name):
+    path = make(tmp_path / "set")
+    damage(path / name, -20)
+    with pytest.raises(ValueError, match=rf"{name} is (damaged|not what was written).* again"):
+        opened(path)
+
+
+@pytest.mark.parametrize("name, at", [("4x3x2x2.0.bin", 5 * 4096 + 11), ("text.0.bin", 100)])
+def test_a_flipped_bit_in_a_sample_is_found_when_it_is_read(tmp_path, name, at):
+    path = make(tmp_path / "set")
+    damage(path / name, at)
+    latents = opened(path, batch=1)
+    bad = 5 if name.startswith("4x3") else next(id for id in range(60) if latents.text_off[id, 0] * 16 <= at
+                                                < latents.text_off[id, :2].sum() * 16)
+    for step in range(60):
+        if bad in latents.batch_ids(step)[1]:
+            with pytest.raises(ValueError, match=rf"{name}: sample {bad} is not what was written.*prepare.py"):
+                latents.at(step)
+            break
+        latents.at(step)        # the sample before the bad one is given out, though the next is read meanwhile
+    else:
+        pytest.fail("the sample was not drawn")
+
+
+def test_prompts_alone_cannot_be_trained_on(tmp_path):
+    writer = Writer(tmp_path, spec(shape=list(SMALL)))
+    for i in range(40):
+        writer.add(None, normal(stream(0, "sample", i), (2, 8)), caption=f"{i}", source="p.txt", key=f"{i}")
+    writer.finish(NULL)
+    latents = opened(tmp_path)
+    assert latents.shapes == [SMALL] and latents.count == 40 and latents.batch_ids(0)[0] == 0
+    assert latents.prompts(0, "student_prompt", [0, 1]).shape == (2, 5, 8)
+    with pytest.raises(ValueError, match="prompts without latents"):
+        latents.at(0)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_an_interrupted_writer_ends_with_the_same_files(tmp_path):
+    whole, broken = make(tmp_path / "whole"), tmp_path / "broken"
+    writer = fill(Writer(broken, spec()), range(20))
+    writer.save()
+    fill(writer, range(20, 27))                     # on disk, and not in the journal
+    for file in writer.files.values():
+        file.write(b"half a sam")
+    writer.journal.write(b'{"key": "half a li')
+    for file in (*writer.files.values(), writer.journal):
+        file.close()
+    writer = Writer(broken, spec())
+    assert writer.done == {f"key {i}" for i in range(20)}
+    fill(writer, range(60)).finish(NULL)
+    assert contents(whole) == contents(broken)
+
+
+def test_a_finished_dataset_can_grow(tmp_path):
+    make(tmp_path, 20)
+    fill(Writer(tmp_path, spec()), range(60)).finish(NULL)
+    assert contents(tmp_path).keys() == contents(make(tmp_path.parent / "whole")).keys()
+    assert opened(tmp_path).count == 60
+
+
+def test_ranks_write_parts_that_are_joined_without_copying(tmp_path):
+    writers = [Writer(tmp_path, spec(), rank) for rank in range(3)]
+    for i in range(40):
+        fill(writers[i % 3], [i])
+    for writer in writers:
+        writer.save()
+    writers = [Writer(tmp_path, spec(), rank) for rank in range(2)]     # interrupted, and resumed by fewer
+    for i in range(40, 60):
+        fill(writers[i % 2], [*range(40), i])
+    writers[1].save()
+    writers[0].finish(NULL)
+    latents = opened(tmp_path)
+    assert latents.count == 60 and latents.shapes == [SMALL, WIDE]
+    assert [len(bucket["files"]) for bucket in latents.manifest["buckets"]] == [3, 2]
+    for id in range(60):
+        i = int(latents.caption(id).split()[1])
+        [x0], [text] = latents.sample([id])
+        rng = stream(0, "sample", i)
+        z = (3 * normal(rng, x0.shape) + 1).bfloat16().float()
+        assert torch.equal(x0, (z - latents.mean) / latents.std)
+        assert torch.equal(text[:i % 4 + 1], normal(rng, (i % 4 + 1, 8)).bfloat16().float())
+    assert {latents.caption(id) for id in range(60)} == {f"caption {i}" for i in range(60)}
+
+
+def test_a_dataset_is_filled_with_one_setting(tmp_path):
+    fill(Writer(tmp_path, spec()), range(5)).save()
+    with pytest.raises(ValueError, match="fps was 8 and is now 16"):
+        Writer(tmp_path, spec(fps=16))
+
+
+@pytest.mark.parametrize("latent, text, reason", [
+    (torch.full(SMALL, float("nan")), torch.zeros(2, 8), "film.mp4: a latent with numbers that are not finite"),
+    (torch.zeros(SMALL), torch.zeros(2, 9), r"film.mp4: text of shape \(2, 9\), wanted at most 5 rows of 8"),
+    (torch.zeros(SMALL), torch.zeros(6, 8), r"film.mp4: text of shape \(6, 8\), wanted at most 5 rows of 8"),
+])
+def test_a_sample_that_does_not_fit_is_refused(tmp_path, latent, text, reason):
+    writer = Writer(tmp_path, spec())
+    with pytest.raises(ValueError, match=reason):
+        writer.add(latent, text, caption="", source="film.mp4", key="0")
+    assert not writer.done and not writer.files
+
+
+def test_half_power_keeps_quiet_channels_quiet(tmp_path):
+    writer = Writer(tmp_path, spec())
+    loud = torch.tensor([4., 2., 1., 0.]).view(4, 1, 1, 1)      # the last channel is constant
+    for i in range(200):
+        writer.add(normal(stream(0, "sample", i), SMALL) * loud, torch.ones(1, 8), caption="", source="", key=f"{i}")
+    writer.finish(NULL, half_power=True)
+    x0, _ = opened(tmp_path).sample(list(range(200)))
+    power = x0.square().mean((0, 2, 3, 4))
+    assert abs(power.mean() - 1) < 0.01
+    assert torch.allclose(power[0] / power[1], torch.tensor(2.), rtol=0.1) and power[3] < 1e-3
+
+
+def test_a_constant_mean_and_std_are_kept(tmp_path):
+    manifest = fill(Writer(tmp_path, spec()), range(5)).finish(NULL, mean=[1., 2., 3., 4.], std=[1., 1., 2., 2.])
+    assert manifest["mean"] == [1, 2, 3, 4] and manifest["std"] == [1, 1, 2, 2]
+
+
+def test_nothing_stored_is_no_dataset(tmp_path):
+    with pytest.raises(ValueError, match="nothing was stored"):
+        Writer(tmp_path, spec()).finish(NULL)
