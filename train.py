@@ -1,0 +1,371 @@
+"""Train a Wan-class video diffusion transformer by flow matching, from a folder of latents.
+
+    python prepare.py && python train.py                                          the built-in moving shapes, on a laptop
+    torchrun --nproc_per_node=8 train.py --model=wan-1.3b --data=DIR --init=PATH --shard=-1
+
+The same command again resumes, exactly. Reads top to bottom: flags, setup, the loop, validation.
+Imports model, attention and every leaf.
+
+B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
+"""
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+import ckpt
+import codec
+import parallel
+from attention import attention, build_metadata
+from data import Latents, normal, stream
+from log import Log
+from model import LOCAL, MODELS, DiT, Seq, flops, initial
+from step import (BINS, adamw, ema_update, ema_weights, euler, flow_loss, grid, lr_at, sample_t, train_step, unfold)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a video diffusion transformer. A flag whose default is None takes the value of the model's row in DEFAULTS."""
+
+    # what
+    model: Literal[tuple(MODELS)] = "tiny"                      # size, a row of model.MODELS
+    data: str = "data/shapes"                                   # folder that prepare.py wrote
+    out: str = "out/train"                                      # the run's folder: log, curves, samples, checkpoints
+    init: str | None = None                                     # weights to start from: Wan, diffusers, ComfyUI or a run of ours; None = random
+    seed: int = 0                                               # of every random number of the run
+
+    # optimizer
+    steps: int | None = None                                    # updates in all
+    batch: int | None = None                                    # samples per update, over all ranks
+    micro_batch: int | None = None                              # samples a rank forwards at once; None = batch / data ranks
+    lr: float | None = None                                     # peak learning rate
+    warmup: int | None = None                                   # updates of linear warm-up
+    schedule: Literal["constant", "cosine", "linear"] | None = None     # of the learning rate after the warm-up
+    decay_steps: int | None = None                              # updates until the schedule reaches 0; None = steps
+    beta2: float | None = None                                  # AdamW's second beta; the first is 0.9
+    weight_decay: float = 0.01                                  # of matrices; norms, biases and modulations are never decayed
+    clip: float = 1.0                                           # largest global gradient norm; 0 = any
+    ema: float | None = None                                    # decay of the averaged weights, which are validated and sampled
+
+    # objective
+    t: Literal["uniform", "logit_normal"] = "uniform"           # density of the noise level t
+    shift: float | None = None                                  # moves t towards noise: s t / (1 + (s - 1) t)
+    weight: Literal["v", "x0"] = "v"                            # whose squared error is the loss; x0 = v weighted by t²
+    text_dropout: float = 0.1                                   # share of samples trained with the null text
+
+    # sparse attention
+    window: tuple[int, int, int] | None = None                  # tiles seen along frames, rows, columns; None = dense
+    tile: tuple[int, int, int] = (4, 4, 8)                      # tokens per tile
+    window_steps: int = 0                                       # updates over which the window shrinks from dense; 0 = at once
+    dense_ends: int = 0                                         # first and last blocks that stay dense
+
+    # machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"             # auto = cuda where there is one
+    precision: Literal["fp32", "bf16"] | None = None            # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
+    shard: int = 1                                              # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
+    sp: int = 1                                                 # ranks that share one sample's tokens
+    compile: bool | None = None                                 # compile each block; None = on cuda
+    remat: bool = False                                         # recompute activations in backward, attention excepted
+
+    # every so many updates, 0 = only at the end
+    log_every: int = 10                                         # a line in log.jsonl
+    val_every: int | None = None                                # validation loss and sample videos
+    save_every: int | None = None                               # a checkpoint
+    keep: int = 3                                               # newest checkpoints that stay
+
+    # validation
+    val: int = 16                                               # samples held out, at most 5 % of the dataset
+    samples: int = 8                                            # videos sampled at each validation
+    sample_steps: int = 50                                      # Euler steps of a video
+    guidance: float | None = None                               # scale s of u + s (c - u); 1 = none
+    sample_shift: float | None = None                           # shift of the sampler's time grid
+    vae: str | None = None                                      # Wan VAE that decodes the videos; None = latents are written as .npy
+
+    # the run
+    resume: str | None = None                                   # checkpoint to go on from; None = the newest valid one in out
+    allow: tuple[str, ...] = ()                                 # flags that may differ from the resumed run's
+    wandb: Literal["off", "online", "offline"] = "off"          # send the log to Weights & Biases
+
+
+class Row(NamedTuple):
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    schedule: str
+    beta2: float
+    ema: float
+    shift: float
+    guidance: float
+    sample_shift: float
+    val_every: int
+    save_every: int
+
+
+DEFAULTS = {  #         steps  batch    lr  warmup    schedule  beta2    ema  shift  guidance  sample_shift  val_every  save_every
+    "tiny":       Row(   6000,    16, 8e-3,    100,   "cosine",  0.99, 0.995,   2.0,      2.0,          1.0,      1500,       1500),
+    "wan-1.3b":   Row(   5000,    64, 1e-5,    100, "constant", 0.999, 0.999,   3.0,      5.0,          3.0,       250,        250),
+    "wan2.2-5b":  Row(   5000,    64, 1e-5,    100, "constant", 0.999, 0.999,   5.0,      5.0,          5.0,       250,        250),
+    "wan-14b":    Row(   5000,    64, 1e-5,    100, "constant", 0.999, 0.999,   5.0,      5.0,          5.0,       250,        250),
+}
+FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
+        "device", "compile", "remat", "samples", "sample_steps", "vae"}    # flags that may change on resume: they do not alter the run
+SKIPS = 20      # updates skipped in a row, for gradients that are not finite, after which a run has failed
+STRATA = 10     # noise levels at which each held-out sample is validated
+
+
+def main(cfg):
+    with door():
+        cfg = resolve(cfg)
+        world = parallel.init(cfg.device, cfg.shard, cfg.sp)
+        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch or cfg.batch // world.data_size or 1,
+                       rank=world.data_rank, world=world.data_size, val=cfg.val, pin=world.device.type == "cuda")
+        config = fit(MODELS[cfg.model], cfg, data)
+        agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
+        say = print if main_rank else lambda *_: None
+        found, saved = find(cfg, data, agree, say, world)
+        precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+        if saved and saved["step"] >= cfg.steps:
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
+
+    # the net, its average, its optimizer; then their values
+    with torch.device("meta"):
+        net = DiT(config, remat=cfg.remat)
+    compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+    parallel.prepare(net, world, precision=precision, compile=compiled, shapes=len(data.shapes) * (1 + (cfg.window is not None) * 8))
+    rows = parallel.local_rows(net)
+    params = [p for p, _, _ in rows.values()]
+    ema = [torch.zeros_like(p) for p in params]
+    opt, opt_rows = adamw(rows, (0.9, cfg.beta2), cfg.weight_decay)
+    state = ({f"net.{n}": r for n, r in rows.items()} | {f"opt.{n}": r for n, r in opt_rows.items()}
+             | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, rows.items())}
+             | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
+    if found:
+        ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
+        start, counts, run_id = saved["step"], saved["meta"]["counts"], saved["meta"]["wandb"]
+    else:
+        slots = {name: i for i, name in enumerate(rows)}
+        random = lambda name, shape, first, last: initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last]
+        ckpt.fill(rows, ckpt.weights(cfg.init) if cfg.init else random)
+        torch._foreach_copy_(ema, params)
+        start, counts, run_id = 0, {"updates": 0, "skipped": 0, "in_a_row": 0}, None
+
+    sync, norm = parallel.sync(net), partial(parallel.grad_norm, net, rows, world)
+    say(f"{'resumed from ' + str(found) if found else cfg.out}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items() if v not in (None, ()))}")
+    log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "wandb": log.run_id, "counts": counts,
+            "sampling": {"model": cfg.model, "codec": data.manifest["codec"], "mean": data.manifest["mean"], "std": data.manifest["std"],
+                         "fps": data.manifest["fps"], "text": data.manifest["text"], "shapes": data.shapes, "sampler": "euler",
+                         "steps": cfg.sample_steps, "shift": cfg.sample_shift, "guidance": cfg.guidance,
+                         "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends}}
+
+    def bind(shape, step):
+        """The net as the losses see it, net(x_t, t, text), for latents (…, F, H, W) at update `step`."""
+        tokens = tuple(n // p for n, p in zip(shape[-3:], config.patch))
+        metadata = None if cfg.window is None else build_metadata(tokens, cfg.tile, window_at(step, cfg, tokens), device=world.device)
+        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, seq=sequence(math.prod(tokens))), metadata
+
+    @cache
+    def sequence(length):
+        return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
+
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    clock = {"seconds": 0.0, "data_wait": 0.0}      # summed since the last line of the log
+
+    for step in range(start, cfg.steps + 1):
+        # once in a while: validate, save, stop; a resumed run has done so where it begins
+        last, fresh = step == cfg.steps, step > start or step == 0
+        if fresh and (last or due(step, cfg.val_every)):
+            with ema_weights(params, ema):
+                log(step, **validate(partial(bind, step=step), data, cfg, world))
+                if step > 0 and cfg.samples:
+                    show(*sample(partial(bind, step=step), data, cfg, world), step, data, cfg, world, log)
+        stopping = not agree(not stop)
+        if step > start and (last or stopping or due(step, cfg.save_every)):
+            ckpt.save(cfg.out, step, state, meta, rank=world.rank, world=world.size, agree=agree, keep=cfg.keep)
+        if last or stopping:
+            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}" + ("" if last else "; the same command goes on"))
+            break
+
+        # one update
+        began = time.perf_counter()
+        micros = data.at(step)
+        clock["data_wait"] += time.perf_counter() - began
+        bound, metadata = bind(micros[0].x0.shape, step)
+
+        def loss_of(micro):
+            x0, text, null, drop, u, e = (x.to(world.device, non_blocking=True) for x in micro[:6])
+            text = torch.where((drop < cfg.text_dropout)[:, None, None], null, text)
+            t = sample_t(u, cfg.t, cfg.shift)
+            return flow_loss(bound, x0, text, t, e, weight=t.square() if cfg.weight == "x0" else None)
+
+        lr = lr_at(step, lr=cfg.lr, warmup=cfg.warmup, decay_steps=cfg.decay_steps, schedule=cfg.schedule)
+        seen = train_step(opt, [partial(loss_of, micro) for micro in micros], lr=lr, clip=cfg.clip, sync=sync, norm=norm)
+        if seen["skipped"]:
+            counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
+            log.say(f"step {step}: gradient norm {seen['grad_norm']:.3g}, update skipped; samples {[i for m in micros for i in m.ids]}")
+            if counts["in_a_row"] == SKIPS:
+                raise RuntimeError(f"{SKIPS} updates in a row were not finite; the last good checkpoint is in {cfg.out}/ckpt")
+        else:
+            counts["updates"], counts["in_a_row"] = counts["updates"] + 1, 0
+            ema_update(ema, params, cfg.ema, counts["updates"])
+        clock["seconds"] += time.perf_counter() - began
+
+        # one line
+        if due(step + 1, cfg.log_every):
+            steps_timed = min(cfg.log_every, step + 1 - start)
+            seen = unfold(parallel.mean(seen | {name: total / steps_timed for name, total in clock.items()}, world))
+            forward = flops(config, micros[0].x0.shape[1:], micros[0].text.shape[1], metadata, cfg.dense_ends)
+            tokens = math.prod(micros[0].x0.shape[2:]) // math.prod(config.patch)
+            sparse = {} if metadata is None else {"sparsity": metadata.sparsity}
+            log(step + 1, **seen | {"lr": lr, "skipped": counts["skipped"]}, **sparse, samples_per_s=cfg.batch / seen["seconds"],
+                tokens_per_s=cfg.batch * tokens / seen["seconds"],
+                **log.speed(3 * forward * cfg.batch / world.size / seen["seconds"], world.device, precision))
+            clock = dict.fromkeys(clock, 0.0)
+    log.close()
+
+
+# ---- the door -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def door():
+    """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def resolve(cfg):
+    """The config with None replaced by the model's defaults; ValueError for values that are impossible together."""
+    row = DEFAULTS[cfg.model]._asdict()
+    cfg = replace(cfg, **row | {name: value for name, value in asdict(cfg).items() if value is not None})
+    if cfg.schedule != "constant" and cfg.decay_steps is None:
+        cfg = replace(cfg, decay_steps=cfg.steps)
+    if unknown := set(cfg.allow) - set(asdict(cfg)):
+        raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
+    for name, low in dict(steps=1, batch=1, lr=0, warmup=0, clip=0, log_every=0, val_every=0, save_every=0, keep=1, val=0,
+                          samples=0, sample_steps=1, window_steps=0, dense_ends=0).items():
+        if asdict(cfg)[name] < low:
+            raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
+    if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.beta2 < 1:
+        raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema} --beta2={cfg.beta2}: each is in [0, 1)")
+    if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
+        raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
+    return cfg
+
+
+def fit(config, cfg, data):
+    """The model's config, if the dataset fits it."""
+    channels, width = data.shapes[0][0], data.manifest["text"]["width"]
+    if (channels, width) != (config.channels, config.text_dim):
+        fitting = [name for name, c in MODELS.items() if (c.channels, c.text_dim) == (channels, width)] or "no model"
+        raise ValueError(f"{cfg.data} has {channels} channels and text of width {width}; --model={cfg.model} takes "
+                         f"{config.channels} and {config.text_dim}; {fitting} would fit")
+    return config
+
+
+def find(cfg, data, agree, say, world):
+    """The checkpoint to go on from and its manifest, or None, None for a new run; refuses a run of other flags."""
+    path = cfg.resume or ckpt.latest(cfg.out, rank=world.rank, world=world.size, agree=agree, report=say)
+    saved = ckpt.verify(path, rank=world.rank, world=world.size, agree=agree) if path else None
+    config = Path(cfg.out, "config.json")
+    if not saved and not config.exists():
+        return None, None
+    then = saved["meta"]["config"] if saved else json.loads(config.read_text())["flags"]
+    now = json.loads(json.dumps(asdict(cfg)))
+    differ = [f"--{name}={now[name]} (was {then.get(name)})" for name in now
+              if name not in FREE and name not in cfg.allow and now[name] != then.get(name)]
+    if saved and saved["meta"]["dataset"] != data.manifest["crc32"] and "data" not in cfg.allow:
+        differ.append(f"--data={cfg.data} (is another dataset)")
+    if differ:
+        raise ValueError(f"{path or config} is of a run with other flags: {', '.join(differ)}. "
+                         f"--out= starts another run, --allow NAME ... goes on with the new values")
+    return path, saved
+
+
+# ---- now and then ---------------------------------------------------------------------------------------------------
+
+
+def due(step, every):
+    return every > 0 and step % every == 0
+
+
+def window_at(step, cfg, tokens):
+    """Tiles seen per axis at update `step`: from all of them to cfg.window, in equal parts over cfg.window_steps updates."""
+    done = min(1.0, step / cfg.window_steps) if cfg.window_steps else 1.0
+    tiles = [math.ceil(n / size) for n, size in zip(tokens, cfg.tile)]
+    return tuple(round(n + (min(w, n) - n) * done) for n, w in zip(tiles, cfg.window))
+
+
+@torch.no_grad()
+def validate(bind, data, cfg, world):
+    """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or training samples where there are none."""
+    ids, name = (data.held_out, "val_loss") if data.held_out else (list(range(min(cfg.val or 16, data.count))), "train_set_loss")
+    total = torch.zeros(2, BINS, device=world.device)
+    for i in range(world.data_rank, math.ceil(len(ids) / world.data_size) * world.data_size, world.data_size):
+        j = i % len(ids)        # every rank forwards equally often, the repeated samples not counted
+        x0, text = (x.to(world.device) for x in data.sample([ids[j]]))
+        net, _ = bind(x0.shape)
+        for strata in torch.arange(STRATA).split(cfg.micro_batch or 16):
+            e = torch.stack([normal(stream(cfg.seed, "val", 0, j * STRATA + k), x0.shape[1:]) for k in strata.tolist()])
+            t, n = ((strata + 0.5) / STRATA).to(world.device), len(strata)
+            _, seen = flow_loss(net, x0.expand(n, -1, -1, -1, -1), text.expand(n, -1, -1), t, e.to(world.device))
+            total += (i < len(ids)) * seen["loss_by"]
+    total = parallel.mean({"loss": total}, world)["loss"]
+    return {name: (total[0].sum() / total[1].sum()).item()} | unfold({f"{name}_by": total})
+
+
+@torch.no_grad()
+def sample(bind, data, cfg, world):
+    """Latents (n, C, F, H, W), normalised, of fixed prompts and noise: captions of the dataset, held-out ones first."""
+    ids = (data.held_out + [i for i in range(data.count) if i not in set(data.held_out)])
+    shape = data.shape_of(ids[0])
+    ids = [i for i in ids if data.shape_of(i) == shape][:cfg.samples]
+    per_rank = math.ceil(len(ids) / world.data_size)            # equal, for ranks that share weights forward in step
+    net, _ = bind(shape)
+    latents = torch.zeros(per_rank * world.data_size, *shape, device=world.device)
+    for places in (torch.arange(per_rank) + world.data_rank * per_rank).split(cfg.micro_batch or 16):
+        some = [place % len(ids) for place in places.tolist()]
+        z = torch.stack([normal(stream(cfg.seed, "sample", 0, i), shape) for i in some]).to(world.device)
+        _, text = data.sample([ids[i] for i in some])
+        text, null = text.to(world.device), data.null.to(world.device).expand_as(text)
+        latents[places] = euler(net, z, text, grid(cfg.sample_steps, cfg.sample_shift), null, cfg.guidance)
+    latents = parallel.mean({"x0": latents}, world)["x0"] * world.data_size     # each rank's part, zeros elsewhere
+    return latents[:len(ids)], [data.caption(i) for i in ids]
+
+
+def show(latents, captions, step, data, cfg, world, log):
+    """Videos of the sampled latents into the run's folder; the latents themselves where there is no VAE to decode them."""
+    if world.rank > 0:
+        return
+    mean, std = (torch.tensor(data.manifest[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    latents = latents.cpu() * std + mean
+    coder = codec.load(data.manifest["codec"], vae=cfg.vae, device=world.device)
+    if not coder.decodes:
+        path = log.file("samples", step, "npy")
+        np.save(path, latents.numpy())
+        log.say(f"step {step}: latents in {path}, for want of --vae to decode them")
+        return
+    path = log.file("samples", step, "mp4")
+    codec.write_video(path, [coder.decode(z) for z in latents], data.manifest["fps"])
+    log.video(step, path, captions)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
+    parallel.close()
