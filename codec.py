@@ -234,9 +234,13 @@ def part_of(path, part):
     """The folder of one part of a diffusers pipeline: path/part, or path itself; of a hub id, that part is fetched."""
     folder = Path(path)
     if not folder.exists():
+        missing = f"no folder {path}; wanted is {PIPELINE}, downloaded or by that name"
         if len(folder.parts) != 2 or folder.is_absolute():
-            raise FileNotFoundError(f"no folder {path}; wanted is {PIPELINE}, downloaded or by that name")
-        folder = Path(need("huggingface_hub").snapshot_download(str(path), allow_patterns=[f"{part}/*"]))
+            raise FileNotFoundError(missing)
+        try:
+            folder = Path(need("huggingface_hub").snapshot_download(str(path), allow_patterns=[f"{part}/*"]))
+        except OSError as error:
+            raise FileNotFoundError(f"{missing} ({error})") from error
     return folder / part if (folder / part).is_dir() else folder
 
 

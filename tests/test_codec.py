@@ -495,6 +495,13 @@ def test_of_a_hub_id_only_the_wanted_part_is_fetched(pipeline, monkeypatch):
     assert codec.load("wan", vae="Wan-AI/Wan2.1-T2V-1.3B-Diffusers").decodes
     assert asked == [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", ["vae/*"])]
 
+    def offline(name, allow_patterns):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match="no folder my/weights.*not cached"):
+        codec.load("wan", vae="my/weights")
+
 
 @pytest.mark.parametrize("package, flag", [("diffusers", "vae"), ("transformers", "text")])
 def test_a_missing_package_is_named_with_the_file_that_installs_it(pipeline, monkeypatch, package, flag):
