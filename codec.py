@@ -365,10 +365,10 @@ def framing(picture, pixel_aspect, sizes):
     return (H, W), fit
 
 
-def write_video(path, videos, fps):
+def write_video(path, videos, fps, columns=None):
     """One mp4 that browsers play (H.264, yuv420p): a grid of videos, a short one resting on its last frame."""
     def sheet(i):
-        return grid([video[min(i, len(video) - 1)] for video in videos])
+        return grid([video[min(i, len(video) - 1)] for video in videos], columns)
 
     with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as film:
         stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
@@ -380,9 +380,9 @@ def write_video(path, videos, fps):
         film.mux(stream.encode())
 
 
-def grid(pictures, gap=4):
-    """Pictures (h, w, 3) in a near-square grid, enlarged by whole pixels if small -> (H, W, 3), H and W even."""
-    columns = math.ceil(len(pictures)**0.5)
+def grid(pictures, columns=None, gap=4):
+    """Pictures (h, w, 3) in rows of `columns`, None = a near-square, small ones enlarged -> (H, W, 3), H and W even."""
+    columns = columns or math.ceil(len(pictures)**0.5)
     h, w = np.max([picture.shape[:2] for picture in pictures], axis=0)
     zoom = max(1, min(256 // max(h, w), 1280 // (columns * w)))     # 32 px are shown at 256, a wall of them at 1280
     pictures = [picture.repeat(zoom, 0).repeat(zoom, 1) for picture in pictures]
