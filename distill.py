@@ -1,0 +1,484 @@
+"""Distil a video diffusion transformer into a few-step student by distribution matching (DMD2, arXiv 2405.14867).
+
+    python distill.py --teacher=out/train                                         the built-in shapes, on a laptop
+    torchrun --nproc_per_node=8 distill.py --teacher=PATH --model=wan-1.3b --data=DIR --shard=-1
+
+The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher, with
+guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's gradient.
+No discriminator, no real clips. The same command again resumes, exactly. Imports model, attention and every leaf.
+
+B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
+"""
+import json
+import math
+import signal
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+import ckpt
+import codec
+import parallel
+from attention import attention, build_metadata
+from data import Latents, normal, stratified, stream
+from log import Log
+from model import LOCAL, MODELS, DiT, Seq, flops
+from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, lr_at, rollout, sample_t,
+                  to_x0, train_step, unfold)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Distil a few-step student. A flag whose default is None takes the value of the model's row in DEFAULTS."""
+
+    # what
+    teacher: str = "out/train"                                  # a run of train.py, or Wan, diffusers or ComfyUI weights
+    model: Literal[tuple(MODELS)] | None = None                 # size of all three nets; None = the teacher run's
+    data: str = "data/shapes"                                   # folder that prepare.py wrote; prompts alone are enough
+    out: str = "out/distill"                                    # the run's folder: log, curves, samples, checkpoints
+    seed: int = 0                                               # of every random number of the run
+
+    # the student's sampler
+    student_steps: int = 4                                      # K forwards per video
+    shift: float | None = None                                  # of its times S(i / K); 4 steps at shift 5: 1 .9375 .8333 .625
+    times: tuple[float, ...] = ()                               # the times themselves, descending from 1
+    start: Literal["noise", "data"] = "noise"                   # rollouts start from pure noise, or from noised clips of the dataset
+
+    # what it learns from
+    guidance: float | None = None                               # the teacher's scale s of u + s (c - u); the student needs none
+    score_shift: float | None = None                            # shift of the times at which teacher and critic are asked
+
+    # optimizers
+    steps: int | None = None                                    # critic updates in all
+    student_every: int = 5                                      # critic updates per student update
+    batch: int | None = None                                    # samples per update of either net, over all ranks
+    micro_batch: int | None = None                              # samples a rank forwards at once; None = batch / data ranks
+    student_lr: float | None = None                             # learning rate of the student
+    critic_lr: float | None = None                              # learning rate of the critic
+    warmup: int = 0                                             # updates of linear warm-up, of each net's own
+    weight_decay: float | None = None                           # of matrices
+    clip: float = 10.0                                          # largest global gradient norm, of each net; 0 = any
+    ema: float | None = None                                    # decay of the student's averaged weights, which are sampled
+
+    # the student's sparse attention; teacher and critic are dense
+    window: tuple[int, int, int] | None = None                  # tiles seen along frames, rows, columns; None = dense
+    tile: tuple[int, int, int] = (4, 4, 8)                      # tokens per tile
+    dense_ends: int = 0                                         # first and last blocks that stay dense
+
+    # machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"             # auto = cuda where there is one
+    precision: Literal["fp32", "bf16"] | None = None            # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
+    shard: int = 1                                              # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
+    sp: int = 1                                                 # ranks that share one sample's tokens
+    compile: bool | None = None                                 # compile each block; None = on cuda
+    remat: bool = False                                         # recompute activations in backward, attention excepted
+
+    # every so many steps, 0 = only at the end
+    log_every: int | None = None                                # a line in log.jsonl
+    val_every: int | None = None                                # videos and their figures
+    save_every: int | None = None                               # a checkpoint
+    keep: int = 3                                               # newest checkpoints that stay
+    samples: int = 4                                            # prompts at each validation, each under 4 noises
+    vae: str | None = None                                      # Wan VAE that decodes the videos; None = latents are written as .npy
+
+    # the run
+    resume: str | None = None                                   # checkpoint to go on from; None = the newest valid one in out
+    allow: tuple[str, ...] = ()                                 # flags that may differ from the resumed run's
+    wandb: Literal["off", "online", "offline"] = "off"          # send the log to Weights & Biases
+
+
+class Row(NamedTuple):
+    steps: int
+    batch: int
+    student_lr: float
+    critic_lr: float
+    weight_decay: float
+    ema: float
+    shift: float
+    score_shift: float
+    guidance: float
+    log_every: int
+    val_every: int
+    save_every: int
+
+
+DEFAULTS = {  #         steps  batch  student_lr  critic_lr  decay   ema  shift  score_shift  guidance  log  val  save
+    "tiny":       Row(    500,    16,       3e-4,      1e-3,  0.00, 0.95,   5.0,         2.0,      2.0,   5, 250,  250),
+    "wan-1.3b":   Row(   3000,    64,       2e-6,      4e-7,  0.01, 0.99,   5.0,         5.0,      4.0,   5, 100,  100),
+    "wan2.2-5b":  Row(   3000,    64,       2e-6,      4e-7,  0.01, 0.99,   5.0,         5.0,      4.0,   5, 100,  100),
+    "wan-14b":    Row(   3000,    64,       2e-6,      4e-7,  0.01, 0.99,   5.0,         5.0,      4.0,   5, 100,  100),
+}
+FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
+        "device", "compile", "remat", "samples", "vae"}    # flags that may change on resume: they do not alter the run
+SKIPS = 20      # updates of a net skipped in a row, for gradients that are not finite, after which a run has failed
+SEEDS = 4       # noises per prompt at validation, to see how far the clips of one prompt differ
+
+
+class Trained(NamedTuple):
+    """A net that learns, and what its step needs."""
+    net: DiT
+    rows: dict          # parallel.local_rows
+    opt: torch.optim.Optimizer
+    state: dict         # rows of the optimizer's state
+    lr: float
+
+
+class Draw(NamedTuple):
+    """Everything random of one micro-batch."""
+    text: torch.Tensor  # (B, S, E)
+    z: torch.Tensor     # (B, C, F, H, W) where the rollout starts
+    e: torch.Tensor     # (B, C, F, H, W) noise of the score's x_t
+    u: torch.Tensor     # (B,) uniforms of the score's t
+    noises: list        # K - 1 of (B, C, F, H, W), between the steps of the rollout
+
+
+def main(cfg):
+    with door():
+        source, cfg = resolve(cfg)
+        world = parallel.init(cfg.device, cfg.shard, cfg.sp)
+        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
+                       world=world.data_size, pin=world.device.type == "cuda")
+        how, teacher_grid = fit(cfg, data, source)
+        config = MODELS[cfg.model]
+        agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
+        say = print if main_rank else lambda *_: None
+        mark = fingerprint(source)
+        found, saved = find(cfg, data, mark, agree, say, world)
+        precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+        compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
+        if saved and saved["step"] >= cfg.steps:
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
+
+    # three nets of one make: all start as the teacher
+    def build(trainable):
+        with torch.device("meta"):
+            net = DiT(config, remat=cfg.remat and trainable)
+        parallel.prepare(net, world, precision=precision, compile=compiled, trainable=trainable, shapes=2 * len(data.shapes))
+        ckpt.fill(parallel.local_rows(net), source)
+        return net
+
+    def learner(lr):
+        net = build(trainable=True)
+        rows = parallel.local_rows(net)
+        return Trained(net, rows, *adamw(rows, (0.0, 0.999), cfg.weight_decay), lr)
+
+    teacher, student, critic = build(trainable=False), learner(cfg.student_lr), learner(cfg.critic_lr)
+    params = [p for p, _, _ in student.rows.values()]
+    ema = [p.clone() for p in params]
+    state = ({f"net.{n}": r for n, r in student.rows.items()} | {f"opt.{n}": r for n, r in student.state.items()}
+             | {f"critic.{n}": r for n, r in critic.rows.items()} | {f"critic_opt.{n}": r for n, r in critic.state.items()}
+             | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, student.rows.items())}
+             | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
+    start, run_id = 0, None
+    counts = {"student": 0, "critic": 0, "skipped": 0, "in_a_row": 0}
+    if found:
+        ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
+        start, counts, run_id = saved["step"], saved["meta"]["counts"], saved["meta"]["wandb"]
+
+    say(f"{'resumed from ' + str(found) if found else cfg.out}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items() if v not in (None, ()))}")
+    log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "teacher": mark, "wandb": log.run_id, "counts": counts, "sampling": how}
+
+    def bind(net, shape):
+        """A net as the losses see it, net(x_t, t, text), for latents (…, F, H, W): the student alone may be sparse."""
+        metadata, dense_ends = pattern(shape) if net is student.net else (None, 0)
+        return partial(net, metadata=metadata, dense_ends=dense_ends, seq=sequence(math.prod(shape[-3:]) // math.prod(config.patch)))
+
+    def pattern(shape):
+        """The student's sparse attention: metadata (None = dense) and how many blocks at each end go without."""
+        tokens = tuple(n // p for n, p in zip(shape[-3:], config.patch))
+        return cfg.window and build_metadata(tokens, cfg.tile, cfg.window, device=world.device), cfg.dense_ends
+
+    @cache
+    def sequence(length):
+        return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
+
+    def update(role, step):
+        """One update of the student or the critic: its own draws, its own clock, the same step."""
+        me = student if role == "student" else critic
+        n, exit = counts[role], counts[role] % len(cfg.times)       # the exit is the same on all ranks, and each comes as often
+        began = time.perf_counter()
+        micros = draws(role, step)
+        clock["data_wait"] += time.perf_counter() - began
+
+        def loss_of(micro):
+            text, z, e, u, *noises = (x.to(world.device, non_blocking=True) for x in (*micro[:4], *micro.noises))
+            G, F, R = (bind(net, z.shape) for net in (student.net, critic.net, teacher))
+            t = sample_t(u, "uniform", cfg.score_shift, (0.02, 0.98))
+            with torch.set_grad_enabled(role == "student"):
+                if cfg.start == "data":     # the clip as it would be on arriving at the exit
+                    z = add_noise(z, noises[0], torch.full_like(t, cfg.times[exit]))
+                    x0 = rollout(G, z, text, cfg.times[exit:exit + 1], [], 0)
+                else:
+                    x0 = rollout(G, z, text, cfg.times, noises, exit)
+            if role == "student":
+                return dmd_loss(x0, R, F, text, data.null.to(world.device).expand_as(text), t, e, cfg.guidance)
+            return flow_loss(F, x0, text, t, e)
+
+        lr = lr_at(n, lr=me.lr, warmup=cfg.warmup, decay_steps=1, schedule="constant")
+        seen = train_step(me.opt, [partial(loss_of, micro) for micro in micros], lr=lr, clip=cfg.clip,
+                          sync=parallel.sync(me.net), norm=partial(parallel.grad_norm, me.net, me.rows, world))
+        if seen.pop("skipped"):
+            counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
+            log.say(f"step {step}: the {role}'s gradient norm is {seen['grad_norm']:.3g}, update skipped")
+            if counts["in_a_row"] == SKIPS:
+                raise RuntimeError(f"{SKIPS} updates in a row were not finite; the last good checkpoint is in {cfg.out}/ckpt")
+        else:
+            counts[role], counts["in_a_row"] = n + 1, 0
+            if role == "student":
+                ema_update(ema, params, cfg.ema, n + 1)
+        dense, sparse = (flops(config, micros[0].z.shape[1:], micros[0].text.shape[1], *seen_by) for seen_by in ((), pattern(micros[0].z.shape)))
+        before = exit if cfg.start == "noise" else 0
+        clock["flops"] += cfg.batch * (sparse * (before + 3) + dense * (2 + (cfg.guidance != 1)) if role == "student"
+                                       else sparse * (before + 1) + dense * 3)
+        return {f"{role}_{name}": value for name, value in seen.items()}
+
+    def few_steps(z, text, null, noises):
+        return rollout(bind(student.net, z.shape), z, text, cfg.times, noises, len(cfg.times) - 1)
+
+    def many_steps(z, text, null, noises):
+        return euler(bind(teacher, z.shape), z, text, grid(*teacher_grid), null, cfg.guidance)
+
+    def opinions(x0, text):
+        """What critic and guided teacher make of clips x0 half in noise: the two x0 whose difference the student follows."""
+        e = torch.stack([normal(stream(cfg.seed, "val", 0, i), x0.shape[1:]) for i in range(len(x0))]).to(x0)
+        F, R, t = bind(critic.net, x0.shape), bind(teacher, x0.shape), x0.new_full((len(x0),), 0.5)
+        x_t, null = add_noise(x0, e, t), data.null.to(x0).expand_as(text)
+        return to_x0(x_t, F(x_t, t, text), t), to_x0(x_t, guided(R, x_t, t, text, null, cfg.guidance)[0], t)
+
+    draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    clock = {"seconds": 0.0, "data_wait": 0.0, "flops": 0.0}    # summed since the last line of the log
+    goal = None                                                 # the teacher's clips for the fixed prompts
+
+    for step in range(start, cfg.steps + 1):
+        # once in a while: validate, save, stop; a resumed run has done so where it begins
+        last, fresh = step == cfg.steps, step > start or step == 0
+        if fresh and cfg.samples and (last or due(step, cfg.val_every)):
+            with ema_weights(params, ema):
+                drawn, text, captions = clips(few_steps, data, cfg, world)
+            goal = clips(many_steps, data, cfg, world)[0] if goal is None else goal
+            with torch.no_grad():
+                inside = opinions(drawn[::SEEDS], text)
+            log(step, **likeness(drawn, goal))
+            if main_rank:
+                show(step, "samples", [drawn[::SEEDS], goal[::SEEDS]], captions, how, cfg, log, world.device)
+                show(step, "inside", [drawn[::SEEDS], *inside], captions, how, cfg, log, world.device)
+        stopping = not agree(not stop)
+        if step > start and (last or stopping or due(step, cfg.save_every)):
+            ckpt.save(cfg.out, step, state, meta, rank=world.rank, world=world.size, agree=agree, keep=cfg.keep)
+        if last or stopping:
+            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}" + ("" if last else "; the same command goes on"))
+            break
+
+        # the student now and then; the critic always, on what the student has become
+        began, seen = time.perf_counter(), {}
+        for role in who(step, cfg.student_every):
+            seen |= update(role, step)
+        clock["seconds"] += time.perf_counter() - began
+
+        # one line, at a step that updated both
+        if due(step + 1, cfg.log_every * cfg.student_every):
+            timed = min(cfg.log_every * cfg.student_every, step + 1 - start)
+            seen = unfold(parallel.mean(seen | {name: total / timed for name, total in clock.items()}, world))
+            log(step + 1, **seen, skipped=counts["skipped"], student_updates=counts["student"],
+                samples_per_s=cfg.batch / seen["seconds"], **log.speed(seen.pop("flops") / seen["seconds"] / world.size, world.device, precision))
+            clock = dict.fromkeys(clock, 0.0)
+    log.close()
+
+
+def who(step, student_every):
+    """Whose update a step holds, in order: the student's every so often, then the critic's, always."""
+    return ("student", "critic") if (step + 1) % student_every == 0 else ("critic",)
+
+
+class Ahead:
+    """draws(role, step) -> [Draw], made by a thread while the update before it runs; stride: steps between a role's updates."""
+
+    def __init__(self, draw, stride):
+        self.draw, self.stride, self.thread, self.next = draw, stride, ThreadPoolExecutor(1), {}
+
+    def __call__(self, role, step):
+        now = self.next.pop((role, step), None) or self.thread.submit(self.draw, role, step)
+        self.next[role, step + self.stride[role]] = self.thread.submit(self.draw, role, step + self.stride[role])
+        return now.result()
+
+
+def draw(data, cfg, role, step):
+    """This rank's draws for one update -> [Draw], a pure function of role, step and each sample's slot in the global batch."""
+    sizes = np.array([len(ids) for ids in data.buckets])
+    bucket = int(stream(cfg.seed, f"{role}_prompt", step, cfg.batch).choice(len(sizes), p=sizes / sizes.sum()))
+    ids, shape, K = data.buckets[bucket], data.shapes[bucket], len(cfg.times)
+    u = stratified(cfg.seed, f"{role}_score_t_perm", f"{role}_score_t", step, cfg.batch)
+
+    def noise(purpose, slots):
+        return torch.stack([normal(stream(cfg.seed, f"{role}_{purpose}", step, slot), shape) for slot in slots])
+
+    micros = []
+    for slots in data.slots:
+        some = [int(ids[stream(cfg.seed, f"{role}_prompt", step, slot).integers(len(ids))]) for slot in slots]
+        z, e = noise("z", slots), noise("score_noise", slots)
+        if cfg.start == "data":
+            x0, text = data.sample(some)
+            micros.append(Draw(text, x0, e, u[slots], [z]))
+        else:
+            noises = [noise("renoise", [slot * K + k for slot in slots]) for k in range(K - 1)]
+            micros.append(Draw(data.text(some), z, e, u[slots], noises))
+    return micros
+
+
+# ---- the door -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def door():
+    """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"distill.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def resolve(cfg):
+    """The teacher's weights, and the config with None replaced by the defaults; ValueError for impossible values."""
+    source = ckpt.weights(cfg.teacher)
+    own = source.manifest and source.manifest["meta"]["sampling"]
+    if own is None and cfg.model is None:
+        raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
+    if own and cfg.model not in (None, own["model"]):
+        raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {own['model']}")
+    if own and "times" in own:
+        raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
+    cfg = replace(cfg, model=cfg.model or own["model"])
+    cfg = replace(cfg, **DEFAULTS[cfg.model]._asdict() | {name: value for name, value in asdict(cfg).items() if value is not None})
+    cfg = replace(cfg, times=cfg.times or tuple(grid(cfg.student_steps, cfg.shift)))
+    if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
+        raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, which is noise, and descend, all above 0")
+    if unknown := set(cfg.allow) - set(asdict(cfg)):
+        raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
+    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, warmup=0, clip=0, log_every=0, val_every=0,
+                          save_every=0, keep=1, samples=0, dense_ends=0).items():
+        if asdict(cfg)[name] < low:
+            raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
+    if cfg.window is None and cfg.dense_ends:
+        raise ValueError("--dense_ends shapes --window, which is not given")
+    return source, cfg
+
+
+def fit(cfg, data, source):
+    """The sampling block of the student, if dataset and teacher fit each other and the model; ValueError if not."""
+    config, made = MODELS[cfg.model], data.manifest
+    if (data.shapes[0][0], made["text"]["width"]) != (config.channels, config.text_dim):
+        raise ValueError(f"{cfg.data} has {data.shapes[0][0]} channels and text of width {made['text']['width']}; "
+                         f"--model={cfg.model} takes {config.channels} and {config.text_dim}")
+    how = source.manifest["meta"]["sampling"] if source.manifest else made | {"steps": 50, "shift": cfg.shift}
+    if how["text"]["length"] != made["text"]["length"]:
+        raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, {cfg.teacher} was trained with {how['text']['length']}")
+    if cfg.start == "data" and (not made["mean"] or (how["mean"], how["std"]) != (made["mean"], made["std"])):
+        raise ValueError(f"--start=data: {cfg.data} has no latents, or normalises them otherwise than {cfg.teacher}'s dataset did")
+    mean, std = (how[name] or made["codec"].get(name) for name in ("mean", "std"))      # prompts alone: Wan's VAE knows them
+    if not mean:
+        raise ValueError(f"{cfg.data} holds prompts alone, and {cfg.teacher} does not say how its latents are normalised")
+    return {"model": cfg.model, "codec": how["codec"], "mean": mean, "std": std, "fps": how["fps"], "shapes": data.shapes,
+            "text": how["text"], "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
+            "sampler": "rollout", "times": cfg.times, "shift": cfg.shift, "guidance": 1.0}, (how["steps"], how["shift"])
+
+
+def fingerprint(source):
+    """CRC32 of the first row of every tensor: tells one set of weights from another at a thousandth of the reading."""
+    crc = 0
+    for name in sorted(source.shapes):
+        crc = zlib.crc32(source.rows(name, 0, 1).contiguous().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def find(cfg, data, teacher, agree, say, world):
+    """The checkpoint to go on from and its manifest, or None, None for a new run; refuses a run of other flags."""
+    path = cfg.resume or ckpt.latest(cfg.out, rank=world.rank, world=world.size, agree=agree, report=say)
+    saved = ckpt.verify(path, rank=world.rank, world=world.size, agree=agree) if path else None
+    config = Path(cfg.out, "config.json")
+    if not saved and not config.exists():
+        return None, None
+    then = saved["meta"]["config"] if saved else json.loads(config.read_text())["flags"]
+    now = json.loads(json.dumps(asdict(cfg)))
+    differ = [f"--{name}={now[name]} (was {then.get(name)})" for name in now
+              if name not in FREE and name not in cfg.allow and now[name] != then.get(name)]
+    for name, key, mine in (("data", "dataset", data.manifest["crc32"]), ("teacher", "teacher", teacher)):
+        if saved and saved["meta"][key] != mine and name not in cfg.allow:
+            differ.append(f"--{name}={now[name]} (is another {key} now)")
+    if differ:
+        raise ValueError(f"{path or config} is of a run with other flags: {', '.join(differ)}. "
+                         f"--out= starts another run, --allow NAME ... goes on with the new values")
+    return path, saved
+
+
+# ---- now and then ---------------------------------------------------------------------------------------------------
+
+
+def due(step, every):
+    return every > 0 and step % every == 0
+
+
+@torch.no_grad()
+def clips(sampler, data, cfg, world):
+    """Latents (n, C, F, H, W), normalised, of fixed prompts under SEEDS noises each, the prompts' text, and their captions.
+
+    sampler(z, text, null, noises) -> x0. Data ranks sample a part each, equally many: those that share weights stay in step.
+    """
+    shape = data.shape_of(0)
+    ids = [i for i in range(data.count) if data.shape_of(i) == shape][:cfg.samples]
+    total = len(ids) * SEEDS
+    per_rank = math.ceil(total / world.data_size)
+    latents = torch.zeros(per_rank * world.data_size, *shape, device=world.device)
+    for places in (torch.arange(per_rank) + world.data_rank * per_rank).split(cfg.micro_batch or 16):
+        some = [place % total for place in places.tolist()]
+        z, *noises = (torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in some]).to(world.device)
+                      for k in range(len(cfg.times)))
+        text = data.text([ids[i // SEEDS] for i in some]).to(world.device)
+        latents[places] = sampler(z, text, data.null.to(world.device).expand_as(text), noises)
+    latents = parallel.mean({"x0": latents}, world)["x0"] * world.data_size     # each rank's part, zeros elsewhere
+    return latents[:total], data.text(ids).to(world.device), [data.caption(i) for i in ids]
+
+
+def likeness(student, teacher):
+    """How varied, lively and contrasty the student's clips of the fixed prompts are, as ratios to the teacher's."""
+    def diversity(x):
+        return torch.stack([torch.pdist(some.flatten(1)).mean() for some in x.split(SEEDS)]).mean()
+
+    def motion(x):
+        return x.diff(dim=2).abs().mean()
+
+    return {f"val_{name}": of(student) / of(teacher) for name, of in dict(diversity=diversity, motion=motion, std=torch.std).items()}
+
+
+def show(step, kind, rows, captions, how, cfg, log, device):
+    """A video, one row of clips under another; the latents themselves where there is no VAE to decode them."""
+    mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    latents = torch.cat(rows).cpu() * std + mean
+    coder = codec.load(how["codec"], vae=cfg.vae, device=device)
+    if not coder.decodes:
+        path = log.file(kind, step, "npy")
+        np.save(path, latents.numpy())
+        return log.say(f"step {step}: latents in {path}, for want of --vae to decode them")
+    path = log.file(kind, step, "mp4")
+    codec.write_video(path, [coder.decode(z) for z in latents], how["fps"], columns=len(rows[0]))
+    log.video(step, path, captions)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
+    parallel.close()
