@@ -76,37 +76,34 @@ def judge(video):
 
     All three are None unless a single-coloured object is visible in at least 80 % of the frames.
     """
-    alpha, paint, visible = segment(np.float32(video) / 255)
+    _, H, W, _ = video.shape
+    alpha, paint, _, visible = segment(video)
     if visible.mean() < 0.8:
         return None, None, None
-    alpha, paint = alpha[visible], paint[visible]
-    F, H, W = alpha.shape
-    area = alpha.sum((1, 2))
-    centre = np.stack([alpha.sum(1) @ np.arange(0.5, W), alpha.sum(2) @ np.arange(0.5, H)], 1) / area[:, None]
-    widths = centre / [W, H]
-    t = np.flatnonzero(visible) / (len(visible) - 1) if len(visible) > 1 else np.zeros(1)
-    return name_shape(alpha, area, centre), name_colour(paint.mean(0)), name_direction(t, widths)
+    area, centre = centroid(alpha[visible])
+    _, velocity = track(centre / [W, H], visible)
+    return name_shape(alpha[visible], area, centre), name_colour(paint[visible].mean(0)), name_direction(velocity)
 
 
 def features(video):
-    """Six numbers in which clips of one caption differ -> (start x, start y, size, speed, paint's and ground's brightness).
+    """How a clip shows it: video uint8 (F, H, W, 3) -> (6,) start x, y, size, speed, brightness of object and ground.
 
-    Places and lengths in widths of the frame, brightness in [0, 1]; of whatever stands out from the ground, seen or not.
+    Lengths in sides of the frame, speed per clip, brightness in [0, 1]. The variety of a set of clips is measured by
+    them; they are finite, if meaningless, for a clip that shows nothing.
     """
-    pixels = np.float32(video) / 255
-    alpha, paint, _ = segment(pixels)
-    F, H, W = alpha.shape
-    area = np.maximum(alpha.sum((1, 2)), 1e-6)
-    centre = np.stack([alpha.sum(1) @ np.arange(0.5, W), alpha.sum(2) @ np.arange(0.5, H)], 1) / area[:, None] / [W, H]
-    velocity, start = np.polyfit(np.linspace(0, 1, F), centre, 1)
-    ground = np.median(pixels, (1, 2)).mean()
-    return np.array([*start, np.sqrt(area.mean() / (H * W)), np.linalg.norm(velocity), paint.mean(), ground])
+    _, H, W, _ = video.shape
+    alpha, paint, ground, visible = segment(video)
+    visible = visible if visible.any() else np.ones_like(visible)
+    area, centre = centroid(alpha[visible])
+    start, velocity = track(centre / [W, H], visible)
+    size = np.sqrt(area.mean() / (H * W))
+    return np.array([*start, size, np.linalg.norm(velocity), paint[visible].mean(), ground[visible].mean()])
 
 
 def segment(video):
-    """The object against its ground: (F, H, W, 3) in [0, 1] -> alpha (F, H, W), paint (F, 3), visible (F,) bool."""
+    """The object and its ground: uint8 (F, H, W, 3) -> alpha (F, H, W), paint and ground (F, 3), visible (F,) bool."""
     F, H, W, _ = video.shape
-    pixels = video.reshape(F, H * W, 3)
+    pixels = np.float32(video).reshape(F, H * W, 3) / 255
     ground = np.median(pixels, 1, keepdims=True)
     away = np.linalg.norm(pixels - ground, axis=2)              # distance of each pixel's colour from the ground's
     top = max(4, H * W // 100)
@@ -119,7 +116,23 @@ def segment(video):
     alpha[alpha < 0.15] = 0
     share = alpha.mean(1)
     visible = (contrast > 0.3) & (0.01 < share) & (share < 0.35)
-    return alpha.reshape(F, H, W), paint, visible
+    return alpha.reshape(F, H, W), paint, ground[:, 0], visible
+
+
+def centroid(alpha):
+    """alpha (F, H, W) -> its area (F,) in px and its centre (F, 2) as x, y in px."""
+    _, H, W = alpha.shape
+    area = alpha.sum((1, 2))
+    moments = np.stack([alpha.sum(1) @ np.arange(0.5, W), alpha.sum(2) @ np.arange(0.5, H)], 1)
+    return area, moments / np.maximum(area, 1e-6)[:, None]
+
+
+def track(centre, visible):
+    """The least-squares line through the centres of the visible frames -> its start, and its velocity per clip."""
+    t = np.flatnonzero(visible) / max(len(visible) - 1, 1)
+    away = t - t.mean()
+    velocity = away @ centre / max(away @ away, 1e-6)
+    return centre.mean(0) - t.mean() * velocity, velocity
 
 
 def name_shape(alpha, area, centre):
@@ -143,10 +156,8 @@ def name_colour(rgb):
     return best if apart[best] < 25 and saturation >= 0.4 else None
 
 
-def name_direction(t, centre):
-    """The axis of the least-squares velocity: over 0.12 widths per clip, and the other axis less than half of it."""
-    t = t - t.mean()
-    velocity = t @ centre / max(t @ t, 1e-6)
+def name_direction(velocity):
+    """The nearest axis of a velocity of more than 0.12 widths per clip, the other axis being less than half of it."""
     ahead = {name: velocity @ way for name, way in DIRECTIONS.items()}
     best = max(ahead, key=ahead.get)
     across = abs(velocity).min()

@@ -58,7 +58,7 @@ def test_the_path_is_straight_steady_inside_the_frame_and_a_third_of_a_side_long
     rng = np.random.default_rng(5)
     for _ in range(20):
         video, _ = shapes.clip(rng, size=(32, 64), caption=f"a white circle moving {direction}")
-        alpha, _, visible = shapes.segment(np.float32(video) / 255)
+        alpha, _, _, visible = shapes.segment(video)
         edges = [alpha[:, 0], alpha[:, -1], alpha[:, :, 0], alpha[:, :, -1]]
         assert visible.all() and max(edge.max() for edge in edges) == 0
         place = np.stack([alpha.sum(1) @ np.arange(64) / 64, alpha.sum(2) @ np.arange(32) / 32], 1)
@@ -104,7 +104,7 @@ def test_each_attribute_is_rejected_by_itself():
     diagonal = np.stack([np.roll(frame, -i, axis=0) for i, frame in enumerate(video[:, ::-1])])
     assert shapes.judge(diagonal)[2] is None
     assert shapes.judge(video // 3 + video[..., :1] // 3 * 2) == ("square", None, "left")                # pale red
-    striped, (alpha, _, _) = video.copy(), shapes.segment(np.float32(video) / 255)
+    striped, (alpha, *_) = video.copy(), shapes.segment(video)
     striped[(alpha > 0.5) & (np.indices((32, 32)).sum(0) % 4 < 2)] = video[0, 0, 0]
     assert shapes.judge(striped)[0] is None
 
@@ -115,3 +115,18 @@ def test_colours_are_told_by_hue_and_saturation():
     assert shapes.name_colour(np.array([0.9, 0.1, 0.6])) is None                        # pink: 30 degrees from any
     assert shapes.name_colour(np.array([0.9, 0.6, 0.6])) is None                        # pale red
     assert shapes.name_colour(np.array([0.93, 0.16, 0.22])) == "red"                    # hue 355, across zero
+
+
+def test_the_features_are_where_how_large_how_fast_and_how_bright():
+    rng = np.random.default_rng(0)
+    video, _ = shapes.clip(rng, size=(32, 64), caption="a white square moving right")
+    x, y, size, speed, paint, ground = shapes.features(video)
+    alpha, *_ = shapes.segment(video)
+    assert x == pytest.approx((alpha[0].sum(0) @ np.arange(0.5, 64)) / alpha[0].sum() / 64, abs=0.01)
+    assert y == pytest.approx((alpha[0].sum(1) @ np.arange(0.5, 32)) / alpha[0].sum() / 32, abs=0.01)
+    assert size == pytest.approx((alpha[0].mean()) ** 0.5, abs=0.01) and 0.24 < speed < 0.37
+    assert paint == pytest.approx(0.95, abs=0.02) and ground == pytest.approx(video[0, 0, 0].mean() / 255, abs=0.01)
+    assert np.allclose(shapes.features(video[::-1])[[0, 1, 3]], [x + speed, y, speed], atol=0.01)
+    assert shapes.features(video[:, ::-1])[1] == pytest.approx(1 - y, abs=0.01)
+    for nothing in (np.zeros_like(video), rng.integers(0, 256, video.shape, dtype=np.uint8)):
+        assert shapes.features(nothing).shape == (6,) and np.isfinite(shapes.features(nothing)).all()
