@@ -118,24 +118,28 @@ def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
     """Compiles, shards and allocates a net built on meta, in place, its values still to be filled -> the net.
 
     Expects net.blocks (one group each) and net.islands() (modules kept in fp32, groups of their own). precision
-    fp32|bf16 is what the blocks compute in; masters and gradients are fp32. trainable=False: frozen, and stored in what
-    it computes in. shapes: how many input shapes (buckets x windows) compiled blocks will meet.
+    fp32|bf16 is what the blocks compute in. What is trained is stored, and its gradients are reduced, in fp32; what is
+    frozen is stored in what it computes in: all of the net with trainable=False, the base of a LoRA. shapes: how many
+    input shapes (buckets x windows) compiled blocks will meet.
     """
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
     islands = list(net.islands())
     if not trainable:
-        net.requires_grad_(False).to(dtype)
-        for island in islands:
-            island.float()
-    if compile:  # in place, so that no name gains a prefix; before fully_shard, whose hooks stay outside of the graphs
+        net.requires_grad_(False)
+    kept = {p for island in islands for p in island.parameters()}
+    for p in net.parameters():
+        if not p.requires_grad and p not in kept:
+            p.data = p.data.to(dtype)
+
+    if compile:
         # A graph per shape, each with and without gradient, in training, validation and sampling batches: the default of
         # 8 would be met by the second bucket. Not dynamic, or what a graph computes would depend on the shapes before it.
         torch._dynamo.config.recompile_limit += 8 * shapes
         torch._dynamo.config.accumulated_recompile_limit += 8 * shapes
         for block in net.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            block.compile(fullgraph=True, dynamic=False)  # in place: torch.compile(block) would prefix every name
 
-    # Nothing to cast, nothing to gather, nothing to reduce: left plain.
+    # Nothing to cast, to gather or to reduce: left plain.
     whole = world.mesh.size(1) == 1
     if not (whole and (not trainable or world.size == 1 and precision == "fp32")):
         fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
