@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Log:
         (self.out / "config.json.tmp").replace(self.out / "config.json")
         (self.out / "log.jsonl").touch()
         self.jsonl = open(self.out / "log.jsonl", "r+b")
-        self.entries, self.last = cut_back(self.jsonl, step)
+        self.entries, self.tail = cut_back(self.jsonl, step)
         self.wandb = None if wandb == "off" else start_wandb(self.out, config, wandb, run_id)
         self.run_id = self.wandb.id if self.wandb else run_id
         self.bar, self.shown = None, {}
@@ -67,8 +68,8 @@ class Log:
             self.entries[-1] |= seen
         else:
             self.entries.append({"step": step} | seen)
-            self.last = self.jsonl.tell()
-        self.jsonl.seek(self.last)
+            self.tail = self.jsonl.tell()
+        self.jsonl.seek(self.tail)
         self.jsonl.write(json.dumps(self.entries[-1], allow_nan=False).encode() + b"\n")
         self.jsonl.truncate()
         self.jsonl.flush()
@@ -80,10 +81,10 @@ class Log:
 
     def show(self, step, seen):
         """The live line moves on, or a plain one is printed."""
-        seen = {name: value for name, value in seen.items() if name.endswith(SHOWN)}
-        self.shown |= seen
+        seen = {name: value for name, value in seen.items() if name.endswith(SHOWN)} or seen
         if self.bar:
             self.tick(step)
+            self.shown |= seen
             self.bar.set_postfix_str(words(self.shown))
         else:
             eta = ""
@@ -109,13 +110,13 @@ class Log:
         return path
 
     def video(self, step, path, captions=()):
-        """Shows the mp4 that was written at `path`."""
+        """Shows the mp4 that was written at `path`, in wandb under its folder's name."""
         if not self.main:
             return
         self.say(f"step {step}: videos in {path}")
         if self.wandb:
             import wandb
-            self.wandb.log({"step": step, "samples": wandb.Video(str(path), caption=" · ".join(captions), format="mp4")})
+            self.wandb.log({"step": step, path.parent.name: wandb.Video(str(path), caption=" · ".join(captions), format="mp4")})
 
     def draw(self):
         """curves.png from all that was logged."""
@@ -171,10 +172,13 @@ def circumstances():
     """Commit, versions, threads and command of this process."""
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                          cwd=Path(__file__).parent, capture_output=True, text=True)
-    have = {d.metadata["Name"]: d.version for d in distributions()}
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "commit": git.stdout.strip() or None,
-        "versions": {"python": sys.version.split()[0]} | {name: have[name] for name in PACKAGES if name in have},
+        "versions": versions,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": sys.argv,
@@ -183,19 +187,19 @@ def circumstances():
 
 def cut_back(file, step):
     """Cuts off what a log (r+b) holds of steps after `step`, and a line torn by a crash -> entries left, start of the last."""
-    entries, last, end = [], 0, 0
+    entries, tail, end = [], 0, 0
     for line in file:
         try:
             entry = json.loads(line)
         except ValueError:
             break
-        if entry["step"] > step:
+        if entry["step"] > step or not line.endswith(b"\n"):
             break
         entries.append(entry)
-        last, end = end, end + len(line)
+        tail, end = end, end + len(line)
     file.seek(end)
     file.truncate()
-    return entries, last
+    return entries, tail
 
 
 def start_wandb(out, config, mode, run_id):

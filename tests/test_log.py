@@ -44,7 +44,7 @@ def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path, saved, died
     assert (tmp_path / "resumed/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 60, "lo', b"\0" * 40, b'{"step": 60}'])
+@pytest.mark.parametrize("tail", [b'{"step": 60, "lo', b"\0" * 40, b'{"step": 60}\n', b'{"step": 50}'])
 def test_a_line_torn_by_a_crash_is_cut_off(tmp_path, tail):
     train(tmp_path / "whole", 0, 100)
     train(tmp_path / "torn", 0, 55, killed=True)
@@ -89,10 +89,11 @@ def test_a_pipe_gets_plain_lines_with_progress_and_the_time_left(tmp_path, capsy
     log(50, loss=0.123456, loss_by_t0=1.0, seconds=1.0)
     log(100, val_loss=math.nan)
     log.say("done")
+    log(100, likeness=0.5)
     out, err = capsys.readouterr()
-    first, second, third = out.splitlines()
+    first, second, third, fourth = out.splitlines()
     assert first.startswith("step  50/100  loss 0.1235  eta 0:0") and "\r" not in out and err == ""
-    assert second == "step 100/100  val_loss not finite" and third == "done"
+    assert second == "step 100/100  val_loss not finite" and third == "done" and fourth.endswith("likeness 0.5")
 
 
 def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch, capsys):
