@@ -50,7 +50,8 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
             "student_prompt", "student_z", "student_renoise",
             "student_score_t_perm", "student_score_t", "student_score_noise",
             "critic_prompt", "critic_z", "critic_renoise",
-            "critic_score_t_perm", "critic_score_t", "critic_score_noise")
+            "critic_score_t_perm", "critic_score_t", "critic_score_noise",
+            "clip")
 
 
 def stream(seed, purpose, step, slot=0):
@@ -349,7 +350,7 @@ def read_manifest(path):
                          f"{VERSION}: make it again with this prepare.py")
     if manifest.get("crc32") != manifest_crc32(manifest):
         raise ValueError(f"{file} is not what was written (its checksum differs). {again}")
-    for name, wanted in manifest["files"].items():          # before mapping: to read past a file's end kills the process
+    for name, wanted in manifest["files"].items():      # before mapping: reading past a file's end kills the process
         size = (path / name).stat().st_size if (path / name).exists() else "no"
         if size != wanted["size"]:
             raise ValueError(f"{path / name} has {size} bytes instead of {wanted['size']}. {again}")
@@ -425,8 +426,8 @@ class Writer:
     def finish(self, null_text, mean=None, std=None, half_power=False):
         """Makes one dataset of what all ranks have saved -> its manifest. For one rank, after `save` on all of them.
 
-        null_text (S_0, E): that of dropout and guidance. mean, std [C]: of the latents, None = measured; half_power: the
-        divisor is then k std^½, where k makes the mean square over channels 1, so that quiet channels stay quieter.
+        null_text (S_0, E): that of dropout and guidance. mean, std [C]: of the latents, None = measured; half_power:
+        divide by k std^½ instead, the mean square over channels being 1, so that quiet channels stay quieter.
         """
         self.save()
         records = self.records()
@@ -465,7 +466,8 @@ class Writer:
                     "files": {name: {"size": size} for name, size in sizes.items()}
                     | {name: {"size": len(content), "crc32": zlib.crc32(content)} for name, content in small.items()}}
         manifest["crc32"] = manifest_crc32(manifest)
-        write_whole(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items()]
+        write_whole(self.path / "manifest.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         return manifest
 
     def moments(self, buckets, half_power):

@@ -1,0 +1,341 @@
+"""Makes a dataset of latents and text embeddings: the folder that train.py and distill.py read.
+
+    python prepare.py                                                       built-in moving shapes
+    python prepare.py --videos=DIR --out=data/mine                          a folder of films with captions
+    python prepare.py --videos=DIR --codec=wan --vae=WAN --text=WAN         the same by Wan's VAE and UMT5
+    python prepare.py --parquet=DIR --codec=wan --vae=WAN --text=WAN        latents that FastVideo made
+    python prepare.py --prompts=FILE --shape 24 5 8 8                       prompts alone, to distil from
+
+Under torchrun each rank encodes its share. Interrupted, the same command goes on where it was, and where the folder has
+got more films since, it adds them. Imports codec, data, parallel, shapes.
+
+C F H W latent channels, frames, rows, columns · S text tokens · E text width
+"""
+import json
+import math
+import re
+import sys
+import unicodedata
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import codec
+import parallel
+import shapes
+from data import Writer, stream
+
+
+@dataclass(frozen=True)
+class Config:
+    """Make a dataset of moving shapes, or of --videos, --prompts or --parquet. Flags left None take their DEFAULTS."""
+
+    # what
+    videos: str | None = None                       # folder of films, each with a caption in NAME.txt or captions.jsonl
+    prompts: str | None = None                      # file with a prompt per line, for a dataset without latents
+    parquet: str | None = None                      # folder of the parquet files of FastVideo's preprocessing
+    clips: int = 4000                               # moving shapes to draw, where none of the three is given
+    seed: int = 0                                   # of the moving shapes
+    out: str | None = None                          # the dataset's folder; None = data/ and shapes or the source's name
+
+    # clips
+    sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; a film goes to the one nearest in shape, cropped
+    frames: int | None = None                       # per clip
+    fps: float | None = None                        # frames per second of a clip, whatever the film's rate
+    cuts: Literal["first", "all"] = "first"         # the clip at a film's beginning, or consecutive ones to its end
+    caption: str | None = None                      # of films that have none; None = these are skipped
+    shape: tuple[int, int, int, int] | None = None  # latent C F H W that --prompts are for
+
+    # codec
+    codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan takes the weights that --vae and --text give
+    vae: str | None = None                          # Wan's VAE: a folder or hub id of a diffusers pipeline
+    text: str | None = None                         # Wan's UMT5, likewise
+    text_length: int | None = None                  # most tokens of a caption
+    negative: str = ""                              # prompt whose embedding is the null text of dropout and guidance
+    dtype: Literal["bf16", "fp32"] = "bf16"         # of latents and text on disk
+    device: Literal["auto", "cpu", "cuda"] = "auto" # where the wan codec computes; dct is for the CPU
+
+
+class Row(NamedTuple):
+    sizes: tuple
+    frames: int
+    fps: float
+    text_length: int
+
+
+DEFAULTS = {  #                           sizes  frames  fps  text_length
+    "shapes": Row(                  ("32x32",),      17,   8,           8),
+    "dct":    Row( ("64x64", "64x96", "96x64"),      17,   8,          64),
+    "wan":    Row(      ("480x832", "832x480"),      81,  16,         512),
+}
+ONLY = {  # flags that do something for these sources only
+    "clips": {"shapes"}, "seed": {"shapes"}, "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
+    "cuts": {"videos"}, "caption": {"videos"}, "shape": {"prompts"},
+}
+FILMS = set(".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv .gif".split())
+
+
+def main(cfg):
+    with door():
+        cfg = resolve(cfg)
+        world = parallel.init(cfg.device if cfg.codec == "wan" else "cpu")
+        coder = codec.load(cfg.codec, vae=cfg.vae, text=cfg.text, device=world.device, text_length=cfg.text_length)
+        check_fit(cfg, coder)
+        kind, source = source_of(cfg)
+        names, samples = source(cfg, coder, lru_cache(256)(lambda caption: coder.embed([caption])[0]))
+        writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
+    say = print if world.rank == 0 else lambda *_: None
+    share = names[world.rank::world.size]       # of all names, for what the ranks find done differs
+    todo = [name for name in share if name not in writer.done]
+    say(f"{len(names):,} {kind} -> {cfg.out}" + f", {len(share) - len(todo):,} done before" * (len(todo) < len(share)))
+
+    skipped = 0
+    with tqdm(total=len(share), initial=len(share) - len(todo), unit=" " + kind, disable=world.rank > 0,
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for name in todo:
+            try:
+                for sample in samples(name, writer.done):
+                    writer.add(**sample)
+            except (ValueError, FileNotFoundError, PermissionError) as reason:
+                bar.write(f"skipped {name}: {reason}")
+                skipped += 1
+            bar.update()
+    writer.save()
+
+    skipped = round(parallel.mean({"skipped": skipped}, world)["skipped"] * world.size)    # all ranks have saved by now
+    if world.rank == 0:
+        mean, std = coder.spec.get("mean"), coder.spec.get("std")
+        manifest = writer.finish(coder.embed([cfg.negative])[0], mean, std, half_power=cfg.codec == "dct")
+        buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}" for b in manifest["buckets"])
+        size = sum(file["size"] for file in manifest["files"].values())
+        say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB" + f"; {skipped} {kind} skipped, named above" * (skipped > 0))
+    parallel.agree(True, world)
+
+
+# ---- sources: each gives a list of names, and a function from a name to the samples of it that are not done ----------
+
+def source_of(cfg):
+    """What the names stand for, and their source."""
+    if cfg.videos:
+        return "films", films
+    if cfg.prompts:
+        return "prompts", prompts
+    if cfg.parquet:
+        return "parquet files", parquet_files
+    return "clips", moving_shapes
+
+
+def moving_shapes(cfg, coder, embed):
+    """The built-in clips; each is a function of its number."""
+    sizes = parse(cfg.sizes)
+
+    def samples(name, done):
+        i = int(name)
+        video, caption = shapes.clip(stream(cfg.seed, "clip", i), size=sizes[i % len(sizes)], frames=cfg.frames)
+        yield dict(latent=coder.encode(video), text=embed(caption), caption=caption, source=f"clip {i}", key=name)
+
+    return [str(i) for i in range(cfg.clips)], samples
+
+
+def films(cfg, coder, embed):
+    """The films in a folder and those below it."""
+    root = Path(cfg.videos)
+    listed = read_captions(root / "captions.jsonl")
+    found = [file.relative_to(root).as_posix() for file in root.rglob("*")
+             if file.suffix.lower() in FILMS and not file.is_dir() and not file.name.startswith(".")]
+    found += listed.keys() - {compose(name) for name in found}      # not there: they will be named as missing
+    if not found:
+        raise ValueError(f"no films in {root}: their names would end in {' '.join(sorted(FILMS))}")
+
+    def samples(name, done):
+        beside = (root / name).with_suffix(".txt")
+        own = beside.read_text(encoding="utf-8").strip() if beside.exists() else listed.get(compose(name))
+        caption = own or cfg.caption
+        if not caption:
+            raise ValueError(f"no caption in {beside.name} or captions.jsonl; --caption=TEXT would be for such films")
+        text = embed(caption)
+        clips = codec.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames, fps=cfg.fps, cuts=cfg.cuts)
+        for key, (video, _) in keyed(name, clips):
+            if key not in done:
+                yield dict(latent=coder.encode(video), text=text, caption=caption, source=name, key=key)
+
+    return sorted(found), samples
+
+
+def prompts(cfg, coder, embed):
+    """The lines of a text file, without latents."""
+    path = Path(cfg.prompts)
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"no prompts in {path}")
+
+    def samples(name, done):
+        line = lines[int(name) - 1]
+        yield dict(latent=None, text=embed(line), caption=line, source=path.name, key=name)
+
+    return [str(i + 1) for i in range(len(lines))], samples
+
+
+def parquet_files(cfg, coder, embed):
+    """What FastVideo's preprocessing made for text to video, its Wan latents and text embeddings taken as they are."""
+    from pyarrow import parquet     # only here is it needed
+
+    root, channels = Path(cfg.parquet), coder.spec["channels"]
+    names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.parquet"))
+    if not names:
+        raise ValueError(f"no parquet files in {root}")
+    parts = [f"{name}_{part}" for name in ("vae_latent", "text_embedding") for part in ("bytes", "shape", "dtype")]
+
+    def rows(name):
+        try:
+            file = parquet.ParquetFile(root / name)
+            if missing := {"caption", "file_name", *parts} - set(file.schema_arrow.names):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            for batch in file.iter_batches(1, columns=["caption", "file_name", *parts]):
+                yield from batch.to_pylist()
+        except OSError as error:
+            raise ValueError(f"unreadable: {error}") from error
+
+    def samples(name, done):
+        bad = []
+        for key, row in keyed(name, rows(name)):
+            if key in done:
+                continue
+            try:
+                latent, text = (tensor(row, part) for part in ("vae_latent", "text_embedding"))
+                if latent.ndim != 4 or len(latent) != channels:
+                    raise ValueError(f"a latent of shape {tuple(latent.shape)}, wanted is ({channels}, F, H, W)")
+            except ValueError as reason:
+                bad.append(f"{row['file_name']}: {reason}")
+            else:
+                yield dict(latent=latent, text=text, caption=row["caption"], source=row["file_name"], key=key)
+        if bad:
+            raise ValueError(f"{len(bad)} rows of it. {'; '.join(bad)}")
+
+    return names, samples
+
+
+def tensor(row, name):
+    """A tensor as FastVideo stores it: bytes, shape, and the dtype that the bytes are of."""
+    content, shape, dtype = (row[f"{name}_{part}"] for part in ("bytes", "shape", "dtype"))
+    known = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ValueError(f"{name} of dtype {dtype}; known are {', '.join(known)}")
+    if not content or len(content) != math.prod(shape) * known[dtype].itemsize:
+        raise ValueError(f"{name} has {len(content or b'')} bytes, its shape {shape} of {dtype} another number")
+    return torch.frombuffer(bytearray(content), dtype=known[dtype]).view(*shape)
+
+
+def keyed(name, items):
+    """(key, item): the last item's key is the name itself, so that a name which is done says that all of it is."""
+    previous = None
+    for i, item in enumerate(items):
+        if i:
+            yield f"{name}#{i - 1}", previous
+        previous = item
+    if previous is not None:
+        yield name, previous
+
+
+def read_captions(path):
+    """A file of lines {"file": name below the folder, "caption": text} -> {name: caption}; {} where there is none."""
+    captions = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            entry = json.loads(line)
+            captions[compose(entry["file"])] = entry["caption"].strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{path}, line {number}: wanted is {{"file": "name.mp4", "caption": "text"}}') from error
+    return captions
+
+
+def compose(name):
+    """A name with its accents in one form: systems differ on whether an é is one letter or two."""
+    return unicodedata.normalize("NFC", name)
+
+
+# ---- the door -------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def door():
+    """Bad input is refused in one line, exit code 2, before anything is encoded; a bug later on keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def resolve(cfg):
+    """The config with None replaced by its defaults; ValueError for flags that are impossible together."""
+    sources = [name for name in ("videos", "prompts", "parquet") if asdict(cfg)[name]]
+    if len(sources) > 1:
+        raise ValueError(f"{' and '.join(f'--{name}' for name in sources)}: give one of them")
+    kind = sources[0] if sources else "shapes"
+    for flag, kinds in ONLY.items():
+        if asdict(cfg)[flag] != asdict(Config())[flag] and kind not in kinds:
+            raise ValueError(f"--{flag} does nothing for {'moving shapes' if kind == 'shapes' else '--' + kind}")
+    if kind == "prompts" and not cfg.shape:
+        raise ValueError("--prompts needs --shape C F H W, that of the latents to distil")
+    if kind == "parquet" and cfg.codec != "wan":
+        raise ValueError("--parquet holds latents of Wan's VAE: it needs --codec=wan --vae=PATH --text=PATH")
+    if cfg.codec == "dct" and (cfg.vae or cfg.text):
+        raise ValueError("--vae and --text are for --codec=wan; dct has no weights")
+    if cfg.codec == "wan" and not (cfg.text and (cfg.vae or kind == "prompts")):
+        raise ValueError("--codec=wan needs --text=PATH" + " and --vae=PATH" * (kind != "prompts")
+                         + ", each a folder or hub id of a diffusers pipeline")
+    if cfg.clips < 1 or cfg.fps is not None and cfg.fps <= 0:
+        raise ValueError(f"--clips={cfg.clips} --fps={cfg.fps}: both are above 0")
+
+    path = Path(asdict(cfg)[kind]) if sources else Path("shapes")
+    if sources and not (path.is_file() if kind == "prompts" else path.is_dir()):
+        raise FileNotFoundError(f"--{kind}={path}: no such {'file' if kind == 'prompts' else 'folder'}")
+    row = DEFAULTS["shapes" if kind == "shapes" and cfg.codec == "dct" else cfg.codec]._asdict()
+    row["out"] = f"data/{path.resolve().stem}"
+    return replace(cfg, **{name: value for name, value in row.items() if asdict(cfg)[name] is None})
+
+
+def parse(sizes):
+    """["64x96"] -> [(64, 96)], height and width."""
+    for size in sizes:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+            raise ValueError(f"--sizes {size}: a size is HEIGHTxWIDTH in pixels, such as 64x96")
+    return [tuple(map(int, size.split("x"))) for size in sizes]
+
+
+def check_fit(cfg, coder):
+    """Sizes that the codec's strides and the model's patches of 2 x 2 do not divide are refused, naming the nearest."""
+    channels = coder.spec.get("channels")           # None for wan without its VAE
+    if cfg.shape and channels not in (None, cfg.shape[0]):
+        raise ValueError(f"--shape {' '.join(map(str, cfg.shape))}: {cfg.codec} latents have {channels} channels")
+    if not cfg.prompts and not cfg.parquet:
+        t, h, w = coder.stride[0], 2 * coder.stride[1], 2 * coder.stride[2]
+        if (cfg.frames - 1) % t or cfg.frames < 1:
+            near = cfg.frames // t * t + 1
+            raise ValueError(f"--frames={cfg.frames}: {cfg.codec} takes 1 + a multiple of {t}, such as {near}")
+        for height, width in parse(cfg.sizes):
+            if height % h or width % w:
+                near = f"{max(round(height / h), 1) * h}x{max(round(width / w), 1) * w}"
+                raise ValueError(f"--sizes {height}x{width}: {cfg.codec} takes multiples of {h}x{w}, such as {near}")
+
+
+def spec_of(cfg, coder):
+    """What must not change while a dataset is filled."""
+    spec = {"codec": coder.spec, "fps": cfg.fps, "dtype": cfg.dtype}
+    for name in ("videos", "prompts", "parquet", "shape"):
+        if asdict(cfg)[name]:
+            spec[name] = asdict(cfg)[name]
+    if not cfg.prompts and not cfg.parquet:
+        spec |= {"sizes": cfg.sizes, "frames": cfg.frames, "cuts": cfg.cuts, "seed": cfg.seed}
+    return spec
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
+    parallel.close()

@@ -1,0 +1,357 @@
+"""prepare.py from each of its sources to a dataset that Latents reads. Run: pytest tests/test_prepare.py"""
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+import torch
+
+import codec
+import parallel
+import prepare
+import shapes
+from data import Latents
+from prepare import Config
+from test_codec import film, pipeline  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(**flags):
+    """prepare.py with these flags, in this process -> the dataset, opened."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    try:
+        prepare.main(Config(**flags))
+    finally:
+        if parallel.dist.is_initialized():
+            parallel.close()
+    return opened(flags["out"])
+
+
+def refused(capsys, **flags):
+    """What prepare.py says of flags that it refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run(**flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def opened(path):
+    return Latents(path, seed=0, batch=1)
+
+
+def stored(latents):
+    """[(source, caption, latent as it is stored, text)] in an order that the writing does not change."""
+    rows = []
+    for line in map(json.loads, open(latents.path / "captions.jsonl")):
+        x0, text = latents.sample([line["id"]])
+        rows.append((line["source"], line["caption"], x0[0] * latents.std + latents.mean, text[0]))
+    return sorted(rows, key=lambda row: (row[0], row[2].flatten().tolist()))
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(x[:2] == y[:2] and torch.allclose(x[2], y[2], atol=1e-5) and torch.equal(x[3], y[3])
+                                    for x, y in zip(a, b))
+
+
+def make_film(path, height=64, width=64, frames=24, rate=8, caption=None, **options):
+    """A film of smooth moving colours at `rate` frames per second, and its NAME.txt."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    t, y, x = np.ogrid[:frames, :height, :width]
+    phase = sum(map(ord, path.stem))
+    waves = [np.sin(phase + c + 6 * x / width * (c + 1) + 4 * y / height + t / 9) for c in range(3)]
+    film(path, np.uint8(127 + 120 * np.stack(waves, -1)), [1000 * i / rate for i in range(frames)], **options)
+    if caption:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Films of many kinds, and five files that make no clip."""
+    root = tmp_path_factory.mktemp("films")
+    make_film(root / "plain.mp4", caption="a plain film")
+    make_film(root / "below/deeper/wide one.webm", 72, 108, encoder="libvpx-vp9", caption="a wide one, vp9\n")
+    make_film(root / "été/tall é.MOV", 120, 80, rate=24, frames=72, caption="un été à la mer")
+    make_film(root / "below/turned.mp4", 64, 96, rotation=90, caption="turned on its side")
+    make_film(root / "listed.mkv", encoder="libx265")
+    make_film(root / "below/ñandú.mp4")
+    (root / "captions.jsonl").write_text("\n".join(json.dumps({"file": name, "caption": caption}) for name, caption in [
+        ("listed.mkv", "its caption is listed"), (unicodedata.normalize("NFD", "below/ñandú.mp4"), "a ñandú"),
+        ("not there.mp4", "listed only")]))
+    make_film(root / "short.mp4", frames=9, caption="too short")
+    make_film(root / "silent.mp4")
+    (root / "empty.mp4").touch()
+    (root / "broken.mp4").write_bytes(b"not a film " * 99)
+    for name in ("empty", "broken"):
+        (root / f"{name}.txt").write_text("a caption")
+    (root / "notes.pdf").write_bytes(b"not for us")
+    (root / "._plain.mp4").write_bytes(b"a Mac's resource fork")
+    return root
+
+
+MADE = {"plain.mp4": "a plain film", "below/deeper/wide one.webm": "a wide one, vp9",
+        "été/tall é.MOV": "un été à la mer", "below/turned.mp4": "turned on its side",
+        "listed.mkv": "its caption is listed", "below/ñandú.mp4": "a ñandú"}
+
+
+# ---- moving shapes --------------------------------------------------------------------------------------------------
+
+def test_alone_it_writes_moving_shapes_that_decode_to_their_captions(tmp_path, capsys):
+    latents = run(clips=40, out=tmp_path / "set")
+    assert latents.shapes == [(24, 5, 8, 8)] and latents.count == 40 and latents.manifest["fps"] == 8
+    coder = codec.load(latents.manifest["codec"])
+    for id in range(0, 40, 5):
+        [x0], [text] = latents.sample([id])
+        video = coder.decode(x0 * latents.std + latents.mean)
+        assert video.shape == (17, 32, 32, 3)
+        shape, colour, direction = shapes.judge(video)
+        assert latents.caption(id) == f"a {colour} {shape} moving {direction}"
+        [row] = coder.embed([latents.caption(id)])
+        assert torch.allclose(text[:len(row)], row, atol=0.02) and not text[len(row):].any()
+    assert torch.allclose(latents.null[:1], coder.embed([""])[0], atol=0.02)
+    assert abs(latents.sample(list(range(40)))[0].square().mean() - 1) < 0.05
+    assert "40 of 24x5x8x8" in capsys.readouterr().out
+
+
+def test_moving_shapes_are_a_function_of_the_seed(tmp_path):
+    a, b, c = (stored(run(clips=6, seed=seed, out=tmp_path / name)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert equal(a, b) and [row[1] for row in a] != [row[1] for row in c]
+
+
+def test_the_defaults_are_the_ones_that_the_readme_names():
+    cfg = prepare.resolve(Config())
+    assert (cfg.clips, cfg.seed, cfg.sizes, cfg.frames, cfg.fps, cfg.codec, cfg.out) == \
+           (4000, 0, ("32x32",), 17, 8, "dct", "data/shapes")
+
+
+def test_flags_are_read_from_a_command_line():
+    cfg = tyro.cli(Config, args="--videos films --sizes 64x64 64x96 --frames=9 --cuts=all --fps 12.5".split())
+    assert (cfg.videos, cfg.sizes, cfg.frames, cfg.cuts, cfg.fps) == ("films", ("64x64", "64x96"), 9, "all", 12.5)
+
+
+# ---- films ----------------------------------------------------------------------------------------------------------
+
+def test_a_folder_of_films_becomes_buckets_and_what_cannot_is_named(folder, tmp_path, capsys):
+    latents = run(videos=folder, out=tmp_path / "set")
+    rows = stored(latents)
+    assert {row[0]: row[1] for row in rows} == MADE and len(rows) == len(MADE)
+    assert latents.shapes == [(24, 5, 16, 16), (24, 5, 16, 24), (24, 5, 24, 16)]
+    sizes = {row[0]: tuple(row[2].shape[2:]) for row in rows}
+    assert sizes["below/deeper/wide one.webm"] == (16, 24)
+    assert sizes["été/tall é.MOV"] == sizes["below/turned.mp4"] == (24, 16)
+    assert sizes["plain.mp4"] == (16, 16)
+
+    coder = codec.load("dct")
+    for name, _, latent, _ in rows:
+        [(video, _)] = codec.read_video(folder / name, sizes=[(64, 64), (64, 96), (96, 64)], frames=17, fps=8)
+        assert torch.allclose(latent, coder.encode(video), rtol=2**-8, atol=1e-5)
+
+    out = capsys.readouterr().out
+    for name, reason in {"short.mp4": "too short", "silent.mp4": "no caption", "empty.mp4": "empty",
+                         "broken.mp4": "unreadable", "not there.mp4": "No such file"}.items():
+        assert any(f"skipped {name}: " in line and reason in line for line in out.splitlines()), (name, out)
+    assert "5 films skipped, named above" in out
+    assert "notes.pdf" not in out and "._plain" not in out
+
+
+def test_a_caption_can_be_given_for_films_without_one(folder, tmp_path):
+    rows = {row[0]: row[1] for row in stored(run(videos=folder, out=tmp_path / "set", caption="a film"))}
+    assert rows == MADE | {"silent.mp4": "a film"}
+
+
+def test_a_caption_that_is_too_long_is_named(tmp_path, capsys):
+    make_film(tmp_path / "films/a.mp4", caption="word " * 9)
+    make_film(tmp_path / "films/b.mp4", caption="few words")
+    assert run(videos=tmp_path / "films", out=tmp_path / "set", text_length=8).count == 1
+    assert "skipped a.mp4: a prompt of 9 words" in capsys.readouterr().out
+
+
+def test_all_cuts_of_a_film_are_consecutive_clips(tmp_path):
+    make_film(tmp_path / "films/long.mp4", frames=60, caption="a long film")
+    rows = stored(run(videos=tmp_path / "films", out=tmp_path / "set", cuts="all", sizes=("64x64",)))
+    coder = codec.load("dct")
+    clips = codec.read_video(tmp_path / "films/long.mp4", sizes=[(64, 64)], frames=17, fps=8, cuts="all")
+    clips = [coder.encode(video) for video, _ in clips]
+    assert len(rows) == len(clips) == 3
+    for clip in clips:
+        assert any(torch.allclose(clip, row[2], rtol=2**-8, atol=1e-5) for row in rows)
+
+
+@pytest.mark.parametrize("cuts", ["first", "all"])
+def test_an_interrupted_prepare_goes_on_where_it_was(folder, tmp_path, monkeypatch, cuts):
+    make_film(tmp_path / "films/long.mp4", frames=60, caption="a long film")
+    for name in ("plain.mp4", "listed.mkv"):
+        make_film(tmp_path / f"films/{name}", caption=name)
+    flags = dict(videos=tmp_path / "films", cuts=cuts, sizes=("64x64",))
+    whole = stored(run(**flags, out=tmp_path / "whole"))
+
+    encoded = []
+
+    def load(*args, **options):
+        coder = codec_load(*args, **options)
+
+        def encode(video):
+            if len(encoded) == 2:
+                encoded.append("interrupted")
+                raise KeyboardInterrupt
+            encoded.append("clip")
+            return coder.encode(video)
+        return coder._replace(encode=encode)
+
+    codec_load = codec.load
+    monkeypatch.setattr(codec, "load", load)
+    monkeypatch.setattr("data.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
+    with pytest.raises(KeyboardInterrupt):
+        run(**flags, out=tmp_path / "broken")
+    with pytest.raises(FileNotFoundError, match="unfinished"):
+        opened(tmp_path / "broken")
+    assert equal(stored(run(**flags, out=tmp_path / "broken")), whole)
+    assert encoded.count("clip") == len(whole), "a clip was encoded twice"
+
+
+def test_films_that_come_later_are_added(tmp_path, monkeypatch):
+    make_film(tmp_path / "films/a.mp4", caption="a")
+    run(videos=tmp_path / "films", out=tmp_path / "set")
+    make_film(tmp_path / "films/b.mp4", caption="b")
+    monkeypatch.setattr(codec, "read_video", lambda path, read=codec.read_video, **options: read(path, **options)
+                        if path.name == "b.mp4" else pytest.fail("read again"))
+    assert {row[0] for row in stored(run(videos=tmp_path / "films", out=tmp_path / "set"))} == {"a.mp4", "b.mp4"}
+
+
+def test_two_ranks_make_the_same_dataset_as_one(folder, tmp_path):
+    whole = stored(run(videos=folder, out=tmp_path / "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
+               str(ROOT / "prepare.py"), f"--videos={folder}", f"--out={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "5 films skipped" in done.stdout and done.stdout.count("skipped silent.mp4") == 1
+    two = opened(tmp_path / "two")
+    assert {file.name for file in (tmp_path / "two").glob("journal.*")} == {"journal.0.jsonl", "journal.1.jsonl"}
+    assert equal(stored(two), whole)
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+def test_prompts_alone_make_a_dataset_to_distil_from(tmp_path):
+    (tmp_path / "list.txt").write_text("a red circle\n\n  un été  \na red circle\n", encoding="utf-8")
+    latents = run(prompts=tmp_path / "list.txt", shape=(24, 5, 8, 8), text_length=8, out=tmp_path / "set")
+    assert latents.shapes == [(24, 5, 8, 8)]
+    assert [latents.caption(i) for i in range(latents.count)] == ["a red circle", "un été", "a red circle"]
+    [row] = codec.load("dct").embed(["un été"])
+    assert torch.allclose(latents.text([1])[0, :3], row, atol=0.02)
+    assert latents.prompts(0, "student_prompt", [0]).shape == (1, 8, 64)
+
+
+# ---- wan ------------------------------------------------------------------------------------------------------------
+
+def test_wan_weights_encode_films_and_give_their_own_mean_and_std(pipeline, folder, tmp_path):
+    folder = folder / "below"
+    latents = run(videos=folder, codec="wan", vae=pipeline, text=pipeline, sizes=("64x64",), frames=5, dtype="fp32",
+                  negative="bad", out=tmp_path / "set")
+    coder = codec.load("wan", vae=pipeline, text=pipeline)
+    assert latents.manifest["mean"] == coder.spec["mean"] and latents.manifest["std"] == coder.spec["std"]
+    [null] = coder.embed(["bad"])
+    assert torch.equal(latents.null[:len(null)], null) and latents.null.shape == (512, 32)
+    for name, caption, latent, text in stored(latents):
+        [(video, _)] = codec.read_video(folder / name, sizes=[(64, 64)], frames=5, fps=16)
+        assert torch.allclose(latent, coder.encode(video), atol=1e-4)
+        assert latent.shape == (4, 2, 8, 8)
+
+
+def parquet_row(latent, text, dtype="float32", **changed):
+    """A row as FastVideo's preprocessing writes it."""
+    row = {"id": "0", "file_name": "film.mp4", "caption": "a caption", "media_type": "video", "fps": 16.0}
+    for name, x in (("vae_latent", latent), ("text_embedding", text)):
+        x = x.to(getattr(torch, dtype)).contiguous()
+        row |= {f"{name}_bytes": x.view(torch.uint8).numpy().tobytes(), f"{name}_shape": list(x.shape),
+                f"{name}_dtype": dtype}
+    return row | changed
+
+
+def test_fastvideo_parquet_is_converted_as_its_dtype_column_says(pipeline, tmp_path, capsys):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "old/below").mkdir(parents=True)
+    torch.manual_seed(0)
+    latents, texts = torch.randn(6, 4, 2, 8, 8), [torch.randn(i + 1, 32) for i in range(6)]
+    rows = [parquet_row(latents[i], texts[i], dtype, file_name=f"{i}.mp4", caption=f"caption {i}")
+            for i, dtype in enumerate(["float32", "bfloat16", "float16", "float64"])]
+    bad = [parquet_row(latents[4], texts[4], file_name="cut.mp4") | {"vae_latent_bytes": b"1234"},
+           parquet_row(latents[4], texts[4], file_name="odd.mp4", vae_latent_dtype="int3"),
+           parquet_row(latents[4][:3], texts[4], file_name="three.mp4"),
+           parquet_row(latents[4], texts[4], file_name="mute.mp4", text_embedding_bytes=b"", text_embedding_shape=[])]
+    last = parquet_row(latents[5], texts[5], file_name="5.mp4", caption="caption 5")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "old/a.parquet", row_group_size=3)
+    pq.write_table(pa.Table.from_pylist([*bad, last]), tmp_path / "old/below/b.parquet", row_group_size=2)
+    pq.write_table(pa.table({"caption": ["no more"]}), tmp_path / "old/c.parquet")
+    (tmp_path / "old/d.parquet").write_bytes(b"not parquet")
+
+    made = run(parquet=tmp_path / "old", codec="wan", vae=pipeline, text=pipeline, dtype="fp32", out=tmp_path / "set")
+    found = stored(made)
+    assert [row[:2] for row in found] == [(f"{i}.mp4", f"caption {i}") for i in (0, 1, 2, 3, 5)]
+    for (name, _, latent, text), i in zip(found, (0, 1, 2, 3, 5)):
+        dtype = getattr(torch, ["float32", "bfloat16", "float16", "float64", "", "float32"][i])
+        assert torch.allclose(latent, latents[i].to(dtype).float(), atol=1e-6)
+        assert torch.equal(text[:i + 1], texts[i].to(dtype).float()) and not text[i + 1:].any()
+    out = capsys.readouterr().out
+    for words in ("cut.mp4: vae_latent has 4 bytes", "odd.mp4: vae_latent of dtype int3; known are float64, float32",
+                  "three.mp4: a latent of shape (3, 2, 8, 8), wanted is (4, F, H, W)",
+                  "mute.mp4: text_embedding has 0 bytes", "skipped c.parquet: it has no column", "skipped d.parquet: ",
+                  "3 parquet files skipped"):
+        assert words in out, (words, out)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(videos=".", prompts="x"), "--videos and --prompts: give one of them"),
+    (dict(videos="absent"), "--videos=absent: no such folder"),
+    (dict(prompts="absent.txt", shape=(24, 5, 8, 8)), "--prompts=absent.txt: no such file"),
+    (dict(prompts="prepare.py"), "--prompts needs --shape C F H W"),
+    (dict(prompts="prepare.py", shape=(16, 5, 8, 8)), "dct latents have 24 channels"),
+    (dict(parquet="."), "--parquet holds latents of Wan's VAE: it needs --codec=wan"),
+    (dict(videos=".", clips=7), "--clips does nothing for --videos"),
+    (dict(cuts="all"), "--cuts does nothing for moving shapes"),
+    (dict(caption="x"), "--caption does nothing for moving shapes"),
+    (dict(shape=(24, 5, 8, 8)), "--shape does nothing for moving shapes"),
+    (dict(prompts="prepare.py", shape=(24, 5, 8, 8), frames=9), "--frames does nothing for --prompts"),
+    (dict(vae="x"), "--vae and --text are for --codec=wan"),
+    (dict(codec="wan"), "--codec=wan needs --text=PATH and --vae=PATH"),
+    (dict(codec="wan", prompts="prepare.py", shape=(16, 5, 8, 8)), "--codec=wan needs --text=PATH, "),
+    (dict(codec="wan", vae="absent/absent/absent", text="x/y/z"), "no folder absent/absent/absent"),
+    (dict(sizes=("64",)), "--sizes 64: a size is HEIGHTxWIDTH"),
+    (dict(sizes=("60x64",)), "--sizes 60x64: dct takes multiples of 8x8, such as 64x64"),
+    (dict(frames=16), "--frames=16: dct takes 1 + a multiple of 4, such as 17"),
+    (dict(fps=0), "--fps=0"),
+    (dict(clips=0), "--clips=0"),
+    (dict(videos="tests"), "no films in tests: their names would end in .3gp"),
+])
+def test_flags_that_cannot_be_are_refused_before_anything_is_written(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert words in refused(capsys, out=tmp_path / "set", **flags)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_dataset_begun_with_other_settings_is_left_alone(tmp_path, capsys):
+    run(clips=3, out=tmp_path / "set")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+    assert "frames was 17 and is now 9" in refused(capsys, clips=3, out=tmp_path / "set", frames=9)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+
+
+def test_a_list_of_captions_that_cannot_be_read_is_named_with_its_line(tmp_path, capsys):
+    make_film(tmp_path / "films/a.mp4")
+    (tmp_path / "films/captions.jsonl").write_text('{"file": "a.mp4", "caption": "fine"}\n{"name": "b.mp4"}\n')
+    assert "captions.jsonl, line 2: wanted is" in refused(capsys, videos=tmp_path / "films", out=tmp_path / "set")
+
+
+def test_a_folder_of_which_nothing_can_be_used_is_an_error(tmp_path, capsys):
+    make_film(tmp_path / "films/a.mp4")
+    with pytest.raises(ValueError, match="nothing was stored"):
+        run(videos=tmp_path / "films", out=tmp_path / "set")
