@@ -40,6 +40,7 @@ import torch
 
 VERSION = 1
 PAGE = 4096
+WORKERS = min(4, os.cpu_count())    # threads that read and draw noise
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -165,10 +166,11 @@ class Latents:
         self.order = Order(seed, [len(ids) for ids in self.buckets], batch)
 
         # One torch thread in each worker: a team of each one's own would fight the training for its cores.
-        self.workers = ThreadPoolExecutor(min(4, os.cpu_count()), initializer=torch.set_num_threads, initargs=(1,))
+        self.workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
         self.loader, self.ahead = ThreadPoolExecutor(1), {}
         self.pages = defaultdict(list)
-        self.null = self.pad([self.tokens(*text["null"])])[0]
+        self.text_shape = text["length"], text["width"]
+        self.null = pad(self.tokens(*text["null"]), torch.empty(self.text_shape))
 
     def at(self, step):
         """This rank's part of a step -> [Micro], a pure function of the step."""
@@ -189,7 +191,7 @@ class Latents:
             stream(self.seed, "noise", step, slot).standard_normal(dtype=np.float32, out=out)
 
         x0, text = self.sample(ids)
-        e = self.empty(x0.shape)
+        e = self.empty(*x0.shape)
         self.each(noise, e.numpy(), slots)
         drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
         return Micro(x0, text, self.null, torch.tensor(drop), u, e, ids, slots)
@@ -215,41 +217,33 @@ class Latents:
 
     def sample(self, ids):
         """Samples of one bucket -> x0 (B, C, F, H, W) fp32 normalised, text (B, S, E) fp32."""
-        bucket = bisect_right(self.first, ids[0]) - 1
-        rows, first, shape = self.latents[bucket], self.first[bucket], self.shapes[bucket]
-
-        def fill(x, id):
-            z = rows(id - first)[0, :x.numel()].view(shape)
-            self.check(id, 0, z, rows.name(id - first))
-            x.copy_(z).sub_(self.mean).div_(self.std)
-
-        x0 = self.empty((len(ids), *shape))
-        self.each(fill, x0, ids)
-        return x0, self.text(ids)
+        x0, text = self.empty(len(ids), *self.shape_of(ids[0])), self.empty(len(ids), *self.text_shape)
+        self.each(lambda x, padded, id: (self.read_latent(id, x), self.read_text(id, padded)), x0, text, ids)
+        return x0, text
 
     def text(self, ids):
         """Text of samples of any bucket -> (B, S, E) fp32."""
-        rows = []
-        for id in ids:
-            first, count, _ = self.text_off[id].tolist()
-            rows.append(self.tokens(first, count))
-            self.check(id, 1, rows[-1], self.tokens.name(first))
-        return self.pad(rows)
+        text = self.empty(len(ids), *self.text_shape)
+        self.each(self.read_text, ids, text)
+        return text
 
     def prompts(self, step, purpose, slots):
         """Text of training samples drawn at random for these slots -> (B, S, E) fp32."""
         drawn = [stream(self.seed, purpose, step, slot).integers(len(self.train)) for slot in slots]
         return self.text(self.train[drawn])
 
-    def pad(self, rows):
-        """[(S_i, E)] -> (B, S, E) fp32, zeros after S_i: Wan attends to them, so they are part of its input."""
-        def fill(padded, row):
-            padded[:len(row)].copy_(row)
-            padded[len(row):].zero_()
+    def read_latent(self, id, x):
+        bucket = bisect_right(self.first, id) - 1
+        rows, row = self.latents[bucket], id - self.first[bucket]
+        z = rows(row)[0, :x.numel()].view(x.shape)
+        self.check(id, 0, z, rows.name(row))
+        x.copy_(z).sub_(self.mean).div_(self.std)           # the one place where latents are normalised
 
-        text = self.empty((len(rows), self.manifest["text"]["length"], self.manifest["text"]["width"]))
-        self.each(fill, text, rows)
-        return text
+    def read_text(self, id, padded):
+        first, count, _ = self.text_off[id].tolist()
+        rows = self.tokens(first, count)
+        self.check(id, 1, rows, self.tokens.name(first))
+        pad(rows, padded)
 
     def check(self, id, part, stored, file):
         """Compares a sample's latent (part 0) or text (1) with its checksum, the first time it is read."""
@@ -267,10 +261,12 @@ class Latents:
             self.tokens.will_need(*self.text_off[id, :2].tolist())
 
     def each(self, function, *lists):
-        """Calls function on the first of each list, the second and so on, at the same time; errors surface here."""
-        list(self.workers.map(function, *lists))
+        """Calls function on the first of each list, the second and so on, shared among the workers; errors surface."""
+        items = list(zip(*lists))
+        shares = [items[i::WORKERS] for i in range(min(WORKERS, len(items)))]
+        list(self.workers.map(lambda share: [function(*item) for item in share], shares))
 
-    def empty(self, shape):
+    def empty(self, *shape):
         """An fp32 tensor, if possible on pages that an earlier batch has let go of: new ones cost more than reading."""
         if self.pin:
             return torch.empty(shape, pin_memory=True)      # torch keeps page-locked memory by itself
@@ -278,7 +274,7 @@ class Latents:
         try:
             pages = free.pop()
         except IndexError:
-            pages = np.empty(shape, np.float32).ravel()
+            pages = np.empty(math.prod(shape), np.float32)
         view = pages[:]                                     # lives as long as any tensor on it
         weakref.finalize(view, free.append, pages).atexit = False
         return torch.from_numpy(view).view(shape)
@@ -315,6 +311,13 @@ class Rows:
 def stride(shape, dtype):
     """Bytes from one latent to the next: whole pages, so that reading one touches no other."""
     return -(-math.prod(shape) * dtype.itemsize // PAGE) * PAGE
+
+
+def pad(rows, out):
+    """Rows, then zeros. Wan attends to these: they are part of its input."""
+    out[:len(rows)].copy_(rows)
+    out[len(rows):].zero_()
+    return out
 
 
 def raw(tensor):
