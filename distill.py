@@ -165,7 +165,8 @@ def main(cfg):
         with torch.device("meta"):
             net = DiT(config, remat=cfg.remat and trainable)
         parallel.prepare(net, world, precision=precision, compile=compiled, trainable=trainable, shapes=2 * len(data.shapes))
-        ckpt.fill(parallel.local_rows(net), source)
+        with door():
+            ckpt.fill(parallel.local_rows(net), source)
         return net
 
     def learner(lr):
@@ -294,8 +295,9 @@ def main(cfg):
         if due(step + 1, cfg.log_every * cfg.student_every):
             timed = min(cfg.log_every * cfg.student_every, step + 1 - start)
             seen = unfold(parallel.mean(seen | {name: total / timed for name, total in clock.items()}, world))
+            rate = seen.pop("flops") / seen["seconds"] / world.size
             log(step + 1, **seen, skipped=counts["skipped"], student_updates=counts["student"],
-                samples_per_s=cfg.batch / seen["seconds"], **log.speed(seen.pop("flops") / seen["seconds"] / world.size, world.device, precision))
+                samples_per_s=cfg.batch / seen["seconds"], **log.speed(rate, world.device, precision))
             clock = dict.fromkeys(clock, 0.0)
     log.close()
 

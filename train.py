@@ -134,6 +134,7 @@ def main(cfg):
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
         found, saved = find(cfg, data, agree, say, world)
+        source = ckpt.weights(cfg.init) if cfg.init and not found else None
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
         if saved and saved["step"] >= cfg.steps:
             return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
@@ -156,7 +157,8 @@ def main(cfg):
     else:
         slots = {name: i for i, name in enumerate(rows)}
         random = lambda name, shape, first, last: initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last]
-        ckpt.fill(rows, ckpt.weights(cfg.init) if cfg.init else random)
+        with door():
+            ckpt.fill(rows, source or random)
         torch._foreach_copy_(ema, params)
         start, counts, run_id = 0, {"updates": 0, "skipped": 0, "in_a_row": 0}, None
 
