@@ -69,7 +69,9 @@ def test_diffusers_loads_the_export_and_computes_the_same(tmp_path):
     for role, model in (("net", net), ("ema", ema)):
         out = tmp_path / role
         export.main(export.Config(ckpt=path, out=str(out), weights=role, shard_gb=1e-4))
-        assert len(list(out.glob("*-of-*.safetensors"))) > 1 and list(out.glob("*.index.json"))
+        index = json.loads((out / "diffusion_pytorch_model.safetensors.index.json").read_text())
+        assert len(set(index["weight_map"].values())) == len(list(out.glob("*-of-*.safetensors"))) > 1
+        assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(out).values())
         transformer, told = WanTransformer3DModel.from_pretrained(out, output_loading_info=True)
         assert not any(told.values())
         assert set(tensors(out)) == set(transformer.state_dict()) and len(tensors(out)) == 27 * SMALL.blocks + 15
@@ -124,7 +126,7 @@ def test_nothing_is_overwritten_and_a_failed_export_leaves_nothing(tmp_path, mon
     (out / "mine").touch()
     with pytest.raises(SystemExit):
         export.main(export.Config(ckpt=path, out=str(out)))
-    assert "not empty" in capsys.readouterr().err and [p.name for p in out.iterdir()] == ["mine"]
+    assert "is there and not empty" in capsys.readouterr().err and [p.name for p in out.iterdir()] == ["mine"]
     (out / "mine").unlink()
 
     cast = export.cast
@@ -172,7 +174,17 @@ def test_diffusers_pipeline_loads_the_adapter_and_computes_the_same(tmp_path, fo
     assert near(theirs(pipe.transformer), ours(net, lora="student"))
 
 
-def test_alpha_stays_exact_and_aligned_beside_bf16_factors(tmp_path):
+def test_every_tensor_of_a_file_is_aligned(tmp_path):
+    held = {"odd": torch.ones(3).bfloat16(), "alpha": torch.tensor(1.5)}
+    source = ckpt.Source("memory", {name: tuple(x.shape) for name, x in held.items()}, lambda name, *_: held[name], None)
+    export.write_file(tmp_path / "x.safetensors", source, list(held), torch.bfloat16)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:8 + size])
+    assert size % 8 == 0 and header["alpha"]["data_offsets"] == [0, 4] and header["odd"]["data_offsets"] == [4, 10]
+
+
+def test_alpha_stays_exact_beside_bf16_factors(tmp_path):
     net = network(0, lora=True)
     path = run(tmp_path / "run", net, only="blocks.0.self_attn.q.lora.")
     export.main(export.Config(ckpt=path, out=str(tmp_path / "lora"), lora=True, format="comfy", dtype="bfloat16"))
