@@ -464,7 +464,7 @@ def weights(path, role="ema"):
 
 def role_of(source, role):
     """What a checkpoint holds as "role.…", without that prefix."""
-    shapes = {name.removeprefix(f"{role}."): shape for name, shape in source.shapes.items() if name.startswith(f"{role}.")}
+    shapes = {name[len(role) + 1:]: shape for name, shape in source.shapes.items() if name.startswith(f"{role}.")}
     if not shapes:
         roles = sorted({name.split(".")[0] for name in source.shapes if "." in name})
         raise ValueError(f"{source.origin} holds no {role!r}, but {', '.join(roles)}")

@@ -176,7 +176,7 @@ def test_diffusers_pipeline_loads_the_adapter_and_computes_the_same(tmp_path, fo
 
 def test_every_tensor_of_a_file_is_aligned(tmp_path):
     held = {"odd": torch.ones(3).bfloat16(), "alpha": torch.tensor(1.5)}
-    source = ckpt.Source("memory", {name: tuple(x.shape) for name, x in held.items()}, lambda name, *_: held[name], None)
+    source = ckpt.Source("memory", {name: x.shape for name, x in held.items()}, lambda name, *_: held[name], None)
     export.write_file(tmp_path / "x.safetensors", source, list(held), torch.bfloat16)
     data = (tmp_path / "x.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
