@@ -344,7 +344,7 @@ def _block(X, b, row, n, left, stride, STEP: tl.constexpr, WIDTH: tl.constexpr, 
 def _forward_kernel(Q, K, V, Out, Lse, jobs, q_stride, k_stride, v_stride, out_stride, L, N, size, tile, step, scale,
                     WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr,
                     TMA: tl.constexpr):
-    job, b, n = jobs + tl.program_id(0) * 13, tl.program_id(1) // N, tl.program_id(1) % N
+    job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
     q = tl.load(Q + _at(b, row, n, q_stride, BK), mask=keep, other=0.0)
@@ -371,7 +371,7 @@ def _forward_kernel(Q, K, V, Out, Lse, jobs, q_stride, k_stride, v_stride, out_s
         f, h, i = _next(f, h, i, length - i, h0, h1, step, STEP)
 
     tl.store(Out + _at(b, row, n, out_stride, BK), (acc / l[:, None]).to(Out.dtype.element_ty), mask=keep)
-    tl.store(Lse + tl.program_id(1) * L + row, (m + tl.log2(l)) * 0.6931471805599453, mask=exists)
+    tl.store(Lse + (b * N + n) * L + row, (m + tl.log2(l)) * 0.6931471805599453, mask=exists)
 
 
 @jit
@@ -379,17 +379,17 @@ def _query_kernel(Q, K, V, Out, Lse, Grad, Stats, DQ, jobs, q_stride, k_stride, 
                   L, N, size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
                   RAGGED: tl.constexpr, TMA: tl.constexpr):
     """dQ, and for the other kernel each query's log-sum-exp, to base 2, and its sum of out * grad."""
-    job, b, n = jobs + tl.program_id(0) * 13, tl.program_id(1) // N, tl.program_id(1) % N
+    job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
     q = tl.load(Q + _at(b, row, n, q_stride, BK), mask=keep, other=0.0)
     grad = tl.load(Grad + _at(b, row, n, grad_stride, BK), mask=keep, other=0.0)
     out = tl.load(Out + _at(b, row, n, out_stride, BK), mask=keep, other=0.0)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    stat = tl.program_id(1) * L + row
+    stat = (b * N + n) * L + row
     lse = tl.load(Lse + stat, mask=exists, other=0.0) * 1.4426950408889634
     tl.store(Stats + stat, lse, mask=exists)
-    tl.store(Stats + tl.num_programs(1) * L + stat, delta, mask=exists)
+    tl.store(Stats + tl.num_programs(2) * N * L + stat, delta, mask=exists)
 
     dq = tl.zeros((ROWS, BK), tl.float32)
     f, h0, h1, w0, w1, blocks = _start(job)
@@ -414,7 +414,7 @@ def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride
                 size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
                 RAGGED: tl.constexpr, TMA: tl.constexpr):
     """dK and dV of ROWS keys, from the box of queries that see them; all products are transposed, keys x queries."""
-    job, b, n = jobs + tl.program_id(0) * 13, tl.program_id(1) // N, tl.program_id(1) % N
+    job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
     k = tl.load(K + _at(b, row, n, k_stride, BK), mask=keep, other=0.0)
@@ -428,13 +428,13 @@ def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride
         start, length = _run(f, h, w0, w1, size, step)
         q = _block(Q, b, start + i, n, length - i, q_stride, STEP, WIDTH, BK, RAGGED, TMA)
         grad = _block(Grad, b, start + i, n, length - i, grad_stride, STEP, WIDTH, BK, RAGGED, TMA)
-        stat = Stats + tl.program_id(1) * L + start + i + tl.arange(0, STEP)
+        stat = Stats + (b * N + n) * L + start + i + tl.arange(0, STEP)
         if RAGGED:  # p = 2^(s - inf) = 0 for a query that is none
             lse = tl.load(stat, mask=tl.arange(0, STEP) < length - i, other=float("inf"))
-            delta = tl.load(stat + tl.num_programs(1) * L, mask=tl.arange(0, STEP) < length - i, other=0.0)
+            delta = tl.load(stat + tl.num_programs(2) * N * L, mask=tl.arange(0, STEP) < length - i, other=0.0)
         else:
             lse = tl.load(stat)
-            delta = tl.load(stat + tl.num_programs(1) * L)
+            delta = tl.load(stat + tl.num_programs(2) * N * L)
         p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * scale - lse[None, :])
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
         ds = p * (tl.dot(v, grad.T, input_precision="ieee") - delta[None, :])
@@ -510,7 +510,7 @@ def _launch(kernel, setting, tma, pattern, lengths, walked, **tensors):
     shape = dict(size=grid or (1, 1, max(lengths)), tile=tile or (1, 1, 1), step=step, L=lengths[0], N=N)
     with torch.cuda.device_of(q):
         for ragged, jobs in walks:
-            kernel[len(jobs), B * N](**tensors, **strides, **shape, jobs=jobs, scale=K**-0.5 * 1.4426950408889634, WIDTH=K,
+            kernel[len(jobs), N, B](**tensors, **strides, **shape, jobs=jobs, scale=K**-0.5 * 1.4426950408889634, WIDTH=K,
                                      BK=BK, ROWS=rows, STEP=block, RAGGED=ragged, TMA=tma, num_warps=warps, num_stages=stages)
 
 

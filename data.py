@@ -205,9 +205,14 @@ class Latents:
         """How many times the training samples have been gone through before this step."""
         return step * self.batch / len(self.train)
 
+    def find(self, id):
+        """Which bucket a sample is in, and its row there."""
+        bucket = bisect_right(self.first, id) - 1
+        return bucket, id - self.first[bucket]
+
     def shape_of(self, id):
         """(C, F, H, W) of a sample's latent."""
-        return self.shapes[bisect_right(self.first, id) - 1]
+        return self.shapes[self.find(id)[0]]
 
     def caption(self, id):
         """The sample's caption."""
@@ -233,31 +238,31 @@ class Latents:
         return self.text(self.train[drawn])
 
     def read_latent(self, id, x):
-        bucket = bisect_right(self.first, id) - 1
-        rows, row = self.latents[bucket], id - self.first[bucket]
-        z = rows(row)[0, :x.numel()].view(x.shape)
-        self.check(id, 0, z, rows.name(row))
+        bucket, row = self.find(id)
+        z = self.latents[bucket](row)[0, :x.numel()].view(x.shape)
+        self.check(id, 0, z, self.latents[bucket], row)
         x.copy_(z).sub_(self.mean).div_(self.std)           # the one place where latents are normalised
 
     def read_text(self, id, padded):
         first, count, _ = self.text_off[id].tolist()
         rows = self.tokens(first, count)
-        self.check(id, 1, rows, self.tokens.name(first))
+        self.check(id, 1, rows, self.tokens, first)
         pad(rows, padded)
 
-    def check(self, id, part, stored, file):
+    def check(self, id, part, stored, source, row):
         """Compares a sample's latent (part 0) or text (1) with its checksum, the first time it is read."""
         if not self.checked[id, part]:
             if zlib.crc32(raw(stored)) != self.crc[id, part]:
-                raise ValueError(f"{self.path / file}: sample {id} is not what was written (its checksum differs). "
+                file = self.path / source.files[source.find(row)[0]]
+                raise ValueError(f"{file}: sample {id} is not what was written (its checksum differs). "
                                  f"Copy the file again, or delete {self.path} and run the same prepare.py command")
             self.checked[id, part] = True
 
     def will_need(self, ids):
         """Has the system fetch all these samples from disk while the first of them is read."""
         for id in ids:
-            bucket = bisect_right(self.first, id) - 1
-            self.latents[bucket].will_need(id - self.first[bucket])
+            bucket, row = self.find(id)
+            self.latents[bucket].will_need(row)
             self.tokens.will_need(*self.text_off[id, :2].tolist())
 
     def each(self, function, *lists):
@@ -293,19 +298,19 @@ class Rows:
                 self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 self.tensors.append(torch.frombuffer(self.maps[-1], dtype=dtype).view(-1, width))
 
-    def __call__(self, first, count=1):
+    def find(self, first):
         i = bisect_right(self.first, first) - 1
-        return self.tensors[i][first - self.first[i]:][:count]
+        return i, first - self.first[i]
 
-    def name(self, first):
-        return self.files[bisect_right(self.first, first) - 1]
+    def __call__(self, first, count=1):
+        i, row = self.find(first)
+        return self.tensors[i][row:row + count]
 
     def will_need(self, first, count=1):
-        i = bisect_right(self.first, first) - 1
-        begin, end = ((first - self.first[i] + n) * self.row_bytes for n in (0, count))
-        begin -= begin % mmap.PAGESIZE
+        i, row = self.find(first)
+        begin = row * self.row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(mmap, "MADV_WILLNEED"):                  # not on Windows
-            self.maps[i].madvise(mmap.MADV_WILLNEED, begin, end - begin)
+            self.maps[i].madvise(mmap.MADV_WILLNEED, begin, (row + count) * self.row_bytes - begin)
 
 
 def stride(shape, dtype):
@@ -343,22 +348,23 @@ def read_manifest(path):
             raise FileNotFoundError(f"the dataset in {path} is unfinished: the same prepare.py command goes on with it")
         raise FileNotFoundError(f"no dataset in {path}: `python prepare.py --out={path}` writes one of moving shapes, "
                                 f"`python prepare.py --videos=DIR --out={path}` one of your clips")
-    again = f"Copy {path} again, or run the same prepare.py command again"
+    anew = "Copy it again, or run the same prepare.py command again, which writes it anew"
     try:
         manifest = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. {again}") from error
+        raise ValueError(f"{file} is damaged: {error}. {anew}") from error
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path} is a dataset of version {manifest.get('version')}, and this code reads version "
                          f"{VERSION}: make it again with this prepare.py")
     if manifest.get("crc32") != manifest_crc32(manifest):
-        raise ValueError(f"{file} is not what was written (its checksum differs). {again}")
+        raise ValueError(f"{file} is not what was written (its checksum differs). {anew}")
     for name, wanted in manifest["files"].items():      # before mapping: reading past a file's end kills the process
         size = (path / name).stat().st_size if (path / name).exists() else "no"
         if size != wanted["size"]:
-            raise ValueError(f"{path / name} has {size} bytes instead of {wanted['size']}. {again}")
+            way = anew if "crc32" in wanted else f"Copy it again, or delete {path} and run the same prepare.py command"
+            raise ValueError(f"{path / name} has {size} bytes instead of {wanted['size']}. {way}")
         if "crc32" in wanted and zlib.crc32((path / name).read_bytes()) != wanted["crc32"]:
-            raise ValueError(f"{path / name} is not what was written (its checksum differs). {again}")
+            raise ValueError(f"{path / name} is not what was written (its checksum differs). {anew}")
     return manifest
 
 

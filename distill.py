@@ -34,7 +34,7 @@ from attention import attention, build_metadata
 from data import Latents, normal, stratified, stream
 from log import Log
 from model import LOCAL, MODELS, DiT, Seq, flops
-from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, lr_at, rollout, sample_t,
+from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, rollout, sample_t,
                   to_x0, train_step, unfold)
 
 
@@ -66,9 +66,6 @@ class Config:
     micro_batch: int | None = None                              # samples a rank forwards at once; None = batch / data ranks
     student_lr: float | None = None                             # learning rate of the student
     critic_lr: float | None = None                              # learning rate of the critic
-    warmup: int = 0                                             # updates of linear warm-up, of each net's own
-    weight_decay: float | None = None                           # of matrices
-    clip: float = 10.0                                          # largest global gradient norm, of each net; 0 = any
     ema: float | None = None                                    # decay of the student's averaged weights, which are sampled
 
     # the student's sparse attention; teacher and critic are dense
@@ -84,10 +81,10 @@ class Config:
     compile: bool | None = None                                 # compile each block; None = on cuda
     remat: bool = False                                         # recompute activations in backward, attention excepted
 
-    # every so many steps, 0 = only at the end
-    log_every: int | None = None                                # a line in log.jsonl
-    val_every: int | None = None                                # videos and their figures
-    save_every: int | None = None                               # a checkpoint
+    # now and then
+    log_every: int | None = None                                # student updates per line of log.jsonl
+    val_every: int | None = None                                # steps between videos and their figures; 0 = only at the end
+    save_every: int | None = None                               # steps between checkpoints; 0 = only at the end
     keep: int = 3                                               # newest checkpoints that stay
     samples: int = 4                                            # prompts at each validation, each under 4 noises
     vae: str | None = None                                      # Wan VAE that decodes the videos; None = latents are written as .npy
@@ -99,11 +96,11 @@ class Config:
 
 
 class Row(NamedTuple):
+    """What a model's runs take unless flags say otherwise; the last two have no flags: edit them here."""
     steps: int
     batch: int
     student_lr: float
     critic_lr: float
-    weight_decay: float
     ema: float
     shift: float
     score_shift: float
@@ -111,13 +108,15 @@ class Row(NamedTuple):
     log_every: int
     val_every: int
     save_every: int
+    weight_decay: float     # of matrices; norms, biases and modulations are never decayed
+    clip: float             # largest global gradient norm, of each net; 0 = any
 
 
-DEFAULTS = {  #         steps  batch  student_lr  critic_lr  decay   ema  shift  score_shift  guidance  log  val  save
-    "tiny":       Row(    500,    16,       3e-4,      1e-3,  0.00, 0.95,   5.0,         2.0,      2.0,   5, 250,  250),
-    "wan-1.3b":   Row(   3000,    64,       2e-6,      4e-7,  0.01, 0.99,   5.0,         5.0,      4.0,   5, 100,  100),
-    "wan2.2-5b":  Row(   3000,    64,       2e-6,      4e-7,  0.01, 0.99,   5.0,         5.0,      4.0,   5, 100,  100),
-    "wan-14b":    Row(   3000,    64,       2e-6,      4e-7,  0.01, 0.99,   5.0,         5.0,      4.0,   5, 100,  100),
+DEFAULTS = {  #         steps  batch  student_lr  critic_lr   ema  shift  score_shift  guidance  log  val  save  decay  clip
+    "tiny":       Row(    500,    16,       3e-4,      1e-3, 0.95,   5.0,         2.0,      2.0,   1, 250,  250,  0.00, 10.0),
+    "wan-1.3b":   Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
+    "wan2.2-5b":  Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
+    "wan-14b":    Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
 }
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
         "device", "compile", "remat", "samples", "vae"}    # flags that may change on resume: they do not alter the run
@@ -146,6 +145,7 @@ class Draw(NamedTuple):
 def main(cfg):
     with door():
         source, cfg = resolve(cfg)
+        row = DEFAULTS[cfg.model]
         world = parallel.init(cfg.device, cfg.shard, cfg.sp)
         data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
                        world=world.data_size, pin=world.device.type == "cuda")
@@ -172,7 +172,7 @@ def main(cfg):
     def learner(lr):
         net = build(trainable=True)
         rows = parallel.local_rows(net)
-        return Trained(net, rows, *adamw(rows, (0.0, 0.999), cfg.weight_decay), lr)
+        return Trained(net, rows, *adamw(rows, (0.0, 0.999), row.weight_decay), lr)
 
     teacher, student, critic = build(trainable=False), learner(cfg.student_lr), learner(cfg.critic_lr)
     params = [p for p, _, _ in student.rows.values()]
@@ -227,8 +227,7 @@ def main(cfg):
                 return dmd_loss(x0, R, F, text, data.null.to(world.device).expand_as(text), t, e, cfg.guidance)
             return flow_loss(F, x0, text, t, e)
 
-        lr = lr_at(n, lr=me.lr, warmup=cfg.warmup, decay_steps=1, schedule="constant")
-        seen = train_step(me.opt, [partial(loss_of, micro) for micro in micros], lr=lr, clip=cfg.clip,
+        seen = train_step(me.opt, [partial(loss_of, micro) for micro in micros], lr=me.lr, clip=row.clip,
                           sync=parallel.sync(me.net), norm=partial(parallel.grad_norm, me.net, me.rows, world))
         if seen.pop("skipped"):
             counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
@@ -260,8 +259,8 @@ def main(cfg):
 
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
     stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT):      # finish the step, save, go; asked twice, go at once
+        signal.signal(number, lambda number, frame: stop.append(signal.signal(number, signal.SIG_DFL)))
     clock = {"seconds": 0.0, "data_wait": 0.0, "flops": 0.0}    # summed since the last line of the log
     goal = None                                                 # the teacher's clips for the fixed prompts
 
@@ -366,14 +365,16 @@ def resolve(cfg):
     if own and "times" in own:
         raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
     cfg = replace(cfg, model=cfg.model or own["model"])
-    cfg = replace(cfg, **DEFAULTS[cfg.model]._asdict() | {name: value for name, value in asdict(cfg).items() if value is not None})
+    given = {name: value for name, value in asdict(cfg).items() if value is not None}
+    row = DEFAULTS[cfg.model]._asdict()
+    cfg = replace(cfg, **{name: row[name] for name in row.keys() & asdict(cfg).keys()} | given)
     cfg = replace(cfg, times=cfg.times or tuple(grid(cfg.student_steps, cfg.shift)))
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
         raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, which is noise, and descend, all above 0")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, warmup=0, clip=0, log_every=0, val_every=0,
-                          save_every=0, keep=1, samples=0, dense_ends=0).items():
+    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, log_every=1, val_every=0, save_every=0, keep=1,
+                          samples=0, dense_ends=0).items():
         if asdict(cfg)[name] < low:
             raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
     if cfg.window is None and cfg.dense_ends:

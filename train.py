@@ -52,15 +52,11 @@ class Config:
     warmup: int | None = None                                   # updates of linear warm-up
     schedule: Literal["constant", "cosine", "linear"] | None = None     # of the learning rate after the warm-up
     decay_steps: int | None = None                              # updates until the schedule reaches 0; None = steps
-    beta2: float | None = None                                  # AdamW's second beta; the first is 0.9
-    weight_decay: float = 0.01                                  # of matrices; norms, biases and modulations are never decayed
-    clip: float = 1.0                                           # largest global gradient norm; 0 = any
     ema: float | None = None                                    # decay of the averaged weights, which are validated and sampled
 
     # objective
     t: Literal["uniform", "logit_normal"] = "uniform"           # density of the noise level t
     shift: float | None = None                                  # moves t towards noise: s t / (1 + (s - 1) t)
-    weight: Literal["v", "x0"] = "v"                            # whose squared error is the loss; x0 = v weighted by t²
     text_dropout: float = 0.1                                   # share of samples trained with the null text
 
     # sparse attention
@@ -77,18 +73,16 @@ class Config:
     compile: bool | None = None                                 # compile each block; None = on cuda
     remat: bool = False                                         # recompute activations in backward, attention excepted
 
-    # every so many updates, 0 = only at the end
-    log_every: int = 10                                         # a line in log.jsonl
-    val_every: int | None = None                                # validation loss and sample videos
-    save_every: int | None = None                               # a checkpoint
+    # now and then
+    log_every: int = 10                                         # updates per line of log.jsonl; 0 = none
+    val_every: int | None = None                                # updates between validations, with videos; 0 = only at the end
+    save_every: int | None = None                               # updates between checkpoints; 0 = only at the end
     keep: int = 3                                               # newest checkpoints that stay
 
     # validation
     val: int = 16                                               # samples held out, at most 5 % of the dataset
     samples: int = 8                                            # videos sampled at each validation
-    sample_steps: int = 50                                      # Euler steps of a video
     guidance: float | None = None                               # scale s of u + s (c - u); 1 = none
-    sample_shift: float | None = None                           # shift of the sampler's time grid
     vae: str | None = None                                      # Wan VAE that decodes the videos; None = latents are written as .npy
 
     # the run
@@ -98,28 +92,32 @@ class Config:
 
 
 class Row(NamedTuple):
+    """What a model's runs take unless flags say otherwise; the last line has no flags: edit it here."""
     steps: int
     batch: int
     lr: float
     warmup: int
     schedule: str
-    beta2: float
     ema: float
     shift: float
     guidance: float
-    sample_shift: float
     val_every: int
     save_every: int
+    beta2: float            # of AdamW, the first is 0.9
+    weight_decay: float     # of matrices; norms, biases and modulations are never decayed
+    clip: float             # largest global gradient norm, 0 = any
+    sample_steps: int       # Euler steps of a validation video
+    sample_shift: float     # of their time grid
 
 
-DEFAULTS = {  #         steps  batch    lr  warmup    schedule  beta2    ema  shift  guidance  sample_shift  val_every  save_every
-    "tiny":       Row(   6000,    16, 8e-3,    100,   "cosine",  0.99, 0.995,   2.0,      2.0,          1.0,      1500,       1500),
-    "wan-1.3b":   Row(   5000,    64, 1e-5,    100, "constant", 0.999, 0.999,   3.0,      5.0,          3.0,       250,        250),
-    "wan2.2-5b":  Row(   5000,    64, 1e-5,    100, "constant", 0.999, 0.999,   5.0,      5.0,          5.0,       250,        250),
-    "wan-14b":    Row(   5000,    64, 1e-5,    100, "constant", 0.999, 0.999,   5.0,      5.0,          5.0,       250,        250),
+DEFAULTS = {  #         steps  batch    lr  warmup    schedule    ema  shift  guidance   val  save  beta2  decay  clip  sample
+    "tiny":       Row(   6000,    16, 8e-3,    100,   "cosine", 0.995,   2.0,      2.0, 1500, 1500,  0.99,  0.01,  1.0, 50, 1.0),
+    "wan-1.3b":   Row(   5000,    64, 1e-5,    100, "constant", 0.999,   3.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 3.0),
+    "wan2.2-5b":  Row(   5000,    64, 1e-5,    100, "constant", 0.999,   5.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 5.0),
+    "wan-14b":    Row(   5000,    64, 1e-5,    100, "constant", 0.999,   5.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 5.0),
 }
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
-        "device", "compile", "remat", "samples", "sample_steps", "vae"}    # flags that may change on resume: they do not alter the run
+        "device", "compile", "remat", "samples", "vae"}    # flags that may change on resume: they do not alter the run
 SKIPS = 20      # updates skipped in a row, for gradients that are not finite, after which a run has failed
 STRATA = 10     # noise levels at which each held-out sample is validated
 
@@ -127,7 +125,7 @@ STRATA = 10     # noise levels at which each held-out sample is validated
 def main(cfg):
     with door():
         cfg = resolve(cfg)
-        world = parallel.init(cfg.device, cfg.shard, cfg.sp)
+        row, world = DEFAULTS[cfg.model], parallel.init(cfg.device, cfg.shard, cfg.sp)
         data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch or cfg.batch // world.data_size or 1,
                        rank=world.data_rank, world=world.data_size, val=cfg.val, pin=world.device.type == "cuda")
         config = fit(MODELS[cfg.model], cfg, data)
@@ -147,7 +145,7 @@ def main(cfg):
     rows = parallel.local_rows(net)
     params = [p for p, _, _ in rows.values()]
     ema = [torch.zeros_like(p) for p in params]
-    opt, opt_rows = adamw(rows, (0.9, cfg.beta2), cfg.weight_decay)
+    opt, opt_rows = adamw(rows, (0.9, row.beta2), row.weight_decay)
     state = ({f"net.{n}": r for n, r in rows.items()} | {f"opt.{n}": r for n, r in opt_rows.items()}
              | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, rows.items())}
              | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
@@ -168,22 +166,13 @@ def main(cfg):
     meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "wandb": log.run_id, "counts": counts,
             "sampling": {"model": cfg.model, "codec": data.manifest["codec"], "mean": data.manifest["mean"], "std": data.manifest["std"],
                          "fps": data.manifest["fps"], "text": data.manifest["text"], "shapes": data.shapes, "sampler": "euler",
-                         "steps": cfg.sample_steps, "shift": cfg.sample_shift, "guidance": cfg.guidance,
+                         "steps": row.sample_steps, "shift": row.sample_shift, "guidance": cfg.guidance,
                          "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends}}
 
-    def bind(shape, step):
-        """The net as the losses see it, net(x_t, t, text), for latents (…, F, H, W) at update `step`."""
-        tokens = tuple(n // p for n, p in zip(shape[-3:], config.patch))
-        metadata = None if cfg.window is None else build_metadata(tokens, cfg.tile, window_at(step, cfg, tokens), device=world.device)
-        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, seq=sequence(math.prod(tokens))), metadata
-
-    @cache
-    def sequence(length):
-        return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
-
+    bind = binder(net, cfg, world)
     stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stop.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT):      # finish the step, save, go; asked twice, go at once
+        signal.signal(number, lambda number, frame: stop.append(signal.signal(number, signal.SIG_DFL)))
     clock = {"seconds": 0.0, "data_wait": 0.0}      # summed since the last line of the log
 
     for step in range(start, cfg.steps + 1):
@@ -206,15 +195,8 @@ def main(cfg):
         micros = data.at(step)
         clock["data_wait"] += time.perf_counter() - began
         bound, metadata = bind(micros[0].x0.shape, step)
-
-        def loss_of(micro):
-            x0, text, null, drop, u, e = (x.to(world.device, non_blocking=True) for x in micro[:6])
-            text = torch.where((drop < cfg.text_dropout)[:, None, None], null, text)
-            t = sample_t(u, cfg.t, cfg.shift)
-            return flow_loss(bound, x0, text, t, e, weight=t.square() if cfg.weight == "x0" else None)
-
         lr = lr_at(step, lr=cfg.lr, warmup=cfg.warmup, decay_steps=cfg.decay_steps, schedule=cfg.schedule)
-        seen = train_step(opt, [partial(loss_of, micro) for micro in micros], lr=lr, clip=cfg.clip, sync=sync, norm=norm)
+        seen = train_step(opt, [partial(loss_of, bound, micro, cfg, world.device) for micro in micros], lr=lr, clip=row.clip, sync=sync, norm=norm)
         if seen["skipped"]:
             counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
             log.say(f"step {step}: gradient norm {seen['grad_norm']:.3g}, update skipped; samples {[i for m in micros for i in m.ids]}")
@@ -239,6 +221,34 @@ def main(cfg):
     log.close()
 
 
+def loss_of(net, micro, cfg, device):
+    """The loss of one micro-batch: text dropped here and there, t by its density, then flow matching."""
+    x0, text, null, drop, u, e = (x.to(device, non_blocking=True) for x in micro[:6])
+    text = torch.where((drop < cfg.text_dropout)[:, None, None], null, text)
+    return flow_loss(net, x0, text, sample_t(u, cfg.t, cfg.shift), e)
+
+
+def binder(net, cfg, world):
+    """-> bind(shape, step) -> (net(x_t, t, text) as the losses see it for latents (…, F, H, W), its attention's metadata)."""
+    @cache
+    def sequence(length):
+        return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
+
+    def bind(shape, step):
+        tokens = tuple(n // p for n, p in zip(shape[-3:], net.config.patch))
+        metadata = cfg.window and build_metadata(tokens, cfg.tile, window_at(step, cfg, tokens), device=world.device)
+        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, seq=sequence(math.prod(tokens))), metadata
+
+    return bind
+
+
+def window_at(step, cfg, tokens):
+    """Tiles seen per axis at update `step`: from all of them to cfg.window, in equal parts over cfg.window_steps updates."""
+    done = min(1.0, step / cfg.window_steps) if cfg.window_steps else 1.0
+    tiles = [math.ceil(n / size) for n, size in zip(tokens, cfg.tile)]
+    return tuple(round(n + (min(w, n) - n) * done) for n, w in zip(tiles, cfg.window))
+
+
 # ---- the door -------------------------------------------------------------------------------------------------------
 
 
@@ -254,18 +264,19 @@ def door():
 
 def resolve(cfg):
     """The config with None replaced by the model's defaults; ValueError for values that are impossible together."""
+    given = {name: value for name, value in asdict(cfg).items() if value is not None}
     row = DEFAULTS[cfg.model]._asdict()
-    cfg = replace(cfg, **row | {name: value for name, value in asdict(cfg).items() if value is not None})
+    cfg = replace(cfg, **{name: row[name] for name in row.keys() & asdict(cfg).keys()} | given)
     if cfg.schedule != "constant" and cfg.decay_steps is None:
         cfg = replace(cfg, decay_steps=cfg.steps)
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(steps=1, batch=1, lr=0, warmup=0, clip=0, log_every=0, val_every=0, save_every=0, keep=1, val=0,
-                          samples=0, sample_steps=1, window_steps=0, dense_ends=0).items():
+    for name, low in dict(steps=1, batch=1, lr=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1, val=0, samples=0,
+                          window_steps=0, dense_ends=0).items():
         if asdict(cfg)[name] < low:
             raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
-    if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1 or not 0 <= cfg.beta2 < 1:
-        raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema} --beta2={cfg.beta2}: each is in [0, 1)")
+    if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
+        raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
     return cfg
@@ -307,13 +318,6 @@ def due(step, every):
     return every > 0 and step % every == 0
 
 
-def window_at(step, cfg, tokens):
-    """Tiles seen per axis at update `step`: from all of them to cfg.window, in equal parts over cfg.window_steps updates."""
-    done = min(1.0, step / cfg.window_steps) if cfg.window_steps else 1.0
-    tiles = [math.ceil(n / size) for n, size in zip(tokens, cfg.tile)]
-    return tuple(round(n + (min(w, n) - n) * done) for n, w in zip(tiles, cfg.window))
-
-
 @torch.no_grad()
 def validate(bind, data, cfg, world):
     """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or training samples where there are none."""
@@ -339,14 +343,14 @@ def sample(bind, data, cfg, world):
     shape = data.shape_of(ids[0])
     ids = [i for i in ids if data.shape_of(i) == shape][:cfg.samples]
     per_rank = math.ceil(len(ids) / world.data_size)            # equal, for ranks that share weights forward in step
-    net, _ = bind(shape)
+    row, (net, _) = DEFAULTS[cfg.model], bind(shape)
     latents = torch.zeros(per_rank * world.data_size, *shape, device=world.device)
     for places in (torch.arange(per_rank) + world.data_rank * per_rank).split(cfg.micro_batch or 16):
         some = [place % len(ids) for place in places.tolist()]
         z = torch.stack([normal(stream(cfg.seed, "sample", 0, i), shape) for i in some]).to(world.device)
         _, text = data.sample([ids[i] for i in some])
         text, null = text.to(world.device), data.null.to(world.device).expand_as(text)
-        latents[places] = euler(net, z, text, grid(cfg.sample_steps, cfg.sample_shift), null, cfg.guidance)
+        latents[places] = euler(net, z, text, grid(row.sample_steps, row.sample_shift), null, cfg.guidance)
     latents = parallel.mean({"x0": latents}, world)["x0"] * world.data_size     # each rank's part, zeros elsewhere
     return latents[:len(ids)], [data.caption(i) for i in ids]
 

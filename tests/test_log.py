@@ -34,6 +34,9 @@ def test_calls_for_one_step_make_one_object(tmp_path):
     lines = read(tmp_path)
     assert [line["step"] for line in lines] == [0, 10, 20, 25, 30, 40, 50, 60, 70, 75, 80, 90, 100]
     assert lines[6] == {"step": 50, "loss": 2 / 50, "grad_norm": 0.5, "seconds": 0.1, "val_loss": 1 / 51}
+    log = Log(tmp_path, {}, step=100, steps=100)
+    log(100, loss=0.5, grad_norm=2)     # shorter than what it replaces
+    assert read(tmp_path)[-1] == {"step": 100, "loss": 0.5, "grad_norm": 2, "seconds": 0.1, "val_loss": 1 / 101}
 
 
 @pytest.mark.parametrize("saved, died", [(50, 50), (50, 73), (30, 73), (0, 44), (100, 100)])
@@ -129,7 +132,7 @@ def test_the_running_mean_keeps_constants_and_removes_noise():
 
 
 @pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H20", 148),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA H20", 148),
     ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA L40S", 362),
     ("NVIDIA L4", 121), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 9999", None),
     ("AMD Instinct MI300X", None)])

@@ -3,6 +3,7 @@ import os
 import socket
 import zlib
 from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -126,6 +127,19 @@ def dtypes(world):
             "trainable": [name for name, p in teacher.named_parameters() if p.requires_grad]}
 
 
+def eagerly():
+    """Blocks are traced as for the compiler, and the graph is run as it is."""
+    plain = nn.Module.compile
+    return mock.patch.object(nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options))
+
+
+def compiled(world):
+    with eagerly():
+        net, rows = build(world, compile=True)
+        inputs, more = batch(world)
+        return backward(net, rows, world, objective(net(*inputs, **more)))
+
+
 def report(world):
     """All that the tests want to know of one mesh, from one rank."""
     net, rows = build(world)
@@ -137,6 +151,8 @@ def report(world):
         seen["dense"] = trained(world, micros, sparse=False)
     seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2), "swapped": swapped(world), "interleaved": interleaved(world), "partly_frozen": partly_frozen(world, "fp32"),
              "half_frozen": partly_frozen(world, "bf16"), "dtypes": dtypes(world)}
+    if (world.size, world.sp) == (2, 2):
+        seen["compiled"] = compiled(world)
     seen["mean"] = parallel.mean({"a": float(world.rank), "b": torch.tensor([world.rank, 1.0])}, world)
     seen["agree"] = [parallel.agree(True, world), parallel.agree(world.rank != world.size - 1, world), parallel.agree(False, world)]
     return seen
@@ -196,6 +212,10 @@ def test_every_mesh_has_the_loss_the_norm_and_the_gradient_of_one_rank(ran, mesh
     same_gradient([r["step"] for r in ran[mesh]], alone["step"])
     same_gradient([r["interleaved"] for r in ran[mesh]], alone["interleaved"])
     same_gradient([r["partly_frozen"] for r in ran[mesh]], alone["partly_frozen"])
+
+
+def test_compiled_blocks_exchange_heads_in_one_graph(ran):
+    same_gradient([r["compiled"] for r in ran[2, 1, 2]], ran[ALONE][0]["step"])
 
 
 def test_the_norm_is_that_of_the_whole_gradient(ran):
@@ -280,15 +300,13 @@ def one_process():
     parallel.close()
 
 
-def test_five_shapes_compile_to_one_graph_each_for_all_blocks(monkeypatch):
-    plain = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: plain(self, backend="eager", **options))
+def test_five_shapes_compile_to_one_graph_each_for_all_blocks():
     counted = torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
-    with one_process() as world:
+    with one_process() as world, eagerly():
         net, _ = build(world, "bf16", compile=True, shapes=5)
         before = counted["unique_graphs"]
-        for frames in range(1, 6):     # 10 graphs, more than torch's limit of 8
+        for frames in range(1, 6):      # 10 graphs, more than torch's limit of 8
             inputs = torch.randn(1, 3, frames, 2, 2), torch.rand(1), torch.randn(1, 5, 8)
             net(*inputs).sum().backward()
             with torch.no_grad():

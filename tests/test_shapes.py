@@ -22,6 +22,7 @@ def balanced(seed, **form):
 def test_there_are_96_captions_in_product_order():
     assert len(set(shapes.CAPTIONS)) == 96
     assert shapes.CAPTIONS[0] == "a red circle moving left" and shapes.CAPTIONS[1] == "a red circle moving right"
+    assert shapes.CAPTIONS[4] == "a orange circle moving left" and shapes.CAPTIONS[32] == "a red square moving left"
     assert shapes.CAPTIONS[95] == "a white triangle moving down"
 
 
@@ -113,6 +114,7 @@ def test_colours_are_told_by_hue_and_saturation():
     for name, paint in shapes.COLOURS.items():
         assert shapes.name_colour(np.array(paint) * 0.8) == name
     assert shapes.name_colour(np.array([0.9, 0.1, 0.6])) is None                        # pink: 30 degrees from any
+    assert shapes.name_colour(np.array([0.9, 0.9, 0.75])) == "white"                    # a warm white
     assert shapes.name_colour(np.array([0.9, 0.6, 0.6])) is None                        # pale red
     assert shapes.name_colour(np.array([0.93, 0.16, 0.22])) == "red"                    # hue 355, across zero
 
@@ -130,3 +132,12 @@ def test_the_features_are_where_how_large_how_fast_and_how_bright():
     assert shapes.features(video[:, ::-1])[1] == pytest.approx(1 - y, abs=0.01)
     for nothing in (np.zeros_like(video), rng.integers(0, 256, video.shape, dtype=np.uint8)):
         assert shapes.features(nothing).shape == (6,) and np.isfinite(shapes.features(nothing)).all()
+
+
+def test_a_noisy_ground_is_no_part_of_the_object_and_a_faint_object_is_none():
+    rng = np.random.default_rng(2)
+    for caption in shapes.CAPTIONS[::7]:
+        video, _ = shapes.clip(rng, caption=caption)
+        noisy = np.clip(video + rng.normal(0, 12, video.shape), 0, 255).astype(np.uint8)
+        assert shapes.judge(noisy) == attributes(caption)
+        assert shapes.judge(video // 6) == (None, None, None)

@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 
 def config(data, out, **flags):
     base = dict(data=data, out=str(out), steps=8, decay_steps=8, batch=4, log_every=1, val_every=4, save_every=3, val=2, samples=2,
-                sample_steps=2, warmup=2)
+                warmup=2)
     return train.Config(**base | flags)
 
 
