@@ -12,7 +12,7 @@ import platform
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 import tyro
@@ -27,14 +27,14 @@ from data import Latents, Writer, normal, stream
 @dataclass(frozen=True)
 class DataConfig:
     """Reading speed of the loader, in one run beside a plain np.memmap copy, torch.load per sample and parquet."""
-    shape: tuple[int, int, int, int] = (16, 21, 60, 104)    # latent C F H W; the default is 81 frames of 480 x 832 pixels
+    shape: tuple[int, int, int, int] = (16, 21, 60, 104)    # latent C F H W; 81 frames of 480 x 832 pixels in Wan's
     width: int = 4096                                       # of text embeddings; UMT5's
     length: int = 512                                       # text rows after padding
     samples: int = 64                                       # of the dataset, in three formats: 20 MB of disk each
     batch: int = 8                                          # samples per read
-    rounds: int = 7                                         # times that each method reads everything; the median is shown
+    rounds: int = 7                                         # times that each method reads everything; medians are shown
     group: int = 8                                          # samples per parquet row group, as in FastVideo's example
-    dir: str | None = None                                  # where the datasets go; None = the system's temporary folder
+    dir: str | None = None                                  # where the datasets go; None = the temporary folder
     out: str = "out/bench/data.json"                        # file of the results
 
 
@@ -46,45 +46,44 @@ def bench_data(cfg):
         raise ValueError(f"--samples={cfg.samples} is not a multiple of --batch={cfg.batch}")
     order = stream(0, "order", 0).permutation(cfg.samples).reshape(-1, cfg.batch).tolist()
 
-    def rate(read):
-        """Samples per second of one pass."""
-        begin = perf_counter()
-        for ids in order:
-            read(ids)
-        return cfg.samples / (perf_counter() - begin)
+    def cost(read):
+        """Samples per second of one pass over all samples, and CPU milliseconds per sample, of all threads."""
+        wall, cpu = perf_counter(), process_time()
+        for batch in order:
+            read(batch)
+        return cfg.samples / (perf_counter() - wall), 1000 * (process_time() - cpu) / cfg.samples
 
     with tempfile.TemporaryDirectory(dir=cfg.dir) as folder:
         folder = Path(folder)
         write_formats(folder, cfg)
         loader = Latents(folder / "latents", seed=0, batch=cfg.batch)
-        apart = {"Latents, first touch: CRC32 of all bytes": rate(loader.sample)}
+        apart = {"Latents, first touch: checksums of all bytes": cost(loader.sample)}
         readers = {"Latents": loader.sample, **plain_readers(folder, cfg)}
-        rates = {name: [] for name in readers}
+        costs = {name: [] for name in readers}
         for n in range(cfg.rounds):             # in turns, so that a busy moment of the machine is everybody's
             for name, read in readers.items():
-                if n == 0 or rates[name][0] > 20:
-                    rates[name].append(rate(read))
-        warm = {name: float(np.median(each)) for name, each in rates.items()}
+                if n == 0 or costs[name][0][0] > 20:
+                    costs[name].append(cost(read))
+        warm = {name: np.median(each, axis=0).tolist() for name, each in costs.items()}
 
-        apart["noise, one thread"] = rate(lambda ids: normal(stream(0, "noise", 0), (cfg.batch, *cfg.shape)))
-        begin = perf_counter()
-        for step in range(len(order)):
-            loader.read(step)
-        apart["Latents.at: reading, noise, t, dropout"] = cfg.samples / (perf_counter() - begin)
-        readers = loader = None     # pages that are mapped stay in memory
+        apart["noise alone, one thread"] = cost(lambda ids: normal(stream(0, "noise", 0), (cfg.batch, *cfg.shape)))
+        steps = iter(range(len(order)))
+        apart["Latents.at: reading, noise, t, dropout"] = cost(lambda ids: loader.read(next(steps)))
+        pages = loader.pages
+        readers = loader = None                 # pages of files that are mapped stay in memory
 
         evict(folder)
         loader = Latents(folder / "latents", seed=0, batch=cfg.batch)
-        loader.checked[:] = True
-        apart["Latents, cold"] = rate(lambda ids: (loader.will_need(ids), loader.sample(ids)))
+        loader.pages, loader.checked[:] = pages, True       # reading alone: no new memory, no checksums
+        apart["Latents, cold"] = cost(lambda ids: (loader.will_need(ids), loader.sample(ids)))
         loader = None
         evict(folder)
-        apart["np.memmap, cold"] = rate(plain_readers(folder, cfg)[MEMMAP])
+        apart["np.memmap, cold"] = cost(plain_readers(folder, cfg)[MEMMAP])
     report(cfg, warm, apart)
 
 
 def write_formats(folder, cfg):
-    """One dataset of random numbers three times: ours, a .pt file per sample, parquet as FastVideo stores it (fp32, zstd)."""
+    """The same random numbers three times: ours, a .pt file per sample, parquet as FastVideo stores it (fp32, zstd)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -94,14 +93,16 @@ def write_formats(folder, cfg):
     parquet = None
     for i in range(cfg.samples):
         rng = stream(0, "sample", 1, i)
-        rows = min(int(rng.gamma(4, cfg.length / 16)) + 1, cfg.length)                    # a quarter of the length on average
+        rows = min(int(rng.gamma(4, cfg.length / 16)) + 1, cfg.length)      # a quarter of the length on average
         latent, text = latent.roll(1, 0), normal(rng, (rows, cfg.width)).bfloat16()
         writer.add(latent, text, caption=f"caption {i}", source=f"{i}.mp4", key=str(i))
         torch.save({"latent": latent, "text": text}, folder / f"{i}.pt")
         if i % cfg.group == 0:
             group = []
-        group.append({f"{name}_{key}": value for name, x in (("vae_latent", latent), ("text_embedding", text)) for key, value in
-                      (("bytes", x.float().numpy().tobytes()), ("shape", list(x.shape)), ("dtype", "float32"))})
+        row = {}
+        for name, x in (("vae_latent", latent), ("text_embedding", text)):
+            row |= {f"{name}_bytes": x.float().numpy().tobytes(), f"{name}_shape": x.shape, f"{name}_dtype": "float32"}
+        group.append(row)
         if len(group) == cfg.group or i + 1 == cfg.samples:
             table = pa.Table.from_pylist(group)
             parquet = parquet or pq.ParquetWriter(folder / "samples.parquet", table.schema, compression="zstd")
@@ -115,7 +116,8 @@ def plain_readers(folder, cfg):
     import pyarrow.parquet as pq
 
     size = int(np.prod(cfg.shape))
-    latents = np.memmap(folder / f"latents/{'x'.join(map(str, cfg.shape))}.0.bin", np.int16, "c").reshape(cfg.samples, -1)
+    name = f"latents/{'x'.join(map(str, cfg.shape))}.0.bin"
+    latents = np.memmap(folder / name, np.int16, "c").reshape(cfg.samples, -1)
     tokens = np.memmap(folder / "latents/text.0.bin", np.int16, "c").reshape(-1, cfg.width)
     off = np.load(folder / "latents/text_off.npy")
     raw_x, raw_text = np.empty((cfg.batch, size), np.int16), np.empty((cfg.batch, cfg.length, cfg.width), np.int16)
@@ -152,7 +154,8 @@ def plain_readers(folder, cfg):
                        for name in ("vae_latent", "text_embedding"))
             fill(j, z, rows.view(-1, cfg.width))
 
-    return {MEMMAP: memmap, RAW: raw_memmap, "torch.load per sample": torch_load, "parquet row group per sample": parquet}
+    return {MEMMAP: memmap, RAW: raw_memmap, "torch.load per sample": torch_load,
+            "parquet row group per sample": parquet}
 
 
 def evict(folder):
@@ -164,12 +167,12 @@ def evict(folder):
 
 
 def report(cfg, *tables):
-    """Prints name -> rate tables and writes them to cfg.out with what they were measured on."""
+    """Prints {name: (samples per second, CPU ms per sample)}; writes it to cfg.out, with what it was measured on."""
     for table in tables:
-        first = next(iter(table.values()))
-        for name, value in table.items():
-            print(f"{name:52} {value:8.1f} /s {first / value:8.2f}")
-        print()
+        first = next(iter(table.values()))[0]
+        print(f"\n{'':52} samples/s  {next(iter(table)).split(',')[0]} is x times  CPU ms/sample")
+        for name, (rate, cpu) in table.items():
+            print(f"{name:52} {rate:9.1f} {first / rate:17.2f} {cpu:15.2f}")
     place = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
              "threads": torch.get_num_threads()}
     path = Path(cfg.out)
