@@ -33,7 +33,7 @@ from model import MODELS, DiT
 from shapes import CAPTIONS, clip, features, judge
 from step import euler, grid, rollout
 
-REAL_SETS = 8           # real sets that each system is compared with; against each other they give a figure's floor
+REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
 
 
@@ -61,7 +61,7 @@ def main(cfg):
         if cfg.n < 2 or cfg.batch < 1 or how["codec"]["name"] != "dct":
             raise ValueError(f"--n={cfg.n} --batch={cfg.batch}, codec {how['codec']['name']}: the judge reads 2 or more clips of "
                              "the built-in shapes, made by the dct codec")
-        systems = plan(student, teacher, cfg)
+        systems = [(name, saved, ckpt.model_of(saved, cfg.weights), how) for name, saved, how in plan(student, teacher, cfg)]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(cfg.n)]
@@ -69,12 +69,12 @@ def main(cfg):
     coder = codec.load(how["codec"])
     real, *others = (measure(real_clips(coder, how, captions, cfg.seed, i), coder, how, captions, cfg.n)
                      for i in tqdm(range(REAL_SETS + 1), desc="real clips", leave=False))
-    rest = captions[1:cfg.n] + captions[:1]
+    rest = [captions[i] for i in stream(cfg.seed, "val", 0).permutation(cfg.n)]
     chance = real._replace(right=np.array([verdict(seen, caption) for seen, caption in zip(real.seen, rest)]))
 
     table, clips = {}, {}
-    for name, source, how in systems:
-        clips[name] = measure(sampled(source, how, coder, captions, cfg, world), coder, how, captions, cfg.n)
+    for name, saved, source, how in systems:
+        clips[name] = measure(sampled(saved, source, how, coder, captions, cfg, world), coder, how, captions, cfg.n)
     for name, some in {"real clips": real, "real clips, another caption": chance, **clips}.items():
         table[name] = figures(some, real, others)
     names = list(next(iter(table.values())))
@@ -146,16 +146,16 @@ def real_clips(coder, how, captions, seed, i):
                         for slot, caption in enumerate(captions)])
 
 
-def sampled(source, how, coder, captions, cfg, world):
+def sampled(saved, source, how, coder, captions, cfg, world):
     """What a checkpoint shows for these captions, clip i from the noise i of all systems -> normalised latents, kept on disk."""
-    key = zlib.crc32(json.dumps([how, source.manifest["crc32"], cfg.weights, captions, cfg.seed]).encode())
-    file = Path(source.origin).parent.parent / "evaluate" / f"{key:08x}.npy"
+    key = zlib.crc32(json.dumps([how, saved.manifest["crc32"], cfg.weights, captions, cfg.seed]).encode())
+    file = Path(saved.origin).parent.parent / "evaluate" / f"{key:08x}.npy"
     if file.exists():
         return torch.from_numpy(np.load(file))
     with torch.device("meta"):
         net = DiT(MODELS[how["model"]])
     parallel.prepare(net, world, precision="fp32", trainable=False)
-    ckpt.fill(parallel.local_rows(net), ckpt.role_of(source, cfg.weights))
+    ckpt.fill(parallel.local_rows(net), source)
     shape, text = tuple(how["shapes"][0]), torch.zeros(len(captions), how["text"]["length"], how["text"]["width"])
     for padded, row in zip(text, coder.embed(captions)):
         padded[:len(row)] = row
@@ -166,7 +166,7 @@ def sampled(source, how, coder, captions, cfg, world):
     for places in tqdm(torch.arange(len(captions)).split(cfg.batch), desc="sampling", leave=False):
         noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()]).to(world.device)
                   for k in range(len(how.get("times", "1")))]
-        words, null = text[places].to(world.device), source.tensor("null").to(world.device).expand(len(places), -1, -1)
+        words, null = text[places].to(world.device), saved.tensor("null").to(world.device).expand(len(places), -1, -1)
         with torch.no_grad():
             if "times" in how:
                 x0 = rollout(net, noises[0], words, how["times"], noises[1:], len(how["times"]) - 1)
@@ -250,8 +250,8 @@ def paired(a, b, real, others, draws=500):
         i = rng.integers(n, size=n)
         gaps["energy"].append(energy(x[i], z[i]) - energy(y[i], z[i]))
         gaps["recall"].append(recall(x[i], z[i]) - recall(y[i], z[i]))
-    intervals = {name: [round(q, 3) for q in np.quantile(gap, (0.025, 0.975))] for name, gap in gaps.items()}
-    return {"only the first right": int(only_a), "only the second right": int(only_b), "McNemar p": round(p, 3)} | intervals
+    intervals = {name: [round(float(q), 3) for q in np.quantile(gap, (0.025, 0.975))] for name, gap in gaps.items()}
+    return {"only the first right": int(only_a), "only the second right": int(only_b), "McNemar p": round(float(p), 3)} | intervals
 
 
 if __name__ == "__main__":
