@@ -5,7 +5,9 @@ D model width · N heads · K head width
 
 One class serves teacher, student and critic, dense and sparse, one rank and many: what varies is an argument.
 """
+import copy
 import math
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
@@ -15,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from attention import attention
@@ -38,6 +42,13 @@ MODELS = {  #                      dim  blocks  heads    ffn  channels  text_dim
     "wan-1.3b":   ModelConfig(    1536,     30,    12,  8960,       16,     4096),  # 1.42 B
     "wan2.2-5b":  ModelConfig(    3072,     30,    24, 14336,       48,     4096),  # 5.00 B
     "wan-14b":    ModelConfig(    5120,     40,    40, 13824,       16,     4096),  # 14.29 B, Wan 2.1 and each half of 2.2
+}
+
+USUAL = {  # the latents (C, F, H, W) and the text tokens that each is mostly trained on
+    "tiny":       ((24, 5, 8, 8), 8),           # the built-in shapes, 17 frames of 32 x 32
+    "wan-1.3b":   ((16, 21, 60, 104), 512),     # 81 frames of 480 x 832
+    "wan2.2-5b":  ((48, 31, 44, 80), 512),      # 121 frames of 704 x 1280
+    "wan-14b":    ((16, 21, 60, 104), 512),
 }
 
 
@@ -319,6 +330,54 @@ def flops(config, shape, text_length, metadata=None, dense_ends=0):
     sparse = 0 if metadata is None else max(config.blocks - 2 * dense_ends, 0)
     pairs = (config.blocks - sparse) * L * L + (sparse * metadata.pairs if sparse else 0)
     return 2 * (time + text + 2 * L * patch * D + config.blocks * block + 2 * pairs * D)
+
+
+def activations(net, shape, text_length, dtype, lora=None, seq=LOCAL):
+    """Bytes (kept, most) of a forward and its backward: what is kept for backward, and the most that is alive at once.
+
+    net: on meta, where a forward takes neither memory nor time. shape (B, C, F, H, W); dtype: what the blocks compute in.
+    All tensors are counted, inputs too, but for parameters and their gradients. A block adds what another adds, so that
+    one and two are looked at. Kernels' own workspace is not seen, nor what compiled blocks do without.
+    """
+    x, t, text = (torch.empty(n, device="meta") for n in (shape, shape[:1], (shape[0], text_length, net.config.text_dim)))
+    seen = []
+    for blocks in (1, 2):
+        some = copy.deepcopy(net).to(dtype)
+        some.blocks = some.blocks[:blocks]
+        for island in some.islands():
+            island.float()
+        for p in some.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with Alive(some.parameters()) as alive:
+            v = some(x, t, text, lora=lora, seq=seq)
+            kept = alive.now
+            v.backward(v)
+        seen.append((kept, alive.most))
+    return tuple(one + (len(net.blocks) - 1) * (two - one) for one, two in zip(*seen))
+
+
+class Alive(TorchDispatchMode):
+    """Inside, bytes of the meta tensors that are alive `now`, and the `most` that were, of those that an operator meets."""
+
+    def __init__(self, besides):
+        super().__init__()
+        self.now, self.most, self.met = 0, 0, {x.untyped_storage()._cdata for x in besides}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        for x in tree_leaves((args, out)):
+            if isinstance(x, torch.Tensor) and x.is_meta and x.untyped_storage()._cdata not in self.met:
+                storage = x.untyped_storage()
+                self.now += storage.nbytes()
+                self.met.add(storage._cdata)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def gone(self, storage, size):
+        self.now -= size
+        self.met.remove(storage)
 
 
 def add_lora(net, name, rank, alpha, targets=("q", "k", "v", "o", "ffn.0", "ffn.2")):
