@@ -447,11 +447,12 @@ def weights(path, role="ema"):
 
     path: a .safetensors file; a folder of them, sharded or not; the diffusers pipeline's folder around it (of Wan2.2's
     two transformers name the second one yourself); in Wan's, diffusers' or ComfyUI's names. Or a checkpoint of ours, or
-    a run's folder (its newest valid one), of which role is read. FileNotFoundError or ValueError names what is there.
+    a run's folder (its newest valid one), of which role is read, an adapter folded into the weights under it.
+    FileNotFoundError or ValueError names what is there.
     """
     path = Path(path)
     if (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
-        return role_of(stored(latest(path) or path), role)
+        return model_of(stored(latest(path) or path), role)
     source = files(path / "transformer" if (path / "transformer").is_dir() else path)
     source = renamed(source, lambda key: re.sub(r"^(model\.)?diffusion_model\.", "", key))  # ComfyUI's prefixes
     if any(re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name) for name in source.shapes):
@@ -470,3 +471,59 @@ def role_of(source, role):
         raise ValueError(f"{source.origin} holds no {role!r}, but {', '.join(roles)}")
     return source._replace(origin=f"{source.origin} ({role})", shapes=shapes,
                            rows=lambda name, first, last: source.rows(f"{role}.{name}", first, last))
+
+
+# ---- LoRA: an adapter of module M is M.lora.NAME.A (r, inputs) and .B (outputs, r); what it adapts is named in meta --
+
+def base_of(path, source):
+    """What a run that trains adapters keeps in its meta as "base": where the weights under them are, and which."""
+    return {"path": str(Path(latest(path) or path).resolve()), "crc32": fingerprint(source)}
+
+
+def fingerprint(source):
+    """Tells one set of weights from another: a checkpoint's CRC32, or that of the first row of every tensor."""
+    if source.manifest:
+        return source.manifest["crc32"]
+    crc = 0
+    for name in sorted(source.shapes):
+        crc = zlib.crc32(source.rows(name, 0, 1).contiguous().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def model_of(source, role):
+    """The weights that a checkpoint holds as "role.…", an adapter folded into the weights under it."""
+    source = role_of(source, role)
+    return merged(source) if adapts(source) else source
+
+
+def adapts(source):
+    """Whether these are the tensors of an adapter alone."""
+    return any(".lora." in name for name in source.shapes)
+
+
+def merged(adapter, base=None):
+    """An adapter folded into the weights under it as they are read; base: their path, None = where the run had them."""
+    meta = adapter.manifest["meta"]
+    path = base or meta["base"]["path"]
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{adapter.origin} is an adapter of weights that are not at {path}: put or link them "
+                                "there")
+    below = weights(path)
+    if fingerprint(below) != meta["base"]["crc32"]:
+        raise ValueError(f"{below.origin} is not what {adapter.origin} was trained on")
+    factors = {re.sub(r"\.lora\.\w+\.A$", ".weight", A): (A, A.removesuffix("A") + "B")
+               for A in adapter.shapes if A.endswith(".A")}
+
+    def rows(name, first, last):
+        weight = below.rows(name, first, last)
+        if name not in factors:
+            return weight
+        A, B = factors[name]
+        return merge(weight.float(), adapter.tensor(A), adapter.rows(B, first, last), meta["config"]["lora_alpha"])
+
+    return adapter._replace(shapes=below.shapes, rows=rows)
+
+
+def merge(weight, A, B, alpha):
+    """The weight with its adapter folded in, W + α / r · B A."""
+    return weight + alpha / len(A) * (B @ A)

@@ -14,14 +14,13 @@ import math
 import signal
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ import parallel
 from attention import attention, build_metadata
 from data import Latents, normal, stratified, stream
 from log import Log
-from model import LOCAL, MODELS, DiT, Seq, flops
+from model import LOCAL, MODELS, DiT, Seq, add_lora, flops, initial
 from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, rollout, sample_t,
                   to_x0, train_step, unfold)
 
@@ -67,6 +66,8 @@ class Config:
     student_lr: float | None = None                             # learning rate of the student
     critic_lr: float | None = None                              # learning rate of the critic
     ema: float | None = None                                    # decay of the student's averaged weights, which are sampled
+    lora_rank: int = 0                                          # student and critic are adapters of the teacher, of that rank; 0 = whole nets
+    lora_alpha: float | None = None                             # their scale is alpha / rank; None = rank
 
     # the student's sparse attention; teacher and critic are dense
     window: tuple[int, int, int] | None = None                  # tiles seen along frames, rows, columns; None = dense
@@ -126,11 +127,13 @@ SEEDS = 4       # noises per prompt at validation, to see how far the clips of o
 
 class Trained(NamedTuple):
     """A net that learns, and what its step needs."""
-    net: DiT
-    rows: dict          # parallel.local_rows
+    net: Callable       # a DiT of its own, or the teacher with an adapter
+    rows: dict          # parallel.local_rows of what is trained
     opt: torch.optim.Optimizer
     state: dict         # rows of the optimizer's state
     lr: float
+    sync: Callable      # these two are train_step's
+    norm: Callable
 
 
 class Draw(NamedTuple):
@@ -153,28 +156,40 @@ def main(cfg):
         config = MODELS[cfg.model]
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
-        mark = fingerprint(source)
-        found, saved = find(cfg, data, mark, agree, say, world)
+        base = ckpt.base_of(cfg.teacher, source)
+        found, saved = find(cfg, data, base["crc32"], agree, say, world)
+        codec.load(how["codec"], vae=main_rank and cfg.vae or None)      # what does not fit is not left to the first validation
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         if saved and saved["step"] >= cfg.steps:
             return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
 
-    # three nets of one make: all start as the teacher
+    # three nets of one make, all starting as the teacher; with LoRA one net, of which student and critic are adapters
+    adapters = ("student", "critic") if cfg.lora_rank else ()
+
     def build(trainable):
         with torch.device("meta"):
-            net = DiT(config, remat=cfg.remat and trainable)
-        parallel.prepare(net, world, precision=precision, compile=compiled, trainable=trainable, shapes=2 * len(data.shapes))
+            net = DiT(config, remat=cfg.remat)
+            for name in adapters:
+                add_lora(net, name, cfg.lora_rank, cfg.lora_alpha)
+        parallel.prepare(net, world, precision=precision, compile=compiled, trainable=trainable,
+                         shapes=2 * (1 + len(adapters)) * len(data.shapes))
+        rows = parallel.local_rows(net)
+        slots = {name: i for i, name in enumerate(rows)}
+        new = {name: rows.pop(name) for name in slots if ".lora." in name}
         with door():
-            ckpt.fill(parallel.local_rows(net), source)
+            ckpt.fill(rows, source)
+        ckpt.fill(new, lambda name, shape, first, last: initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last])
         return net
 
-    def learner(lr):
-        net = build(trainable=True)
-        rows = parallel.local_rows(net)
-        return Trained(net, rows, *adamw(rows, (0.0, 0.999), row.weight_decay), lr)
+    def learner(role, lr):
+        net = teacher if adapters else build(trainable=True)
+        rows = {name: r for name, r in parallel.local_rows(net).items() if not adapters or f".lora.{role}." in name}
+        return Trained(partial(net, lora=role if adapters else None), rows, *adamw(rows, (0.0, 0.999), row.weight_decay), lr,
+                       parallel.sync(net), partial(parallel.grad_norm, net, rows, world))
 
-    teacher, student, critic = build(trainable=False), learner(cfg.student_lr), learner(cfg.critic_lr)
+    teacher = build(trainable=bool(adapters))
+    student, critic = learner("student", cfg.student_lr), learner("critic", cfg.critic_lr)
     params = [p for p, _, _ in student.rows.values()]
     ema = [p.clone() for p in params]
     state = ({f"net.{n}": r for n, r in student.rows.items()} | {f"opt.{n}": r for n, r in student.state.items()}
@@ -189,7 +204,8 @@ def main(cfg):
 
     say(f"{'resumed from ' + str(found) if found else cfg.out}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items() if v not in (None, ()))}")
     log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "teacher": mark, "wandb": log.run_id, "counts": counts, "sampling": how}
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "teacher": base["crc32"], "base": base, "wandb": log.run_id,
+            "counts": counts, "sampling": how}
 
     def bind(net, shape):
         """A net as the losses see it, net(x_t, t, text), for latents (…, F, H, W): the student alone may be sparse."""
@@ -227,8 +243,7 @@ def main(cfg):
                 return dmd_loss(x0, R, F, text, data.null.to(world.device).expand_as(text), t, e, cfg.guidance)
             return flow_loss(F, x0, text, t, e)
 
-        seen = train_step(me.opt, [partial(loss_of, micro) for micro in micros], lr=me.lr, clip=row.clip,
-                          sync=parallel.sync(me.net), norm=partial(parallel.grad_norm, me.net, me.rows, world))
+        seen = train_step(me.opt, [partial(loss_of, micro) for micro in micros], lr=me.lr, clip=row.clip, sync=me.sync, norm=me.norm)
         if seen.pop("skipped"):
             counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
             log.say(f"step {step}: the {role}'s gradient norm is {seen['grad_norm']:.3g}, update skipped")
@@ -239,9 +254,9 @@ def main(cfg):
             if role == "student":
                 ema_update(ema, params, cfg.ema, n + 1)
         dense, sparse = (flops(config, micros[0].z.shape[1:], micros[0].text.shape[1], *seen_by) for seen_by in ((), pattern(micros[0].z.shape)))
-        before = exit if cfg.start == "noise" else 0
-        clock["flops"] += cfg.batch * (sparse * (before + 3) + dense * (2 + (cfg.guidance != 1)) if role == "student"
-                                       else sparse * (before + 1) + dense * 3)
+        before, learning = exit if cfg.start == "noise" else 0, 2 if adapters else 3    # forwards; one and its backward, in forwards
+        clock["flops"] += cfg.batch * (sparse * (before + learning) + dense * (2 + (cfg.guidance != 1)) if role == "student"
+                                       else sparse * (before + 1) + dense * learning)
         return {f"{role}_{name}": value for name, value in seen.items()}
 
     def few_steps(z, text, null, noises):
@@ -349,7 +364,7 @@ def door():
     """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"distill.py: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -374,11 +389,15 @@ def resolve(cfg):
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
     for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, log_every=1, val_every=0, save_every=0, keep=1,
-                          samples=0, dense_ends=0).items():
+                          samples=0, dense_ends=0, lora_rank=0).items():
         if asdict(cfg)[name] < low:
             raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
+    if cfg.lora_alpha is not None and not (cfg.lora_rank and cfg.lora_alpha > 0):
+        raise ValueError(f"--lora_alpha={cfg.lora_alpha} is above 0, and needs --lora_rank")
+    if cfg.lora_rank and cfg.lora_alpha is None:
+        cfg = replace(cfg, lora_alpha=float(cfg.lora_rank))
     return source, cfg
 
 
@@ -399,14 +418,6 @@ def fit(cfg, data, source):
     return {"model": cfg.model, "codec": how["codec"], "mean": mean, "std": std, "fps": how["fps"], "shapes": data.shapes,
             "text": how["text"], "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
             "sampler": "rollout", "times": cfg.times, "shift": cfg.shift, "guidance": 1.0}, (how["steps"], how["shift"])
-
-
-def fingerprint(source):
-    """CRC32 of the first row of every tensor: tells one set of weights from another at a thousandth of the reading."""
-    crc = 0
-    for name in sorted(source.shapes):
-        crc = zlib.crc32(source.rows(name, 0, 1).contiguous().view(torch.uint8).numpy(), crc)
-    return crc
 
 
 def find(cfg, data, teacher, agree, say, world):

@@ -10,6 +10,7 @@ been read back bit for bit; nanovideo.json in it says how to sample. Imports mod
 """
 import json
 import math
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 import tyro
 
 import ckpt
-from model import MODELS, DiT, merge
+from model import MODELS, DiT
 
 
 @dataclass(frozen=True)
@@ -38,27 +39,26 @@ class Config:
     # of a run with LoRA, one of the first two
     lora: bool = False                                              # only the adapter
     merge: bool = False                                             # the adapter folded into the weights under it
-    base: str | None = None                                         # those weights; None = they are in the checkpoint
-    adapter: str | None = None                                      # its name; None = there is one only
+    base: str | None = None                                         # those weights; None = where the run had them
 
 
 def main(cfg):
     with door():
         if cfg.shard_gb <= 0:
             raise ValueError(f"--shard_gb={cfg.shard_gb}: above 0")
-        saved = ckpt.weights(cfg.ckpt, cfg.weights)
+        saved = ckpt.role_of(ckpt.stored(ckpt.latest(cfg.ckpt) or cfg.ckpt), cfg.weights)
+        check(saved, cfg)
         meta, step = saved.manifest["meta"], saved.manifest["step"]
         beside = {"nanovideo.json": {"checkpoint": saved.origin, "step": step, "sampling": meta["sampling"]}}
         stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
         if cfg.format == "comfy":
             stem, shard = Path(cfg.out).name, math.inf
 
-        adapter = which_adapter(saved, cfg)
         if cfg.lora:
-            source = lora_file(saved, adapter, meta["config"]["lora_alpha"], cfg.format)
+            source = lora_file(saved, meta["config"]["lora_alpha"], cfg.format)
             stem, shard = "pytorch_lora_weights" if cfg.format == "diffusers" else stem, math.inf
         else:
-            source = saved if adapter is None else merged(saved, adapter, meta["config"]["lora_alpha"], cfg.base)
+            source = ckpt.merged(saved, cfg.base) if cfg.merge else saved
             config = MODELS[meta["sampling"]["model"]]
             with torch.device("meta"):
                 shapes = {name: tuple(p.shape) for name, p in DiT(config).named_parameters()}
@@ -116,52 +116,32 @@ def diffusers_config(config, sampling):
 CONFIG = {"wan": wan_config, "diffusers": diffusers_config}
 
 
-# ---- LoRA: an adapter of module M is M.lora.NAME.A (r, inputs) and .B (outputs, r), and adds alpha / r · B A ---------
-
-def which_adapter(saved, cfg):
-    """The name of the adapter to export, None for a run without; ValueError where the flags do not fit the run."""
-    names = sorted({name.split(".lora.")[1].split(".")[0] for name in saved.shapes if ".lora." in name})
-    if not names:
-        if cfg.lora or cfg.merge or cfg.base or cfg.adapter:
-            raise ValueError(f"{saved.origin} has no adapter: --lora, --merge, --base and --adapter do not apply")
-        return None
-    if cfg.lora == cfg.merge:
-        raise ValueError(f"{saved.origin} has an adapter: --lora (it alone) or --merge (folded into the weights)")
-    name = cfg.adapter or names[0]
-    if name not in names or not cfg.adapter and len(names) > 1:
-        raise ValueError(f"--adapter={cfg.adapter}: choose from {', '.join(names)}")
-    return name
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
 
 
-def merged(saved, name, alpha, base):
-    """The model's weights with the adapter folded in, as they are read."""
-    below = {n: shape for n, shape in saved.shapes.items() if ".lora." not in n}
-    if not below and not base:
-        raise ValueError(f"{saved.origin} has the adapter alone: --base=PATH names the weights it was trained on")
-    base = ckpt.weights(base) if base else saved._replace(shapes=below)
-
-    def rows(key, first, last):
-        weight = base.rows(key, first, last)
-        A, B = (f"{key.removesuffix('.weight')}.lora.{name}.{factor}" for factor in "AB")
-        if A not in saved.shapes or key.endswith(".bias"):
-            return weight
-        return merge(weight.float(), saved.tensor(A), saved.rows(B, first, last), alpha)
-
-    return base._replace(rows=rows)
-
-
-def lora_file(saved, name, alpha, format):
-    """The adapter as diffusers or ComfyUI have it. diffusers' files have no alpha: alpha / r is multiplied into B."""
-    if format == "wan":
+def check(saved, cfg):
+    """ValueError where the flags do not fit the run."""
+    if not ckpt.adapts(saved):
+        if cfg.lora or cfg.merge or cfg.base:
+            raise ValueError(f"{saved.origin} has no adapter: --lora, --merge and --base do not apply")
+    elif cfg.lora == cfg.merge:
+        raise ValueError(f"{saved.origin} is an adapter: --lora (it alone) or --merge (folded into the weights)")
+    elif cfg.lora and cfg.base:
+        raise ValueError("--base is for --merge: the adapter alone needs no weights under it")
+    if cfg.lora and cfg.format == "wan":
         raise ValueError("--format=wan: Wan has no LoRA files, choose diffusers or comfy")
+
+
+def lora_file(saved, alpha, format):
+    """The adapter as diffusers or ComfyUI have it. diffusers' files have no alpha: alpha / r is multiplied into B."""
     tensors = {}
     for full in saved.shapes:
-        module, _, factor = full.partition(f".lora.{name}.")
-        if factor and format == "diffusers":
+        module, factor = re.split(r"\.lora\.\w+\.", full)
+        if format == "diffusers":
             x = saved.tensor(full)
             tensors[f"transformer.{ckpt.to_diffusers(module)}.lora_{factor}.weight"] = (
                 x * (alpha / x.shape[1]) if factor == "B" else x)
-        elif factor:
+        else:
             tensors[f"diffusion_model.{module}.lora_{dict(A='down', B='up')[factor]}.weight"] = saved.tensor(full)
             tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(float(alpha))
     return ckpt.Source(saved.origin, {key: tuple(x.shape) for key, x in tensors.items()},

@@ -381,7 +381,10 @@ class Alive(TorchDispatchMode):
 
 
 def add_lora(net, name, rank, alpha, targets=("q", "k", "v", "o", "ffn.0", "ffn.2")):
-    """Adds adapter `name` of that rank to every Linear of the blocks whose name ends in a target; freezes the base."""
+    """Adds adapter `name` of that rank to every Linear of the blocks whose name ends in a target; freezes the base.
+
+    The targets are all of a block's matrices; fewer would be named here. LoRA, arXiv 2106.09685.
+    """
     linears = {path: m for path, m in net.blocks.named_modules() if isinstance(m, Linear)}
     for target in targets:
         if not any(path.endswith("." + target) for path in linears):
@@ -393,8 +396,3 @@ def add_lora(net, name, rank, alpha, targets=("q", "k", "v", "o", "ffn.0", "ffn.
         if ".lora." not in path:
             parameter.requires_grad_(False)
     net.adapters += (name,)
-
-
-def merge(weight, A, B, alpha):
-    """The weight with its adapter folded in, W + α / r · B A."""
-    return weight + alpha / len(A) * (B @ A)

@@ -120,7 +120,7 @@ def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
     Expects net.blocks (one group each) and net.islands() (modules kept in fp32, groups of their own). precision
     fp32|bf16 is what the blocks compute in. What is trained is stored, and its gradients are reduced, in fp32; what is
     frozen is stored in what it computes in: all of the net with trainable=False, the base of a LoRA. shapes: how many
-    input shapes (buckets x windows) compiled blocks will meet.
+    input shapes (buckets x windows x adapters) compiled blocks will meet.
     """
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
     islands = list(net.islands())
@@ -139,13 +139,14 @@ def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
         for block in net.blocks:
             block.compile(fullgraph=True, dynamic=False)  # in place: torch.compile(block) would prefix every name
 
-    # Nothing to cast, to gather or to reduce: left plain.
+    # Nothing to cast, to gather or to reduce: left plain. Of a LoRA's base, FSDP would keep a second copy.
     whole = world.mesh.size(1) == 1
+    plain = {p for p in net.parameters() if whole and not p.requires_grad}
     if not (whole and (not trainable or world.size == 1 and precision == "fp32")):
         fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module, policy in [*((m, fp32) for m in islands), *((m, mixed) for m in net.blocks), (net, mixed)]:
-            fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not whole)
+            fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not whole, ignored_params=plain)
         net.register_forward_hook(reshard_after_inference)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a Linear's 3-D output; never written to
     return net.to_empty(device=world.device)
@@ -191,11 +192,12 @@ def sync(net):
 def grad_norm(net, rows, world):
     """Moves net's reduced gradients to rows' tensors (None where there is none) -> their global norm, 0-d fp32.
 
-    The norm of the whole gradient on any mesh: local squares are summed over the shard dimension, replicas hold the same.
+    rows: of all that is trained here. The norm of the whole gradient on any mesh: local squares are summed over the shard
+    dimension, replicas hold the same.
     """
-    for name, p in net.named_parameters():
-        rows[name][0].grad = None if p.grad is None else local(p.grad)
-        p.grad = None
+    for name, (tensor, _, _) in rows.items():
+        p = net.get_parameter(name)
+        tensor.grad, p.grad = None if p.grad is None else local(p.grad), None
     grads = [tensor.grad for tensor, _, _ in rows.values() if tensor.grad is not None]
     squares = torch.nn.utils.get_total_norm(grads).to(world.device, torch.float32).square()
     if world.size > 1:

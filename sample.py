@@ -64,12 +64,13 @@ def main(cfg):
         text = embed(coder, prompts, how)
         null = embed(coder, [cfg.negative], how) if cfg.negative else saved.tensor("null")[None]
         shape = latent_shape(coder, how, cfg)
+        source = ckpt.model_of(saved, cfg.weights)
 
     with torch.device("meta"):
         net = DiT(MODELS[how["model"]])
     precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
     parallel.prepare(net, world, precision=precision, trainable=False)
-    ckpt.fill(parallel.local_rows(net), ckpt.role_of(saved, cfg.weights))
+    ckpt.fill(parallel.local_rows(net), source)
     tokens = tuple(n // p for n, p in zip(shape[1:], net.config.patch))
     metadata = how["window"] and build_metadata(tokens, tuple(how["tile"]), tuple(how["window"]), device=world.device)
     net = partial(net, metadata=metadata, dense_ends=how["dense_ends"])

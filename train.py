@@ -29,7 +29,7 @@ import parallel
 from attention import attention, build_metadata
 from data import Latents, normal, stream
 from log import Log
-from model import LOCAL, MODELS, DiT, Seq, flops, initial
+from model import LOCAL, MODELS, DiT, Seq, add_lora, flops, initial
 from step import (BINS, adamw, ema_update, ema_weights, euler, flow_loss, grid, lr_at, sample_t, train_step, unfold)
 
 
@@ -53,6 +53,8 @@ class Config:
     schedule: Literal["constant", "cosine", "linear"] | None = None     # of the learning rate after the warm-up
     decay_steps: int | None = None                              # updates until the schedule reaches 0; None = steps
     ema: float | None = None                                    # decay of the averaged weights, which are validated and sampled
+    lora_rank: int = 0                                          # train adapters of that rank, of --init's blocks alone; 0 = all weights
+    lora_alpha: float | None = None                             # their scale is alpha / rank; None = rank
 
     # objective
     t: Literal["uniform", "logit_normal"] = "uniform"           # density of the noise level t
@@ -132,7 +134,11 @@ def main(cfg):
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
         found, saved = find(cfg, data, agree, say, world)
-        source = ckpt.weights(cfg.init) if cfg.init and not found else None
+        source = ckpt.weights(cfg.init) if cfg.init and (cfg.lora_rank or not found) else None
+        base = ckpt.base_of(cfg.init, source) if cfg.lora_rank else {"path": None, "crc32": None}   # what adapters adapt
+        if saved and saved["meta"]["base"]["crc32"] != base["crc32"]:
+            raise ValueError(f"{found} did not adapt what --init={cfg.init} holds")
+        codec.load(data.manifest["codec"], vae=main_rank and cfg.vae or None)     # what does not fit is not left to the first validation
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
         if saved and saved["step"] >= cfg.steps:
             return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
@@ -140,30 +146,36 @@ def main(cfg):
     # the net, its average, its optimizer; then their values
     with torch.device("meta"):
         net = DiT(config, remat=cfg.remat)
+        if cfg.lora_rank:
+            add_lora(net, "main", cfg.lora_rank, cfg.lora_alpha)
     compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
     parallel.prepare(net, world, precision=precision, compile=compiled, shapes=len(data.shapes) * (1 + (cfg.window is not None) * 8))
     rows = parallel.local_rows(net)
+    frozen = {name: rows.pop(name) for name, p in net.named_parameters() if not p.requires_grad}    # with LoRA all but the adapter
     params = [p for p, _, _ in rows.values()]
     ema = [torch.zeros_like(p) for p in params]
     opt, opt_rows = adamw(rows, (0.9, row.beta2), row.weight_decay)
     state = ({f"net.{n}": r for n, r in rows.items()} | {f"opt.{n}": r for n, r in opt_rows.items()}
              | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, rows.items())}
              | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
+    with door():
+        if source:
+            ckpt.fill(frozen or rows, source)
     if found:
         ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
         start, counts, run_id = saved["step"], saved["meta"]["counts"], saved["meta"]["wandb"]
     else:
         slots = {name: i for i, name in enumerate(rows)}
         random = lambda name, shape, first, last: initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last]
-        with door():
-            ckpt.fill(rows, source or random)
+        if frozen or not source:
+            ckpt.fill(rows, random)
         torch._foreach_copy_(ema, params)
         start, counts, run_id = 0, {"updates": 0, "skipped": 0, "in_a_row": 0}, None
 
     sync, norm = parallel.sync(net), partial(parallel.grad_norm, net, rows, world)
     say(f"{'resumed from ' + str(found) if found else cfg.out}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items() if v not in (None, ()))}")
     log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "wandb": log.run_id, "counts": counts,
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "wandb": log.run_id, "counts": counts,
             "sampling": {"model": cfg.model, "codec": data.manifest["codec"], "mean": data.manifest["mean"], "std": data.manifest["std"],
                          "fps": data.manifest["fps"], "text": data.manifest["text"], "shapes": data.shapes, "sampler": "euler",
                          "steps": row.sample_steps, "shift": row.sample_shift, "guidance": cfg.guidance,
@@ -216,7 +228,7 @@ def main(cfg):
             sparse = {} if metadata is None else {"sparsity": metadata.sparsity}
             log(step + 1, **seen | {"lr": lr, "skipped": counts["skipped"]}, **sparse, samples_per_s=cfg.batch / seen["seconds"],
                 tokens_per_s=cfg.batch * tokens / seen["seconds"],
-                **log.speed(3 * forward * cfg.batch / world.size / seen["seconds"], world.device, precision))
+                **log.speed((2 if frozen else 3) * forward * cfg.batch / world.size / seen["seconds"], world.device, precision))
             clock = dict.fromkeys(clock, 0.0)
     log.close()
 
@@ -230,6 +242,8 @@ def loss_of(net, micro, cfg, device):
 
 def binder(net, cfg, world):
     """-> bind(shape, step) -> (net(x_t, t, text) as the losses see it for latents (…, F, H, W), its attention's metadata)."""
+    adapter = net.adapters[0] if net.adapters else None
+
     @cache
     def sequence(length):
         return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
@@ -237,7 +251,7 @@ def binder(net, cfg, world):
     def bind(shape, step):
         tokens = tuple(n // p for n, p in zip(shape[-3:], net.config.patch))
         metadata = cfg.window and build_metadata(tokens, cfg.tile, window_at(step, cfg, tokens), device=world.device)
-        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, seq=sequence(math.prod(tokens))), metadata
+        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, lora=adapter, seq=sequence(math.prod(tokens))), metadata
 
     return bind
 
@@ -257,7 +271,7 @@ def door():
     """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -269,10 +283,16 @@ def resolve(cfg):
     cfg = replace(cfg, **{name: row[name] for name in row.keys() & asdict(cfg).keys()} | given)
     if cfg.schedule != "constant" and cfg.decay_steps is None:
         cfg = replace(cfg, decay_steps=cfg.steps)
+    if cfg.lora_rank and not cfg.init:
+        raise ValueError(f"--lora_rank={cfg.lora_rank}: adapters need weights to adapt, which --init names")
+    if cfg.lora_alpha is not None and not (cfg.lora_rank and cfg.lora_alpha > 0):
+        raise ValueError(f"--lora_alpha={cfg.lora_alpha} is above 0, and needs --lora_rank")
+    if cfg.lora_rank and cfg.lora_alpha is None:
+        cfg = replace(cfg, lora_alpha=float(cfg.lora_rank))
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
     for name, low in dict(steps=1, batch=1, lr=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1, val=0, samples=0,
-                          window_steps=0, dense_ends=0).items():
+                          window_steps=0, dense_ends=0, lora_rank=0).items():
         if asdict(cfg)[name] < low:
             raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:

@@ -11,6 +11,7 @@ import torch
 
 import ckpt
 import distill
+import export
 import prepare
 import sample
 import train
@@ -198,6 +199,64 @@ def test_prompts_alone_are_enough(data, teacher, tmp_path):
     assert "critic_loss" in log_of(tmp_path / "run")[-1]
 
 
+# ---- LoRA: student and critic are adapters of the one teacher -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(data, teacher, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapters") / "run"
+    run(distill.main, config(data, teacher, out, lora_rank=4, student_lr=1e-3))
+    return out
+
+
+def test_three_roles_are_one_set_of_weights_and_begin_as_one(data, teacher, adapters, tmp_path, monkeypatch):
+    seen = spied(monkeypatch, config(data, teacher, tmp_path / "run", steps=2, student_every=1, val_every=0, samples=0, lora_rank=4))
+    calls = [event for event in seen if event[0] in ("rollout", "dmd_loss", "flow_loss")]
+    nets = {}
+    for name, *what in calls:
+        for role, net in zip(dict(rollout=["student"], dmd_loss=["teacher", "critic"], flow_loss=["critic"])[name], what):
+            nets.setdefault(role, set()).add((net.func, net.keywords["lora"]))
+    (base, _), = nets["teacher"]
+    assert nets == {"student": {(base, "student")}, "critic": {(base, "critic")}, "teacher": {(base, None)}}
+    first = log_of(tmp_path / "run")[0]
+    assert all(first[name] == 0 for name in first if name.startswith("student_matching_by")) and first["student_guidance_by_t4"] > 0
+
+    held = state(adapters)
+    assert {name.split(".")[0] for name in held} == {"net", "opt", "critic", "critic_opt", "ema", "null"}
+    for role, adapter in (("net", "student"), ("ema", "student"), ("opt", "student"), ("critic", "critic"), ("critic_opt", "critic")):
+        names = [name for name in held if name.startswith(f"{role}.")]
+        assert len(names) in (80, 240) and all(f".lora.{adapter}." in name for name in names)
+    for name in ("net.blocks.0.ffn.0.lora.student.B", "critic.blocks.0.ffn.0.lora.critic.B", "ema.blocks.0.ffn.0.lora.student.B"):
+        assert held[name].abs().max() > 0
+    assert not torch.equal(held["net.blocks.0.ffn.0.lora.student.A"], held["critic.blocks.0.ffn.0.lora.critic.A"])
+
+
+def test_adapters_stopped_and_resumed_are_the_uninterrupted_ones_to_the_bit(data, teacher, adapters, tmp_path):
+    for steps in (3, 8):
+        run(distill.main, config(data, teacher, tmp_path / "run", steps=steps, lora_rank=4, student_lr=1e-3))
+    assert same(state(tmp_path / "run"), state(adapters))
+
+
+def test_two_ranks_distil_adapters_as_one_does(data, teacher, adapters, tmp_path):
+    two = shell(2, "distill.py", *as_flags(config(data, teacher, tmp_path / "run", steps=4, micro_batch=1, shard=-1, lora_rank=4, student_lr=1e-3)))
+    printed, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, printed
+    for mine, theirs in zip(log_of(tmp_path / "run"), log_of(adapters)):
+        for name in {"student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm", "val_diversity"} & theirs.keys():
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-4), name
+
+
+def test_a_student_that_is_an_adapter_is_sampled_merged_and_exported_alone(teacher, adapters, tmp_path):
+    run(sample.main, sample.Config(ckpt=str(adapters), prompts=("a red circle moving left",), out=str(tmp_path / "s")))
+    export.main(export.Config(ckpt=str(adapters), lora=True, out=str(tmp_path / "lora")))
+    export.main(export.Config(ckpt=str(adapters), merge=True, format="wan", out=str(tmp_path / "merged")))
+    assert (tmp_path / "s/sheet.png").exists() and len(ckpt.files(tmp_path / "lora").shapes) == 80
+    merged, base = ckpt.weights(tmp_path / "merged"), ckpt.weights(teacher)
+    changed = {name for name in base.shapes if not torch.equal(base.tensor(name), merged.tensor(name))}
+    assert changed == {f"blocks.{i}.{m}.weight" for i in range(4) for m in (
+        "ffn.0", "ffn.2", *(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo"))}
+
+
 REFUSED = [
     (dict(teacher="nowhere"), "nowhere"),
     (dict(model="wan-1.3b"), "--model=wan-1.3b, but"),
@@ -206,6 +265,8 @@ REFUSED = [
     (dict(batch=3, micro_batch=2), "batch"),
     (dict(student_every=0), "student_every"),
     (dict(dense_ends=1), "--window, which is not given"),
+    (dict(lora_rank=-1), "below 0"),
+    (dict(lora_alpha=4.0), "needs --lora_rank"),
 ]
 
 

@@ -30,11 +30,12 @@ def network(seed=0, lora=False):
     return net
 
 
-def run(out, net, ema=None, only=""):
-    """A run's folder whose one checkpoint holds net and its average."""
+def run(out, net, ema=None, only="", base=None):
+    """A run's folder whose one checkpoint holds net and its average; of adapters these alone, and what their base is."""
     rows = {f"net.{n}": (p.detach(), 0, tuple(p.shape)) for n, p in net.named_parameters() if only in n}
     rows |= {f"ema.{n}": (p.detach(), 0, tuple(p.shape)) for n, p in (ema or net).named_parameters() if only in n}
-    ckpt.save(out, 10, rows, {"config": {"lora_alpha": 6}, "sampling": SAMPLING})
+    base = base and ckpt.base_of(base, ckpt.weights(base))
+    ckpt.save(out, 10, rows, {"config": {"lora_alpha": 6}, "sampling": SAMPLING, "base": base})
     return str(out)
 
 
@@ -195,24 +196,57 @@ def test_alpha_stays_exact_beside_bf16_factors(tmp_path):
     assert torch.equal(found[f"{stem}.lora_up.weight"], adapter.B.detach().bfloat16())
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_merged_export_is_the_model_with_its_adapter(tmp_path, alone):
+@pytest.mark.parametrize("format", ["comfy", "diffusers"])
+def test_a_merged_export_is_the_base_with_its_adapter_and_what_every_reader_of_the_run_gets(tmp_path, format):
     from diffusers import WanTransformer3DModel
     net = network(0, lora=True)
-    base = DiT(SMALL)
-    base.load_state_dict({n: p for n, p in net.state_dict().items() if ".lora." not in n})
-    export.main(export.Config(ckpt=run(tmp_path / "plain", base), out=str(tmp_path / "base"), format="comfy"))
-    path, below = run(tmp_path / "run", net, only=".lora." if alone else ""), str(tmp_path / "base") if alone else None
-    export.main(export.Config(ckpt=path, out=str(tmp_path / "out"), merge=True, base=below))
-    assert near(theirs(WanTransformer3DModel.from_pretrained(tmp_path / "out")), ours(net, lora="student"))
+    plain = DiT(SMALL)
+    plain.load_state_dict({n: p for n, p in net.state_dict().items() if ".lora." not in n})
+    export.main(export.Config(ckpt=run(tmp_path / "plain", plain), out=str(tmp_path / "base"), format=format))
+    for base, move in ((tmp_path / "base", False), (tmp_path / "plain", False), (tmp_path / "base", True)):
+        path = run(tmp_path / "run", net, only=".lora.", base=base)
+        moved = base.rename(tmp_path / "moved") if move else None
+        out = tmp_path / f"{base.name} {move}"
+        export.main(export.Config(ckpt=path, out=str(out), merge=True, base=moved and str(moved)))
+        assert near(theirs(WanTransformer3DModel.from_pretrained(out)), ours(net, lora="student"))
+        if not move:
+            read, mine = ckpt.weights(path), ckpt.weights(out)
+            assert read.shapes == mine.shapes and all(torch.equal(read.tensor(name), mine.tensor(name)) for name in read.shapes)
+            assert torch.equal(read.rows("blocks.0.ffn.0.weight", 5, 9), mine.rows("blocks.0.ffn.0.weight", 5, 9))
+
+
+def test_a_base_that_is_gone_or_another_one_is_refused_by_whoever_reads_the_adapter(tmp_path, capsys):
+    plain, net = network(0), network(0, lora=True)
+    path = run(tmp_path / "run", net, only=".lora.", base=run(tmp_path / "plain", plain))
+    (tmp_path / "plain").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="is an adapter of weights that are not at .*plain.*: put or link them there"):
+        ckpt.weights(path)
+    run(tmp_path / "plain", network(1))
+    with pytest.raises(ValueError, match="plain.* is not what .*run.* was trained on"):
+        ckpt.weights(path)
+    with pytest.raises(SystemExit):
+        export.main(export.Config(ckpt=path, out=str(tmp_path / "out"), merge=True))
+    assert "is not what" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_fingerprint_of_weights_sees_every_tensor(tmp_path):
+    net = network()
+    source = ckpt.Source("memory", {n: tuple(p.shape) for n, p in net.named_parameters()},
+                         lambda name, first, last: net.get_parameter(name).detach()[first:last], None)
+    seen = {ckpt.fingerprint(source)}
+    for p in net.parameters():
+        with torch.no_grad():
+            p.view(-1)[0] += 1
+        seen.add(ckpt.fingerprint(source))
+    assert len(seen) == 1 + len(source.shapes)
 
 
 @pytest.mark.parametrize("flags, lora, says", [
     (dict(lora=True), False, "has no adapter"),
     (dict(), True, "--lora (it alone) or --merge"),
     (dict(lora=True, merge=True), True, "--lora (it alone) or --merge"),
-    (dict(merge=True), True, "--base=PATH names the weights"),
-    (dict(lora=True, adapter="critic"), True, "--adapter=critic: choose from student"),
+    (dict(lora=True, base="x"), True, "--base is for --merge"),
+    (dict(merge=True, base="x"), True, "are not at x"),
     (dict(lora=True, format="wan"), True, "choose diffusers or comfy"),
     (dict(shard_gb=0.0), False, "--shard_gb=0.0"),
 ])

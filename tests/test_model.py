@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import attention, build_metadata, reference
-from model import LOCAL, MODELS, DiT, ModelConfig, Seq, add_lora, flops, initial, merge, rope_table
+from ckpt import merge
+from model import LOCAL, MODELS, DiT, ModelConfig, Seq, add_lora, flops, initial, rope_table
 
 ops = torch.ops
 SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=6, text_dim=20)

@@ -11,7 +11,7 @@ from torch import multiprocessing, nn
 
 import parallel
 from attention import attention, build_metadata
-from model import LOCAL, DiT, ModelConfig, Seq
+from model import LOCAL, DiT, ModelConfig, Seq, add_lora
 
 # Rows that nothing divides: 3 channels and patches of 1 2 2 make 12, ffn has 27, modulations 1, so that ranks hold none.
 CONFIG = ModelConfig(dim=32, blocks=2, heads=4, ffn=27, channels=3, text_dim=8, freq_dim=8)
@@ -20,10 +20,12 @@ ALONE = (1, 1, 1)       # processes, --shard, --sp
 MESHES = [(2, 1, 1), (2, -1, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, -1, 1), (4, 2, 2), (4, -1, 4)]
 
 
-def build(world, precision="fp32", **more):
+def build(world, precision="fp32", adapters=(), **more):
     """The net with the same values on every mesh, and its rows."""
     with torch.device("meta"):
         net = DiT(CONFIG)
+        for name in adapters:
+            add_lora(net, name, rank=3, alpha=6)    # some ranks hold no row of A
     parallel.prepare(net, world, precision=precision, **more)
     rows = parallel.local_rows(net)
     for name, (tensor, first, shape) in rows.items():
@@ -95,18 +97,19 @@ def interleaved(world):
     return backward(net, rows, world, (v - target).square().mean())
 
 
-def partly_frozen(world, precision):
-    """Only one matrix per block is trained, as with LoRA."""
-    with torch.device("meta"):
-        net = DiT(CONFIG)
-    for name, p in net.named_parameters():
-        p.requires_grad_(name.endswith("self_attn.q.weight"))
-    parallel.prepare(net, world, precision=precision)
-    rows = parallel.local_rows(net)
-    for p, _, _ in rows.values():
-        p.fill_(0.02)
-    inputs, more = batch(world)
-    return backward(net, rows, world, objective(net(*inputs, **more))) | {"stored": {n: p.dtype for n, (p, _, _) in rows.items()}}
+def adapted(world, precision):
+    """Two adapters of one frozen net, each learning from what the other and the net say, as distill.py calls them."""
+    net, rows = build(world, precision, adapters=("student", "critic"))
+    (x, t, text), more = batch(world)
+    seen = {"stored": {n: p.dtype for n, (p, _, _) in rows.items()}, "plain": [n for n, p in net.named_parameters() if type(p) is nn.Parameter]}
+    for me, other in (("student", "critic"), ("critic", "student")):
+        v = net(x, t, text, lora=me, **more)
+        with torch.no_grad():
+            target = net(x + 1, t, text, **more) - net(x + 1, t, text, lora=other, **more)
+        mine = {n: r for n, r in rows.items() if f".lora.{me}." in n}
+        seen[me] = backward(net, mine, world, (v - target).square().mean())
+        seen["left over"] = [n for n, p in net.named_parameters() if p.grad is not None]
+    return seen
 
 
 def dtypes(world):
@@ -149,8 +152,8 @@ def report(world):
     micros = 1 if world.size == 1 else 4 // world.data_size     # alone all four samples at once, elsewhere one by one
     if world.size == 1 or world.sp > 1:
         seen["dense"] = trained(world, micros, sparse=False)
-    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2), "swapped": swapped(world), "interleaved": interleaved(world), "partly_frozen": partly_frozen(world, "fp32"),
-             "half_frozen": partly_frozen(world, "bf16"), "dtypes": dtypes(world)}
+    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2), "swapped": swapped(world), "interleaved": interleaved(world), "adapted": adapted(world, "fp32"),
+             "half_adapted": adapted(world, "bf16"), "dtypes": dtypes(world)}
     if (world.size, world.sp) == (2, 2):
         seen["compiled"] = compiled(world)
     seen["mean"] = parallel.mean({"a": float(world.rank), "b": torch.tensor([world.rank, 1.0])}, world)
@@ -211,7 +214,8 @@ def test_every_mesh_has_the_loss_the_norm_and_the_gradient_of_one_rank(ran, mesh
     alone = ran[ALONE][0]
     same_gradient([r["step"] for r in ran[mesh]], alone["step"])
     same_gradient([r["interleaved"] for r in ran[mesh]], alone["interleaved"])
-    same_gradient([r["partly_frozen"] for r in ran[mesh]], alone["partly_frozen"])
+    for adapter in ("student", "critic"):
+        same_gradient([r["adapted"][adapter] for r in ran[mesh]], alone["adapted"][adapter])
 
 
 def test_compiled_blocks_exchange_heads_in_one_graph(ran):
@@ -258,11 +262,21 @@ def test_every_world_size_takes_the_same_dtypes(ran, mesh):
 @pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)
 def test_what_is_frozen_is_stored_in_what_it_computes_in(ran, mesh):
     for r in ran[mesh]:
-        half = r["half_frozen"]
+        half = r["half_adapted"]
         assert {name for name, dtype in half["stored"].items() if dtype == torch.float32} == \
-               {name for name in half["stored"] if name.startswith(("time_", "head.")) or name.endswith("self_attn.q.weight")}
-        assert half["norm"] == pytest.approx(ran[ALONE][0]["half_frozen"]["norm"], rel=2e-2)
-        assert all((g is not None) == name.endswith("self_attn.q.weight") for name, (g, _, _) in half["grads"].items())
+               {name for name in half["stored"] if name.startswith(("time_", "head.")) or ".lora." in name}
+        for adapter in ("student", "critic"):
+            assert half[adapter]["norm"] == pytest.approx(ran[ALONE][0]["half_adapted"][adapter]["norm"], rel=2e-2) != 0
+            grads = half[adapter]["grads"]
+            assert len(grads) == 2 * 10 * CONFIG.blocks and all(g.dtype == torch.float32 for g, _, _ in grads.values())
+
+
+@pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)
+def test_fsdp_keeps_no_second_copy_of_a_base_that_every_rank_holds_whole(ran, mesh):
+    for r in ran[mesh]:
+        half = r["half_adapted"]
+        base = [name for name in half["stored"] if ".lora." not in name]
+        assert half["plain"] == (base if mesh[1] == 1 else []) and half["left over"] == []
 
 
 @pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)

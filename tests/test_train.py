@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 import ckpt
+import export
 import prepare
 import sample
 import train
 from conftest import ROOT
+from model import MODELS, DiT, add_lora
 
 TIMINGS = {"seconds", "data_wait", "samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb"}
 
@@ -177,6 +179,77 @@ def test_a_run_starts_from_exported_weights(data, whole, tmp_path):
     assert log_of(tmp_path / "run")[0]["val_loss"] == pytest.approx(log_of(whole)[-1]["val_loss"], rel=1e-5)
 
 
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def adapting(data, whole, out, **flags):
+    return config(data, out, **dict(init=str(whole), lora_rank=4, lora_alpha=6.0, lr=4e-3) | flags)
+
+
+@pytest.fixture(scope="module")
+def lora(data, whole, tmp_path_factory):
+    """A run that trains adapters of the one before."""
+    out = tmp_path_factory.mktemp("lora") / "run"
+    run(train.main, adapting(data, whole, out))
+    return out
+
+
+def test_an_adapter_starts_as_its_base_and_the_checkpoint_holds_it_alone(whole, lora):
+    lines, held = log_of(lora), state(lora)
+    assert lines[0]["val_loss"] == pytest.approx(log_of(whole)[-1]["val_loss"], rel=1e-6) != lines[-1]["val_loss"]
+    assert {name.split(".")[0] for name in held} == {"net", "opt", "ema", "null"}
+    assert all(".lora.main." in name for name in held if name != "null")
+    assert len([name for name in held if name.startswith("net.")]) == 2 * 10 * 4 and held["net.blocks.3.ffn.2.lora.main.B"].abs().max() > 0
+    base = ckpt.read_manifest(ckpt.latest(lora))["meta"]["base"]
+    assert base["path"] == str(ckpt.latest(whole).resolve()) and base["crc32"] == ckpt.read_manifest(ckpt.latest(whole))["crc32"]
+
+
+def test_an_adapters_run_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(data, whole, lora, tmp_path):
+    for steps in (3, 8):
+        run(train.main, adapting(data, whole, tmp_path / "run", steps=steps))
+    assert same(state(tmp_path / "run"), state(lora))
+
+
+def test_an_adapter_is_refused_another_base_on_resume(data, whole, tmp_path, capsys):
+    base = tmp_path / "base"
+    subprocess.run(["cp", "-r", whole, base], check=True)
+    run(train.main, adapting(data, base, tmp_path / "run", steps=1))
+    run(train.main, config(data, base, steps=9))        # the base goes on
+    for flags, said in ((dict(), "did not adapt what --init"), (dict(init=str(whole)), "--init="), (dict(lora_rank=2), "--lora_rank=2 (was 4)"),
+                        (dict(init=str(whole / "ckpt/step_0000006"), allow=("init",)), "did not adapt what --init")):
+        with pytest.raises(SystemExit):
+            run(train.main, adapting(data, base, tmp_path / "run", **flags))
+        assert said in capsys.readouterr().err
+
+
+def test_what_is_sampled_exported_and_started_from_is_the_base_with_its_adapter(data, whole, lora, tmp_path):
+    export.main(export.Config(ckpt=str(lora), merge=True, format="wan", out=str(tmp_path / "merged")))
+    merged, null = ckpt.weights(tmp_path / "merged"), state(lora)["null"]
+    ckpt.save(tmp_path / "plain", 1, {f"ema.{n}": (merged.tensor(n), 0, s) for n, s in merged.shapes.items()} | {"null": (null, 0, tuple(null.shape))},
+              ckpt.read_manifest(ckpt.latest(lora))["meta"])
+    for name, path in (("a", lora), ("b", tmp_path / "plain"), ("base", whole)):
+        run(sample.main, sample.Config(ckpt=str(path), prompts=("a red circle moving left",), steps=3, out=str(tmp_path / name)))
+    a, b, base = ((tmp_path / name / "0000_a_red_circle_moving_left.mp4").read_bytes() for name in ("a", "b", "base"))
+    assert a == b != base
+
+    nets = {}
+    for name in ("adapted", "merged"):
+        nets[name] = net = DiT(MODELS["tiny"])
+        if name == "adapted":
+            add_lora(net, "main", 4, 6.0)
+        rows = {n: (p, 0, tuple(p.shape)) for n, p in net.named_parameters()}
+        adapter = {n: rows.pop(n) for n in list(rows) if ".lora." in n}
+        ckpt.fill(rows, ckpt.weights(whole) if adapter else merged)
+        ckpt.fill(adapter, ckpt.role_of(ckpt.stored(ckpt.latest(lora)), "ema")) if adapter else None
+    x, t, text = torch.randn(2, 24, 5, 8, 8), torch.rand(2), torch.randn(2, 8, 64)
+    with torch.no_grad():
+        v = nets["merged"](x, t, text)
+        assert (nets["adapted"](x, t, text, lora="main") - v).norm() < 1e-5 * v.norm() and (nets["adapted"](x, t, text) - v).norm() > 1e-3 * v.norm()
+
+    run(train.main, config(data, tmp_path / "next", steps=1, init=str(lora)))
+    assert log_of(tmp_path / "next")[0]["val_loss"] == pytest.approx(log_of(lora)[-1]["val_loss"], rel=1e-5)
+
+
 REFUSED = [  # flags, what the message says
     (dict(batch=3, micro_batch=2), "batch"),
     (dict(data="nowhere"), "prepare.py"),
@@ -189,6 +262,10 @@ REFUSED = [  # flags, what the message says
     (dict(allow=("lrr",)), "lrr"),
     (dict(shard=3), "shard"),
     (dict(device="cuda"), "GPU|CUDA|cuda"),
+    (dict(lora_rank=4), "--lora_rank=4: .*--init"),
+    (dict(lora_rank=-1, init="x"), "below 0"),
+    (dict(lora_alpha=4.0), "needs --lora_rank"),
+    (dict(lora_rank=4, lora_alpha=0.0, init="x"), "above 0"),
 ]
 
 
