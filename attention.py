@@ -449,12 +449,12 @@ def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride
 # A program's (ROWS, STEP, warps, stages) in the forward, dQ and dK/dV kernels, by a GPU's shared memory in KB and the padded
 # head width: 227 is sm_90 and sm_100, where blocks come by TMA; 163 is sm_80; 99 is sm_86, sm_89 and sm_120.
 HALF = {(227, 64): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-        (227, 128): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2)),
-        (163, 64): ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (163, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
-        (99, 64): ((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (99, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2))}
-FULL = {64: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2))}
+        (227, 128): ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
+        (163, 64): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        (163, 128): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (99, 64): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        (99, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))}
+FULL = {64: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)), 128: ((32, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 2))}
 
 
 def _settings(*xs):
@@ -478,8 +478,8 @@ def _walks(grid, tile, window, lengths, reverse, rows, block, device):
     if grid:
         metadata = build_metadata(grid, tile, window, device)
         axes = metadata.reverse if reverse else metadata.forward
-        whole = [len(axis) == 1 for axis in metadata.forward]  # a window over whole axes joins their runs
-        step = grid[0] if whole[1] and whole[2] else metadata.tile[0], grid[1] if whole[2] else metadata.tile[1]
+        whole = len(metadata.forward[1]) == len(metadata.forward[2]) == 1  # all rows and columns are seen: one run
+        step = metadata.tile[0], grid[1] if whole else metadata.tile[1]
     else:
         own, other = reversed(lengths) if reverse else lengths
         axes, step = ((((0, 1), (0, 1)),), (((0, 1), (0, 1)),), (((0, own), (0, other)),)), (1, 1)

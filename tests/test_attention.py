@@ -1,0 +1,283 @@
+"""attention.py on the CPU: the pattern, the operator, and the boxes beside a dense mask in float64."""
+import random
+import subprocess
+import sys
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from attention import attention, build_metadata, reference
+
+ATTEND = torch.ops.nanovideo.attend.default
+
+
+def inputs(metadata, B=1, N=2, K=8, seed=0, dtype=torch.float64):
+    """q, k, v that want gradients, and a gradient for the output."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, grad = torch.randn(4, B, prod(metadata.grid), N, K, generator=generator, dtype=dtype)
+    return *(x.requires_grad_() for x in (q, k, v)), grad
+
+
+def compare(metadata, q, k, v, grad, rtol=1e-10):
+    """Output and the three gradients against the dense mask; each is off by at most rtol of its largest number."""
+    ours, theirs = attention(q, k, v, metadata), reference(*(x.double() for x in (q, k, v)), metadata)
+    ours = ours, *torch.autograd.grad(ours, (q, k, v), grad)
+    theirs = theirs, *torch.autograd.grad(theirs, (q, k, v), grad.double())
+    for name, a, b in zip(("out", "dq", "dk", "dv"), ours, theirs):
+        assert a.shape == b.shape and (a - b).abs().max() <= rtol * b.abs().max(), f"{name} on {metadata}"
+
+
+def visible(metadata):
+    """(L, L) in raster order, axis by axis from the definition."""
+    see = torch.ones((1,) * 6, dtype=torch.bool)
+    for axis, (size, tile, w) in enumerate(zip(metadata.grid, metadata.tile, metadata.window)):
+        n = -(-size // tile)
+        first = [max(0, min(q // tile - w // 2, n - w)) for q in range(size)]
+        sees = torch.tensor([[first[q] <= k // tile < first[q] + w for k in range(size)] for q in range(size)])
+        see = see & sees.view([size if i % 3 == axis else 1 for i in range(6)])
+    return see.reshape(prod(metadata.grid), -1)
+
+
+def random_pattern(seed):
+    rng = random.Random(seed)
+    grid = [rng.randint(1, 9) for _ in range(3)]
+    return build_metadata(grid, [rng.randint(1, 4) for _ in range(3)], [rng.randint(1, 6) for _ in range(3)])
+
+
+# ---- the pattern --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_query_sees_the_tiles_of_the_definition_and_as_many_as_every_other(seed):
+    metadata = random_pattern(seed)
+    see = visible(metadata)
+    assert metadata.pairs == see.sum()
+    assert metadata.sparsity == 1 - metadata.pairs / see.numel()
+    q, k, v, _ = inputs(metadata, N=1)
+    weights = reference(torch.zeros_like(q), k, torch.eye(see.shape[0], dtype=q.dtype)[None, :, None], metadata)[0, :, 0]
+    assert torch.equal(weights[metadata.inverse] > 0, see[:, metadata.order])
+
+    tiles = [range(0, size, tile) for size, tile in zip(metadata.grid, metadata.tile)]
+    corner = torch.zeros(metadata.grid)
+    for place in product(*tiles):
+        corner[place] = 1
+    assert (see.double() @ corner.double().flatten() == prod(metadata.window)).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_both_neighbourhoods_are_the_definition_seen_from_either_side(seed):
+    metadata = random_pattern(seed)
+    for size, tile, w, forward, reverse in zip(*(getattr(metadata, x) for x in "grid tile window forward reverse".split())):
+        n, sees = -(-size // tile), torch.zeros(size, size, dtype=torch.bool)
+        for q in range(size):
+            first = max(0, min(q // tile - w // 2, n - w))
+            sees[q, first * tile:(first + w) * tile] = True
+        for pairs, transposed in ((forward, False), (reverse, True)):
+            built = torch.zeros_like(sees)
+            for (own0, own1), (other0, other1) in pairs:
+                assert not built[own0:own1].any(), "a token is in two boxes"
+                built[own0:own1, other0:other1] = True
+            assert torch.equal(built, sees.T if transposed else sees)
+        assert len(forward) == n - w + 1 and len(reverse) == n
+
+
+def test_tile_order_keeps_a_tile_together_and_inverse_undoes_it():
+    metadata = build_metadata((3, 5, 9), (2, 4, 4), (1, 1, 1))
+    x = torch.randn(2, 135, 3)
+    assert torch.equal(x[:, metadata.order][:, metadata.inverse], x)
+    tile = [(f // 2, h // 4, w // 4) for f, h, w in product(range(3), range(5), range(9))]
+    assert [tile[i] for i in metadata.order] == sorted(tile)
+    assert metadata.order[:4].tolist() == [0, 1, 2, 3] and metadata.order[4] == 9  # columns fastest within a tile
+
+
+def test_windows_are_rounded_as_the_paper_does():
+    assert build_metadata((8, 8, 8), (1, 1, 1), (2, 3, 6)).window == (3, 3, 7)
+    assert build_metadata((8, 8, 8), (2, 2, 2), (4, 9, 1)).window == (4, 4, 1)  # 4 tiles to an axis
+    assert build_metadata((2, 3, 4), (4, 4, 8), (1, 1, 1)).tile == (2, 3, 4)
+
+
+def test_the_sparsity_of_the_design():
+    for grid, tile, expected in (((21, 30, 52), (4, 4, 8), .908), ((21, 45, 80), (4, 4, 8), .958),
+                                 ((30, 48, 80), (6, 8, 8), .910), ((21, 30, 52), (6, 8, 8), .728)):
+        assert abs(build_metadata(grid, tile, (3, 3, 3)).sparsity - expected) < 5e-4
+
+
+def test_metadata_is_cached_and_may_be_built_in_inference_mode():
+    with torch.inference_mode():
+        metadata = build_metadata([3, 6, 7], (1, 2, 3), (1, 1, 1))
+    assert build_metadata((3, 6, 7), [1, 2, 3], (1, 1, 1)) is metadata
+    x = torch.randn(1, 126, 2, requires_grad=True)
+    x[:, metadata.order].sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [dict(grid=(0, 4, 4)), dict(grid=(4, 4)), dict(tile=(4, -1, 8)), dict(window=(3, 3, 1.5))])
+def test_errors_name_the_value(wrong):
+    with pytest.raises(ValueError) as error:
+        build_metadata(**dict(grid=(4, 4, 4)) | wrong)
+    (name, value), = wrong.items()
+    assert name in str(error.value) and str(value) in str(error.value)
+
+
+def test_shapes_that_do_not_fit_are_refused_with_their_sizes():
+    x = torch.randn(1, 64, 2, 8)
+    with pytest.raises(ValueError, match="65 queries.*takes 64"):
+        attention(torch.randn(1, 65, 2, 8), x, x, build_metadata((4, 4, 4), (2, 2, 2), (1, 1, 1)))
+    with pytest.raises(ValueError, match="1, 64, 2, 8"):
+        attention(x, x, torch.randn(1, 64, 2, 4))
+
+
+# ---- the CPU path -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_output_and_gradients_are_those_of_a_dense_mask(block):
+    for seed in range(100 + 22 * block, 122 + 22 * block):
+        rng = random.Random(seed)
+        compare(random_pattern(seed), *inputs(random_pattern(seed), rng.randint(1, 2), rng.randint(1, 3), rng.choice((4, 8, 12)), seed))
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_narrower_types_are_as_near_as_they_can_be(dtype, rtol):
+    metadata = build_metadata((5, 9, 13), (2, 3, 4), (1, 3, 1))
+    compare(metadata, *inputs(metadata, dtype=dtype), rtol=rtol)
+
+
+def test_dense_and_cross_attention_go_through_the_same_door():
+    q, k, v = (torch.randn(2, n, 3, 8, dtype=torch.float64, requires_grad=True) for n in (37, 11, 11))
+    ours = attention(q, k, v)
+    theirs = torch.einsum("bnls,bsnk->blnk", (torch.einsum("blnk,bsnk->bnls", q, k) / 8**.5).softmax(-1), v)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), (q, k, v)), torch.autograd.grad(theirs.square().sum(), (q, k, v))):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_window_that_covers_the_grid_is_dense():
+    metadata = build_metadata((5, 6, 7), (2, 2, 2), (9, 9, 9))
+    q, k, v, _ = inputs(metadata)
+    assert metadata.sparsity == 0 and torch.equal(attention(q, k, v, metadata), attention(q, k, v))
+
+
+def test_tensors_may_be_strided_views():
+    metadata = build_metadata((4, 6, 5), (2, 3, 2), (1, 1, 3))
+    qkv, grad = torch.randn(2, 120, 3, 2, 8, dtype=torch.float64), torch.randn(2, 120, 8, 2, dtype=torch.float64)
+    strided = [qkv[:, :, i].requires_grad_() for i in range(3)]
+    compare(metadata, *strided, grad.transpose(2, 3))
+    compare(metadata, *strided, torch.ones(()).double().expand(2, 120, 2, 8))
+
+
+def test_nothing_unseen_and_nothing_uninitialised_is_read():
+    metadata = build_metadata((3, 8, 9), (2, 3, 4), (1, 1, 1))
+    q, k, v, grad = inputs(metadata)
+    far = ~visible(metadata)[metadata.order[0]][metadata.order]  # what the first token does not see
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with nan
+    try:
+        out = attention(q, k, v, metadata)
+        assert all(x.isfinite().all() for x in torch.autograd.grad(out, (q, k, v), grad))
+        k, v = (x.masked_fill(far[:, None, None], torch.nan) for x in (k, v))
+        assert torch.equal(attention(q, k, v, metadata)[0, 0], out[0, 0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_tokens():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.size = max(self.size, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x)), 0)
+            return out
+    from attention import _cpu, _cpu_backward
+    metadata = build_metadata((8, 24, 24), (2, 4, 4), (3, 3, 3))
+    q, k, v, grad = (x.detach() for x in inputs(metadata, N=1, K=4))
+    with Largest() as seen:
+        out, lse = _cpu(q, k, v, metadata.grid, metadata.tile, metadata.window)
+        _cpu_backward(grad, q, k, v, out, lse, metadata.grid, metadata.tile, metadata.window)
+    assert seen.size == q.numel()
+
+
+# ---- the operator -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [((), (), ()), ((3, 5, 7), (2, 2, 3), (1, 3, 1))])
+def test_the_operator_is_well_formed(pattern):
+    q, k, v, _ = inputs(build_metadata((3, 5, 7)))
+    torch.library.opcheck(ATTEND, (q, k, v, *map(list, pattern)))
+    with torch.no_grad():
+        out, lse = ATTEND(q, k, v, *pattern)
+        torch.library.opcheck(torch.ops.nanovideo.attend_backward.default, (out, q, k, v, out, lse, *map(list, pattern)))
+
+
+def test_the_log_sum_exp_is_returned():
+    metadata = build_metadata((4, 6, 5), (2, 3, 2), (1, 1, 3))
+    q, k, v, _ = inputs(metadata)
+    see = visible(metadata)[metadata.order][:, metadata.order]
+    scores = torch.einsum("blnk,bsnk->bnls", q, k) / 8**.5
+    lse = ATTEND(q, k, v, metadata.grid, metadata.tile, metadata.window)[1]
+    torch.testing.assert_close(lse, scores.masked_fill(~see, -torch.inf).logsumexp(-1))
+    torch.testing.assert_close(ATTEND(q, k, v, [], [], [])[1], scores.logsumexp(-1))
+
+
+def test_compile_keeps_it_whole():
+    metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
+    q, k, v, grad = inputs(metadata, dtype=torch.float32)
+
+    def block(q, k, v, metadata):
+        return attention(q * 2, k, v, metadata).sin()
+    compiled = torch.compile(block, fullgraph=True)
+    for pattern in (metadata, None):
+        ours, theirs = compiled(q, k, v, pattern), block(q, k, v, pattern)
+        torch.testing.assert_close(ours, theirs)
+        for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad)):
+            torch.testing.assert_close(a, b)
+
+
+class Count(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is ATTEND
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("save, calls", [(True, 1), (False, 2)])
+def test_selective_checkpointing_runs_the_forward_once(save, calls):
+    metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
+    q, k, v, grad = inputs(metadata)
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if save and op is ATTEND else CheckpointPolicy.PREFER_RECOMPUTE
+    with Count() as count:
+        out = checkpoint(lambda *x: attention(*(y * 2 for y in x), metadata).sin(), q, k, v, use_reentrant=False,
+                         context_fn=lambda: create_selective_checkpoint_contexts(policy))
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+    assert count.calls == calls
+    expected = torch.autograd.grad(attention(*(y * 2 for y in (q, k, v)), metadata).sin(), (q, k, v), grad)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops_are_counted_by_the_pairs(device):
+    metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
+    q, k, v, _ = (x.detach().to(device).requires_grad_() for x in inputs(metadata, B=2, N=3))
+    s = torch.randn(2, 11, 3, 8, device=device, dtype=q.dtype)
+    for args, pairs in (((q, k, v, metadata), metadata.pairs), ((q, k, v), 105**2), ((q, s, s), 105 * 11)):
+        with FlopCounterMode(display=False) as counter:
+            out = attention(*args)
+            assert counter.get_total_flops() == 4 * 2 * 3 * 8 * pairs
+            out.sum().backward()
+        assert counter.get_total_flops() == 14 * 2 * 3 * 8 * pairs
+
+
+def test_it_imports_and_runs_where_there_is_no_triton():
+    code = ("import sys; sys.modules['triton'] = None\n"
+            "import torch; from attention import attention, build_metadata\n"
+            "x = torch.randn(1, 64, 2, 8, requires_grad=True)\n"
+            "attention(x, x, x, build_metadata((4, 4, 4), (2, 2, 2), (1, 1, 1))).sum().backward()")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
