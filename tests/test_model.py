@@ -232,6 +232,7 @@ def test_only_matrix_products_attention_and_gelu_see_bf16():
     outside = 3     # the patch embedding's and the text's; time and head are fp32
     assert +calls.bf16 == {ops.aten.addmm.default: 10 * SMALL.blocks + outside,
                            ops.nanovideo.attend.default: 2 * SMALL.blocks, ops.aten.gelu.default: SMALL.blocks + 1}
+    assert net(inputs[0].bfloat16(), *inputs[1:]).dtype == torch.bfloat16       # v is like x
 
 
 def test_bf16_drifts_little_from_fp32():
