@@ -114,7 +114,7 @@ class Row(NamedTuple):
 
 
 DEFAULTS = {  #         steps  batch  student_lr  critic_lr   ema  shift  score_shift  guidance  log  val  save  decay  clip
-    "tiny":       Row(    500,    16,       3e-4,      1e-3, 0.95,   5.0,         2.0,      2.0,   1, 250,  250,  0.00, 10.0),
+    "tiny":       Row(    500,    16,       3e-4,      1e-3, 0.95,   5.0,         4.0,     1.25,   1, 250,  250,  0.00, 10.0),
     "wan-1.3b":   Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
     "wan2.2-5b":  Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
     "wan-14b":    Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),

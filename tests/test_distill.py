@@ -126,7 +126,7 @@ def test_each_net_is_updated_on_its_clock_from_the_students_own_clips(data, teac
                 assert loss[1].func is not net.func                         # the critic, not the student
             else:
                 teacher_net, critic_net = loss[1].func, loss[2].func
-                assert len({teacher_net, critic_net, net.func}) == 3 and loss[4] == 2.0
+                assert len({teacher_net, critic_net, net.func}) == 3 and loss[4] == 1.25
                 assert not any(p.requires_grad for p in teacher_net.parameters())
                 assert all(p.grad is None for n in (teacher_net, critic_net) for p in n.parameters())
     assert exits["dmd_loss"] == [0, 1, 2, 3] * 2 and exits["flow_loss"] == [0, 1, 2, 3] * 10     # each net's own count, stratified
