@@ -204,12 +204,15 @@ def adamw(rows, betas, weight_decay):
 def lr_at(step, *, lr, warmup, decay_steps, schedule):
     """Learning rate of update number `step` (from 0): a linear warm-up to lr, then constant, cosine or linear to 0.
 
-    The first update of a warm-up has lr / warmup, not 0. decay_steps counts updates from 0, warm-up included.
+    The first update of a warm-up has lr / warmup, not 0. decay_steps counts updates from 0, warm-up included; a constant
+    schedule has none.
     """
     if step < warmup:
         return lr * (step + 1) / warmup
+    if schedule == "constant":
+        return lr
     done = min(1.0, (step - warmup) / max(1, decay_steps - warmup))
-    return lr * {"constant": 1.0, "cosine": 0.5 * (1 + cos(pi * done)), "linear": 1 - done}[schedule]
+    return lr * {"cosine": 0.5 * (1 + cos(pi * done)), "linear": 1 - done}[schedule]
 
 
 @torch.no_grad()

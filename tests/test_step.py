@@ -261,6 +261,7 @@ def test_learning_rate_at_its_corners():
     assert at(8, "cosine") == pytest.approx(1.0) and at(12, "cosine") == pytest.approx(0) and at(99, "cosine") == pytest.approx(0)
     assert at(4, "linear") == 2.0 and at(10, "linear") == pytest.approx(0.5)
     assert lr_at(0, lr=1.0, warmup=0, decay_steps=10, schedule="cosine") == 1.0
+    assert lr_at(9, lr=1.0, warmup=2, decay_steps=None, schedule="constant") == 1.0
 
 
 def test_ema_warms_up_and_is_swapped_in_and_out_to_the_bit_even_on_an_exception():

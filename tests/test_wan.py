@@ -133,7 +133,7 @@ def test_weights_and_films_become_a_model_that_diffusers_samples_alike(wan, trai
 
 def test_a_student_of_it_is_sampled_alike_by_diffusers_stochastic_sampler(wan, data, trained, tmp_path):
     run(distill.main, distill.Config(teacher=trained, data=data, out=str(tmp_path / "run"), vae=wan, student_every=1, samples=1))
-    assert len(list((tmp_path / "run/samples").glob("*.mp4"))) == 2
+    assert len(list((tmp_path / "run/samples").glob("*.mp4"))) == 1
     mine = noises, latents, _, how = ours(str(tmp_path / "run"), wan, tmp_path / "s")
     export.main(export.Config(ckpt=str(tmp_path / "run"), out=str(tmp_path / "export")))
     assert len(noises) == 4 and same(mine, theirs(wan, noises, how, tmp_path / "export"))
