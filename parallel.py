@@ -40,7 +40,7 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh                    # (replicate, shard), all ranks
+    mesh: DeviceMesh | torch.Tensor     # (replicate, shard), all ranks; of a world that is only imagined, their numbers
     sp: int                             # ranks that share a sample
     ring: dist.ProcessGroup | None      # those ranks; None where each has its own
 
@@ -62,11 +62,7 @@ def init(device="auto", shard=1, sp=1):
     Raises ValueError for sizes that do not divide the world, RuntimeError for a GPU that is there but does not work.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    choices = [n for n in range(1, size + 1) if size % n == 0]
-    for flag, n, also in (("shard", shard, " or -1 (all)"), ("sp", sp, "")):
-        if n not in choices and not (flag == "shard" and n == -1):
-            raise ValueError(f"--{flag}={n} does not divide {size} processes: choose {', '.join(map(str, choices))}{also}")
-    shard = size if shard == -1 else shard
+    shard = imagine(size, shard, sp).mesh.size(1)
     device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     # Two backends: flags and numbers for the log travel by gloo, so that they never wait for the GPU's queue.
@@ -78,6 +74,15 @@ def init(device="auto", shard=1, sp=1):
     if sp > 1:
         ring = init_device_mesh(device.type, (size // sp, sp), mesh_dim_names=("data", "sp")).get_group("sp")
     return World(rank, size, device, mesh, sp, ring)
+
+
+def imagine(size, shard=1, sp=1):
+    """The World of `size` processes that nobody started, as its first sees it: to plan with. ValueError as `init`."""
+    choices = [n for n in range(1, size + 1) if size % n == 0]
+    for flag, n, also in (("shard", shard, " or -1 (all)"), ("sp", sp, "")):
+        if n not in choices and not (flag == "shard" and n == -1):
+            raise ValueError(f"--{flag}={n} does not divide {size} processes: choose {', '.join(map(str, choices))}{also}")
+    return World(0, size, torch.device("meta"), torch.arange(size).view(-1, size if shard == -1 else shard), sp, None)
 
 
 def pick_device(name, local_rank=0, local_size=1):
@@ -122,15 +127,7 @@ def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
     frozen is stored in what it computes in: all of the net with trainable=False, the base of a LoRA. shapes: how many
     input shapes (buckets x windows x adapters) compiled blocks will meet.
     """
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
-    islands = list(net.islands())
-    if not trainable:
-        net.requires_grad_(False)
-    kept = {p for island in islands for p in island.parameters()}
-    for p in net.parameters():
-        if not p.requires_grad and p not in kept:
-            p.data = p.data.to(dtype)
-
+    dtype, plain = store(net, world, precision, trainable)
     if compile:
         # A graph per shape, each with and without gradient, in training, validation and sampling batches: the default of
         # 8 would be met by the second bucket. Not dynamic, or what a graph computes would depend on the shapes before it.
@@ -139,17 +136,54 @@ def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
         for block in net.blocks:
             block.compile(fullgraph=True, dynamic=False)  # in place: torch.compile(block) would prefix every name
 
-    # Nothing to cast, to gather or to reduce: left plain. Of a LoRA's base, FSDP would keep a second copy.
-    whole = world.mesh.size(1) == 1
-    plain = {p for p in net.parameters() if whole and not p.requires_grad}
-    if not (whole and (not trainable or world.size == 1 and precision == "fp32")):
+    if len(plain) < len(list(net.parameters())):
         fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module, policy in [*((m, fp32) for m in islands), *((m, mixed) for m in net.blocks), (net, mixed)]:
-            fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not whole, ignored_params=plain)
+        for module, policy in [*((m, fp32) for m in net.islands()), *((m, mixed) for m in net.blocks), (net, mixed)]:
+            fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=world.mesh.size(1) > 1, ignored_params=plain)
         net.register_forward_hook(reshard_after_inference)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a Linear's 3-D output; never written to
     return net.to_empty(device=world.device)
+
+
+def store(net, world, precision, trainable=True):
+    """Gives parameters the dtype they are stored in -> (what the blocks compute in, parameters that are left plain).
+
+    Plain are those with nothing to cast, to gather or to reduce; of a LoRA's base, FSDP would keep a second copy.
+    """
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    kept = {p for island in net.islands() for p in island.parameters()}
+    for p in net.parameters():
+        p.requires_grad_(trainable and p.requires_grad)
+        if not p.requires_grad and p not in kept:
+            p.data = p.data.to(dtype)
+    whole, alone = world.mesh.size(1) == 1, world.size == 1 and precision == "fp32"
+    return dtype, {p for p in net.parameters() if whole and (alone or not p.requires_grad)}
+
+
+def memory(net, world, precision, trainable=True):
+    """Bytes on the fullest rank, {parameters, gradients, gathered}, of a net on meta that `prepare` would be given.
+
+    parameters: what is stored. gradients: of what is trained, fp32; each of AdamW's two moments and an average take as
+    much. gathered, at most: copies that are computed with, all of them, or outside of the blocks and three of the blocks
+    (computing, arriving, leaving); and a block's gradients, as computed and as reduced.
+    """
+    dtype, plain = store(net, world, precision, trainable)
+    shard, parameters = world.mesh.size(1), list(net.parameters())
+    kept = {p for island in net.islands() for p in island.parameters()}
+
+    def rows(p):
+        return math.ceil(p.shape[0] / shard) * p[:1].numel()
+
+    def copies(some):
+        return sum(p.numel() * (4 if p in kept else dtype.itemsize) for p in some if p not in plain)
+
+    block = list(net.blocks[0].parameters())
+    gathered = copies(parameters) - (len(net.blocks) - 3) * copies(block) * (shard > 1)
+    reduced = sum(p.numel() * (dtype.itemsize + 4) for p in block if p not in plain and p.requires_grad)
+    return {"parameters": sum(rows(p) * p.element_size() for p in parameters),
+            "gradients": sum(rows(p) * 4 for p in parameters if p.requires_grad),
+            "gathered": gathered + reduced}
 
 
 def reshard_after_inference(net, args, out):
@@ -240,7 +274,8 @@ def ulysses(attention, length, world):
     sp, part = world.sp, math.ceil(length / world.sp)
 
     def exchange(x):  # (sp, ...) -> (sp, ...): the i-th row goes to rank i, the i-th received comes from it
-        return all_to_all_single_autograd(x.contiguous(), None, None, world.ring)
+        x = x.contiguous()
+        return x.clone() if world.ring is None else all_to_all_single_autograd(x, None, None, world.ring)
 
     def pad(x):
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, sp * part - length))
