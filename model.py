@@ -41,7 +41,7 @@ MODELS = {  #                      dim  blocks  heads    ffn  channels  text_dim
     "tiny":       ModelConfig(     128,      4,     4,   512,       24,       64),  # 1.26 M, the built-in shapes
     "wan-1.3b":   ModelConfig(    1536,     30,    12,  8960,       16,     4096),  # 1.42 B
     "wan2.2-5b":  ModelConfig(    3072,     30,    24, 14336,       48,     4096),  # 5.00 B
-    "wan-14b":    ModelConfig(    5120,     40,    40, 13824,       16,     4096),  # 14.29 B, Wan 2.1 and each half of 2.2
+    "wan-14b":    ModelConfig(    5120,     40,    40, 13824,       16,     4096),  # 14.29 B, Wan 2.1 and half of 2.2
 }
 
 USUAL = {  # the latents (C, F, H, W) and the text tokens that each is mostly trained on

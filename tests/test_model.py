@@ -30,7 +30,7 @@ def build(config=SMALL, remat=False, adapters=()):
     net.to_empty(device="cpu")
     with torch.no_grad():
         for name, p in net.named_parameters():
-            rng = np.random.default_rng(list(name.encode()))        # of the name alone: adapters do not shift the others
+            rng = np.random.default_rng(list(name.encode()))     # adapters do not shift the others
             p.copy_(initial(name, p.shape, rng) + 0.03 * torch.from_numpy(rng.standard_normal(p.shape, np.float32)))
     return net
 
@@ -153,7 +153,7 @@ def test_a_new_model_says_zero():
     assert net(*batch()).eq(0).all()
 
 
-# ---- the order of tokens ----------------------------------------------------------------------------------------------
+# ---- the order of tokens --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("frames", (False, True))
 def test_any_order_of_tokens_gives_the_same_output(frames):
@@ -200,7 +200,7 @@ def test_a_padded_sequence_gives_the_same_output(frames):
         assert_close(run(net, *inputs, metadata=metadata, seq=padded), run(net, *inputs, metadata=metadata))
 
 
-# ---- precision, memory, speed -------------------------------------------------------------------------------------------
+# ---- precision, memory, speed ---------------------------------------------------------------------------------------
 
 class Calls(TorchDispatchMode):
     """Counts the operators that work on numbers, and apart those of them that are given bf16."""
@@ -353,7 +353,7 @@ def test_targets_choose_the_layers():
         add_lora(net, "b", 4, 4, targets=("to_q",))
 
 
-# ---- the door ---------------------------------------------------------------------------------------------------------
+# ---- the door -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("message, change", (
     (r"x is \(2, 6, 3, 8, 11\).*\(B, 6, F, H, W\).*\(1, 2, 2\)", dict(x=torch.zeros(2, 6, 3, 8, 11))),
