@@ -273,8 +273,8 @@ def sha256(folder):
 
 def agree(spec, found, source):
     """The spec with what the weights say; a contradiction is an error, other bytes of the same make are a warning."""
-    for key in spec.keys() & found.keys():
-        if spec[key] != found[key]:
+    for key in found:
+        if key in spec and spec[key] != found[key]:
             if not key.endswith("sha256"):
                 raise ValueError(f"{source} has {key} {found[key]}; the latents were made with {spec[key]}")
             warnings.warn(f"{source}: not the very files that the latents were made with ({key} differs)")

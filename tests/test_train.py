@@ -183,7 +183,7 @@ def test_a_run_starts_from_exported_weights(data, whole, tmp_path):
 
 
 def adapting(data, whole, out, **flags):
-    return config(data, out, **dict(init=str(whole), lora_rank=4, lora_alpha=6.0, lr=4e-3) | flags)
+    return config(data, out, **dict(init=str(whole), lora_rank=4, lora_alpha=6.0, lr=4e-3, samples=0, val_every=8) | flags)
 
 
 @pytest.fixture(scope="module")
