@@ -450,7 +450,7 @@ class Writer:
         null_text = null_text.to(self.dtype)
         texts["text.null.bin"] = len(null_text)
 
-        records.sort(key=itemgetter("shape", "rank"))       # bucket after bucket, each rank's in the order of writing
+        records.sort(key=itemgetter("shape"))               # bucket after bucket, and rank after rank in each
         buckets = []
         for shape, bucket in groupby(records, itemgetter("shape")):
             files = Counter(next(iter(self.sizes(record))) for record in bucket)

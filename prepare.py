@@ -87,8 +87,10 @@ def main(cfg):
         world = parallel.init(cfg.device if cfg.codec == "wan" else "cpu")
         coder = codec.load(cfg.codec, vae=cfg.vae, text=cfg.text, device=world.device, text_length=cfg.text_length)
         check_fit(cfg, coder)
+        embed = lru_cache(256)(lambda caption: coder.embed([caption])[0])
+        null = embed(cfg.negative)
         kind, source = source_of(cfg)
-        names, samples = source(cfg, coder, lru_cache(256)(lambda caption: coder.embed([caption])[0]))
+        names, samples = source(cfg, coder, embed)
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
     say = print if world.rank == 0 else lambda *_: None
     share = names[world.rank::world.size]       # of all names, for what the ranks find done differs
@@ -111,7 +113,7 @@ def main(cfg):
     skipped = round(parallel.mean({"skipped": skipped}, world)["skipped"] * world.size)    # all ranks have saved by now
     if world.rank == 0:
         mean, std = coder.spec.get("mean"), coder.spec.get("std")
-        manifest = writer.finish(coder.embed([cfg.negative])[0], mean, std, half_power=cfg.codec == "dct")
+        manifest = writer.finish(null, mean, std, half_power=cfg.codec == "dct")
         buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}" for b in manifest["buckets"])
         size = sum(file["size"] for file in manifest["files"].values())
         say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB" + f"; {skipped} {kind} skipped, named above" * (skipped > 0))

@@ -289,8 +289,10 @@ def test_a_batch_that_is_held_is_not_written_over(dataset):
 def test_training_keeps_its_threads(dataset):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    Latents(dataset, seed=0, batch=8).at(0)
+    latents = Latents(dataset, seed=0, batch=8)
+    latents.at(0)
     assert torch.get_num_threads() == 2
+    assert latents.workers.submit(torch.get_num_threads).result() == 1
     torch.set_num_threads(threads)
 
 
@@ -443,6 +445,17 @@ def test_ranks_write_parts_that_are_joined_without_copying(tmp_path):
         assert torch.equal(x0, (z - latents.mean) / latents.std)
         assert torch.equal(text[:i % 4 + 1], normal(rng, (i % 4 + 1, 8)).bfloat16().float())
     assert {latents.caption(id) for id in range(60)} == {f"caption {i}" for i in range(60)}
+
+
+def test_a_rank_that_starts_late_leaves_the_files_of_others_alone(tmp_path):
+    other = fill(Writer(tmp_path, spec(), rank=1), range(5))
+    other.save()
+    fill(other, range(5, 9))
+    for file in other.files.values():
+        file.flush()                                # ahead of its journal
+    before = contents(tmp_path)
+    Writer(tmp_path, spec(), rank=0)
+    assert before == {name: content for name, content in contents(tmp_path).items() if name in before}
 
 
 def test_a_dataset_is_filled_with_one_setting(tmp_path):
