@@ -6,12 +6,13 @@
     samples/          videos, by step
     wandb/            if asked for
 
-and one live line on a terminal, plain lines in a pipe. Only the main rank writes and prints: elsewhere a Log does nothing.
+and one live line on a terminal, plain lines in a pipe. Only the main rank writes and prints: others do nothing.
 """
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ PEAKS = {  # dense bf16 TFLOP/s by the words of the device's name, the first row
     "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
     "L40S": 362, "L40": 181, "L4": 121,
 }
-MACHINE = ("seconds", "data_wait", "samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb")   # differ in every run
+MACHINE = ("seconds", "data_wait", "samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb")  # never twice alike
 SHOWN = ("loss", "grad_norm", "lr", "samples_per_s", "mfu")     # the line shows the names that end so
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "av", "tyro", "wandb", "diffusers", "transformers")
 
@@ -116,7 +117,8 @@ class Log:
         self.say(f"step {step}: videos in {path}")
         if self.wandb:
             import wandb
-            self.wandb.log({"step": step, path.parent.name: wandb.Video(str(path), caption=" · ".join(captions), format="mp4")})
+            clip = wandb.Video(str(path), caption=" · ".join(captions), format="mp4")
+            self.wandb.log({"step": step, path.parent.name: clip})
 
     def draw(self):
         """curves.png from all that was logged."""
@@ -128,10 +130,10 @@ class Log:
 
     @staticmethod
     def speed(flops_per_s, device, precision):
-        """{tflops, mfu, memory_gb} of this rank, from the FLOPs that the model needs in a second (3 × forward, no recompute).
+        """{tflops, mfu, memory_gb} of this rank, by the FLOPs its model needs in a second (3 × forward, no recompute).
 
-        mfu is a share of the dense bf16 peak; it is left out for fp32 and where the peak is unknown. memory_gb: the most
-        since the last call, of this process on CPU.
+        mfu is a share of the dense bf16 peak; it is left out for fp32 and where the peak is unknown. memory_gb: the
+        most since the last call; on CPU, since the process began.
         """
         seen = {"tflops": flops_per_s / 1e12}
         if device.type == "cuda":
@@ -161,9 +163,40 @@ class Log:
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
 def peak(name):
-    """Dense bf16 TFLOP/s of a device by its name ("NVIDIA H100 80GB HBM3" -> 989), None if unknown or a slice of one (MIG)."""
+    """Dense bf16 TFLOP/s of a device by its name, "NVIDIA H100 80GB HBM3" -> 989; None if unknown or a slice (MIG)."""
     given = set(re.split(r"[^A-Za-z0-9]+", name))
     return None if "MIG" in given else next((top for row, top in PEAKS.items() if given.issuperset(row.split())), None)
+
+
+# ---- before a run ---------------------------------------------------------------------------------------------------
+
+def room(device, ranks, folder):
+    """Bytes this machine has: of memory for each of so many ranks (inf if it does not say), and free on a folder's disk."""
+    memory = math.inf
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    return memory, shutil.disk_usage(folder).free
+
+
+def budget(title, held, activations, checkpoint, most, there, ways):
+    """Prints what a run takes beside what is there -> its exit code: 0, or 2 where it does not fit, naming ways out.
+
+    Bytes on a rank: held {what: n} all of the time, activations {what: n} one of them at a time. Bytes on disk: `most`
+    checkpoints of this size. there: (memory of a rank, free disk). ways: {flag that would take less: whether it is left}.
+    """
+    memory, disk = sum(held.values()) + max(activations.values()), most * checkpoint
+    print(f"{title}, at most, in GB of each")
+    for what, n in (held | activations | {f"in all, of {there[0] / 1e9:.3f}": memory}).items():
+        print(f"{n / 1e9:12.3f}  {what}")
+    print(f"{disk / 1e9:12.3f}  on disk, of {there[1] / 1e9:.3f}: {most} checkpoints, one of them being written")
+    if memory > there[0]:
+        less = ", ".join(flag for flag, left in ways.items() if left)
+        print(f"does not fit a rank's memory; less is taken with {less}", file=sys.stderr)
+    if disk > there[1]:
+        print("does not fit the disk; less is taken with a smaller --keep, or there is more at another --out", file=sys.stderr)
+    return 2 if memory > there[0] or disk > there[1] else 0
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
@@ -186,7 +219,7 @@ def circumstances():
 
 
 def cut_back(file, step):
-    """Cuts off what a log (r+b) holds of steps after `step`, and a line torn by a crash -> entries left, start of the last."""
+    """Cuts off what a log (r+b) has of steps after `step`, and a line torn by a crash -> entries, start of the last."""
     entries, tail, end = [], 0, 0
     for line in file:
         try:
@@ -223,7 +256,7 @@ def number(value):
 
 
 def words(seen):
-    return "  ".join(f"{name} {'not finite' if value is None else format(value, '.4g')}" for name, value in seen.items())
+    return "  ".join(f"{name} {'not finite' if x is None else format(x, '.4g')}" for name, x in seen.items())
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------
@@ -246,13 +279,14 @@ def curves(path, entries):
             if name != "step" and isinstance(value, (int, float)):
                 series.setdefault(name, []).append((entry["step"], value))
     panels = {}
-    for name in sorted(series, key=lambda name: (name in MACHINE, panel(name) != "loss", not panel(name).endswith("by t"))):
+    for name in sorted(series, key=lambda n: (n in MACHINE, panel(n) != "loss", not panel(n).endswith("by t"))):
         panels.setdefault(panel(name), []).append(name)
 
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.6", "axes.grid": True,
-             "grid.color": "0.92", "xtick.color": "0.4", "ytick.color": "0.4", "axes.titlesize": 10, "legend.frameon": False}
+    style = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+             "axes.edgecolor": "0.6", "axes.grid": True, "grid.color": "0.92", "xtick.color": "0.4",
+             "ytick.color": "0.4", "legend.frameon": False}
     with rc_context(style):
         figure = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=110, layout="constrained")
         for i, (title, names) in enumerate(panels.items()):
@@ -261,7 +295,7 @@ def curves(path, entries):
 
 
 def plot(axes, title, series):
-    """One panel: bins of t from dark (0, data) to light (1, noise); of a noisy series its running mean, raw values faint."""
+    """One panel: bins of t from dark (data) to light (noise); of a noisy series its running mean, raw values faint."""
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     binned = title.endswith("by t")
@@ -272,11 +306,13 @@ def plot(axes, title, series):
         smooth = len(y) >= 50 and not name.endswith("lr")
         if smooth:
             axes.plot(x, y, color=colour, lw=0.7, alpha=0.25)
-        axes.plot(x, running_mean(y) if smooth else y, color=colour, lw=1.4, label=label, marker="." if len(y) < 20 else None)
+            y = running_mean(y)
+        axes.plot(x, y, color=colour, lw=1.4, label=label, marker="." if len(y) < 20 else None)
     values = [y for points in series.values() for _, y in points]
     if re.search("loss|norm", title) and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"),
+                       minor_formatter=NullFormatter())
     elif min(values) >= 0:
         axes.set_ylim(0, 1.1 * max(values) or 1)
     axes.set_title(title, loc="left")

@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"step", "data", "codec", "shapes", "ckpt", "log", "parallel"}
+STAGES = ("prepare", "train", "distill", "sample", "export", "evaluate", "bench")
 IMPORTS = {  # every file and what it may import of ours: a new file takes its place here
     "kernels": set(),
     "attention": {"kernels"},
     **dict.fromkeys(LEAVES, set()),
     "model": {"attention"},
-    **dict.fromkeys(("prepare", "train", "distill", "sample", "export", "evaluate", "bench"), LEAVES | {"attention", "model"}),
+    **dict.fromkeys(STAGES, LEAVES | {"attention", "model"}),
 }
 FILES = sorted(ROOT.glob("*.py"))
 ROOTS = [path for path in FILES if "class Config" in path.read_text()]
@@ -32,7 +33,8 @@ def imported(path):
 
 def fields(path):
     """{name: line} of the fields of a root's Config."""
-    config = next(node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef) and node.name == "Config")
+    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    config = next(node for node in classes if node.name == "Config")
     return {node.target.id: node.end_lineno for node in config.body if isinstance(node, ast.AnnAssign)}
 
 

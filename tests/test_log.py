@@ -59,11 +59,11 @@ def test_a_line_torn_by_a_crash_is_cut_off(tmp_path, tail):
 
 def test_what_is_not_finite_is_null_and_every_type_is_json(tmp_path):
     log = Log(tmp_path, {}, steps=1)
-    log(1, loss=math.nan, grad_norm=torch.tensor(math.inf), bins=torch.tensor([1.0, math.nan]), t=np.float32(0.5), n=np.int64(3),
-        lr=1e-3, skipped=True, name="x")
+    log(1, loss=math.nan, grad_norm=torch.tensor(math.inf), bins=torch.tensor([1.0, math.nan]), t=np.float32(0.5),
+        n=np.int64(3), lr=1e-3, skipped=True, name="x")
     log.close()
-    assert read(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "bins": [1.0, None], "t": 0.5, "n": 3, "lr": 1e-3,
-                               "skipped": True, "name": "x"}]
+    assert read(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "bins": [1.0, None], "t": 0.5, "n": 3,
+                               "lr": 1e-3, "skipped": True, "name": "x"}]
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
@@ -111,17 +111,19 @@ def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch, capsys):
     log.close()
     out, err = capsys.readouterr()
     assert out == "a video\n" and "step" not in err
-    assert "20/100" in err and "50/100" in err and "loss 0.5  lr 0.001" in err and "100/100" in err and err.count("\n") == 1
+    assert all(part in err for part in ("20/100", "50/100", "loss 0.5  lr 0.001", "100/100")) and err.count("\n") == 1
 
 
 def test_curves_show_every_series_related_ones_together(tmp_path):
     log = Log(tmp_path, {}, steps=200)
     for step in range(1, 201):
-        log(step, loss=1 / step, lr=1e-3, grad_norm=math.nan if step == 7 else 1.0, **{f"loss_by_t{i}": i / step for i in range(5)})
+        bins = {f"loss_by_t{i}": i / step for i in range(5)}
+        log(step, loss=1 / step, lr=1e-3, grad_norm=math.nan if step == 7 else 1.0, **bins)
         if step % 50 == 0:
             log(step, val_loss=1 / step, skipped=0)
     log.close()
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "curves.png").stat().st_size > 20_000
+    picture = (tmp_path / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     assert panel("val_loss") == panel("train_set_loss") == panel("loss") == "loss" != panel("student_loss")
     assert panel("loss_by_t0") == panel("loss_by_t4") == "loss by t" != panel("val_loss_by_t0")
 
@@ -132,9 +134,10 @@ def test_the_running_mean_keeps_constants_and_removes_noise():
 
 
 @pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA H20", 148),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA L40S", 362),
-    ("NVIDIA L4", 121), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 9999", None),
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA H20", 148), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312),
+    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
+    ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 9999", None),
     ("AMD Instinct MI300X", None)])
 def test_the_peak_of_a_device_is_known_or_none(name, tflops):
     assert peak(name) == tflops
@@ -146,7 +149,8 @@ def test_mfu_is_given_for_bf16_on_known_devices_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert Log.speed(494.5e12, device, "bf16") == {"tflops": 494.5, "mfu": 0.5, "memory_gb": 5}
-    assert "mfu" not in Log.speed(494.5e12, device, "fp32") and "mfu" not in Log.speed(1e12, torch.device("cpu"), "bf16")
+    assert "mfu" not in Log.speed(494.5e12, device, "fp32")
+    assert "mfu" not in Log.speed(1e12, torch.device("cpu"), "bf16")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "something new")
     assert "mfu" not in Log.speed(494.5e12, device, "bf16")
     assert Log.speed(1e12, device, "bf16").keys() <= set(MACHINE)

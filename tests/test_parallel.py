@@ -1,4 +1,4 @@
-"""One spawn of four gloo ranks walks through every mesh and writes down what it computed; the tests compare it with one rank."""
+"""One spawn of four gloo ranks walks through every mesh and writes down what it got; tests compare it with one rank."""
 import os
 import socket
 import zlib
@@ -13,7 +13,7 @@ import parallel
 from attention import attention, build_metadata
 from model import LOCAL, DiT, ModelConfig, Seq, add_lora
 
-# Rows that nothing divides: 3 channels and patches of 1 2 2 make 12, ffn has 27, modulations 1, so that ranks hold none.
+# Rows that nothing divides: ffn has 27; modulations have 1, so that some ranks hold none.
 CONFIG = ModelConfig(dim=32, blocks=2, heads=4, ffn=27, channels=3, text_dim=8, freq_dim=8)
 GRID = (3, 1, 3)        # 9 tokens: neither 2 nor 4 ranks divide them
 ALONE = (1, 1, 1)       # processes, --shard, --sp
@@ -38,9 +38,11 @@ def batch(world, sparse=True):
     """This rank's samples of a global batch of four, with the metadata and Seq that go with them."""
     draw = torch.Generator().manual_seed(0)
     mine = torch.arange(4).chunk(world.data_size)[world.data_rank]
-    x, t, text = (f(4, *shape, generator=draw)[mine] for f, shape in ((torch.randn, (3, 3, 2, 6)), (torch.rand, ()), (torch.randn, (5, 8))))
+    x, t = torch.randn(4, 3, 3, 2, 6, generator=draw), torch.rand(4, generator=draw)
+    text = torch.randn(4, 5, 8, generator=draw)
     seq = LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, 9, world))
-    return (x, t, text), dict(metadata=build_metadata(GRID, (2, 1, 2), (1, 1, 1)) if sparse else None, seq=seq)
+    metadata = build_metadata(GRID, (2, 1, 2), (1, 1, 1)) if sparse else None
+    return (x[mine], t[mine], text[mine]), dict(metadata=metadata, seq=seq)
 
 
 def objective(v):
@@ -88,7 +90,7 @@ def swapped(world):
 
 
 def interleaved(world):
-    """A gradient through a forward after which the same net was called without one, as a LoRA student and its teacher do."""
+    """A gradient through a forward after which the net was called without one, as a LoRA student and its teacher do."""
     net, rows = build(world)
     (x, t, text), more = batch(world)
     v = net(x, t, text, **more)
@@ -101,7 +103,8 @@ def adapted(world, precision):
     """Two adapters of one frozen net, each learning from what the other and the net say, as distill.py calls them."""
     net, rows = build(world, precision, adapters=("student", "critic"))
     (x, t, text), more = batch(world)
-    seen = {"stored": {n: p.dtype for n, (p, _, _) in rows.items()}, "plain": [n for n, p in net.named_parameters() if type(p) is nn.Parameter]}
+    seen = {"stored": {n: p.dtype for n, (p, _, _) in rows.items()},
+            "plain": [n for n, p in net.named_parameters() if type(p) is nn.Parameter]}
     for me, other in (("student", "critic"), ("critic", "student")):
         v = net(x, t, text, lora=me, **more)
         with torch.no_grad():
@@ -124,8 +127,10 @@ def dtypes(world):
     teacher, frozen = build(world, "bf16", trainable=False)
     with torch.no_grad():
         out = objective(teacher(*inputs, **more)).item()
-    return {"compute": seen, "stored": {p.dtype for p, _, _ in rows.values()}, "grads": {p.grad.dtype for p, _, _ in rows.values()},
-            "frozen": {name: p.dtype for name, (p, _, _) in frozen.items()}, "teacher": parallel.mean({"loss": out}, world)["loss"],
+    return {"compute": seen, "stored": {p.dtype for p, _, _ in rows.values()},
+            "grads": {p.grad.dtype for p, _, _ in rows.values()},
+            "frozen": {name: p.dtype for name, (p, _, _) in frozen.items()},
+            "teacher": parallel.mean({"loss": out}, world)["loss"],
             "rounded": all(torch.equal(g, g.bfloat16()) for g in sums) if sums else None,
             "trainable": [name for name, p in teacher.named_parameters() if p.requires_grad]}
 
@@ -147,17 +152,18 @@ def report(world):
     """All that the tests want to know of one mesh, from one rank."""
     net, rows = build(world)
     inputs, more = batch(world)
-    seen = {"rows": {name: (p, first, shape) for name, (p, first, shape) in rows.items()}, "names": [n for n, _ in net.named_parameters()],
+    seen = {"rows": rows, "names": [n for n, _ in net.named_parameters()],
             "step": backward(net, rows, world, objective(net(*inputs, **more)))}
     micros = 1 if world.size == 1 else 4 // world.data_size     # alone all four samples at once, elsewhere one by one
     if world.size == 1 or world.sp > 1:
         seen["dense"] = trained(world, micros, sparse=False)
-    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2), "swapped": swapped(world), "interleaved": interleaved(world), "adapted": adapted(world, "fp32"),
+    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2),
+             "swapped": swapped(world), "interleaved": interleaved(world), "adapted": adapted(world, "fp32"),
              "half_adapted": adapted(world, "bf16"), "dtypes": dtypes(world)}
     if (world.size, world.sp) == (2, 2):
         seen["compiled"] = compiled(world)
     seen["mean"] = parallel.mean({"a": float(world.rank), "b": torch.tensor([world.rank, 1.0])}, world)
-    seen["agree"] = [parallel.agree(True, world), parallel.agree(world.rank != world.size - 1, world), parallel.agree(False, world)]
+    seen["agree"] = [parallel.agree(ok, world) for ok in (True, world.rank != world.size - 1, False)]
     return seen
 
 
@@ -168,7 +174,7 @@ def walk(rank, folder, ports):
         if rank < size:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            torch.save(report(parallel.init("cpu", shard, sp)), folder / f"{size} {shard} {sp} {rank}")
+            torch.save(report(parallel.init("cpu", shard, sp)), folder / f"{mesh} {rank}")
             parallel.close()
 
 
@@ -180,7 +186,7 @@ def ran(tmp_path_factory):
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [ALONE, *MESHES]]
         ports = [server.getsockname()[1] for server in servers]
     multiprocessing.spawn(walk, (folder, ports), nprocs=4)
-    return {mesh: [torch.load(folder / f"{mesh[0]} {mesh[1]} {mesh[2]} {rank}", weights_only=False) for rank in range(mesh[0])]
+    return {mesh: [torch.load(folder / f"{mesh} {rank}", weights_only=False) for rank in range(mesh[0])]
             for mesh in [ALONE, *MESHES]}
 
 
@@ -247,7 +253,8 @@ def test_all_ranks_hold_the_same_norm_to_the_bit(ran, mesh):
 def test_every_world_size_takes_the_same_dtypes(ran, mesh):
     alone = ran[ALONE][0]["dtypes"]
     half, full = torch.bfloat16, torch.float32
-    assert alone["compute"] == {"blocks.1.ffn.0": half, "head.head": full, "time_embedding.0": full, "text_embedding.0": half}
+    assert alone["compute"] == {"blocks.1.ffn.0": half, "text_embedding.0": half,
+                                "head.head": full, "time_embedding.0": full}
     assert alone["stored"] == alone["grads"] == {full}
     assert {name for name, dtype in alone["frozen"].items() if dtype == full} == \
            {name for name in alone["frozen"] if name.startswith(("time_", "head."))}
@@ -335,7 +342,7 @@ def test_one_fp32_process_is_left_unwrapped():
         assert all(rows[name][0].data_ptr() == p.data_ptr() for name, p in net.named_parameters())
 
 
-@pytest.mark.parametrize("flag, value", [("shard", 3), ("shard", 0), ("shard", -2), ("sp", 3), ("sp", -1), ("shard", 8)])
+@pytest.mark.parametrize("flag, value", [("shard", 3), ("shard", 0), ("shard", -2), ("sp", 3), ("sp", -1), ("sp", 8)])
 def test_sizes_that_do_not_divide_the_world_are_refused_with_the_choices(monkeypatch, flag, value):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match=rf"--{flag}={value} .* 4 processes: choose 1, 2, 4"):
