@@ -232,11 +232,6 @@ class Latents:
         self.each(self.read_text, ids, text)
         return text
 
-    def prompts(self, step, purpose, slots):
-        """Text of training samples drawn at random for these slots -> (B, S, E) fp32."""
-        drawn = [stream(self.seed, purpose, step, slot).integers(len(self.train)) for slot in slots]
-        return self.text(self.train[drawn])
-
     def read_latent(self, id, x):
         bucket, row = self.find(id)
         z = self.latents[bucket](row)[0, :x.numel()].view(x.shape)

@@ -262,16 +262,6 @@ def test_at_most_a_twentieth_is_held_out(dataset, val, expected):
     assert len(Latents(dataset, seed=0, batch=4, val=val).held_out) == expected
 
 
-def test_prompts_are_drawn_from_the_training_samples_of_all_buckets(dataset):
-    latents = Latents(dataset, seed=0, batch=4, val=3)
-    texts = {latents.sample([id])[1].numpy().tobytes(): id for id in range(latents.count)}
-    drawn = [latents.prompts(step, "critic_prompt", range(8)) for step in range(80)]
-    assert {texts[text.numpy().tobytes()] for text in torch.cat(drawn)} == set(latents.train.tolist())
-    slots = latents.prompts(5, "student_prompt", range(8))
-    assert torch.equal(slots[2:4], latents.prompts(5, "student_prompt", [2, 3]))
-    assert not torch.equal(slots, latents.prompts(5, "critic_prompt", range(8)))
-
-
 def test_a_batch_that_is_held_is_not_written_over(dataset):
     latents = Latents(dataset, seed=0, batch=8)
     held, copies = [], []
@@ -389,7 +379,7 @@ def test_prompts_alone_cannot_be_trained_on(tmp_path):
     writer.finish(NULL)
     latents = opened(tmp_path)
     assert latents.shapes == [SMALL] and latents.count == 40 and latents.batch_ids(0)[0] == 0
-    assert latents.prompts(0, "student_prompt", [0, 1]).shape == (2, 5, 8)
+    assert latents.text([0, 1]).shape == (2, 5, 8)
     with pytest.raises(ValueError, match="prompts without latents"):
         latents.at(0)
 

@@ -247,7 +247,7 @@ def test_prompts_alone_make_a_dataset_to_distil_from(tmp_path):
     assert [latents.caption(i) for i in range(latents.count)] == ["a red circle", "un été", "a red circle"]
     [row] = codec.load("dct").embed(["un été"])
     assert torch.allclose(latents.text([1])[0, :3], row, atol=0.02)
-    assert latents.prompts(0, "student_prompt", [0]).shape == (1, 8, 64)
+    assert latents.text([0]).shape == (1, 8, 64)
 
 
 # ---- wan ------------------------------------------------------------------------------------------------------------
