@@ -238,7 +238,7 @@ def motion(latents):
     return latents.diff(dim=2).abs().mean().item()
 
 
-def paired(a, b, real, others, draws=500):
+def paired(a, b, real, others, draws=200):
     """a against b on the same captions and noises: McNemar's exact p for joint accuracy, 95 % bootstrap intervals of a - b."""
     n, unit = len(a.right), real.features.std(0)
     only_a, only_b = (a.right.all(1) & ~b.right.all(1)).sum(), (b.right.all(1) & ~a.right.all(1)).sum()
