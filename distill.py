@@ -30,9 +30,9 @@ import ckpt
 import codec
 import parallel
 from attention import attention, build_metadata
-from data import Latents, normal, stratified, stream
-from log import Log
-from model import LOCAL, MODELS, DiT, Seq, add_lora, flops, initial
+from data import Latents, check_batch, normal, stratified, stream
+from log import Log, budget, room
+from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial
 from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, rollout, sample_t,
                   to_x0, train_step, unfold)
 
@@ -94,6 +94,7 @@ class Config:
     resume: str | None = None                                   # checkpoint to go on from; None = the newest valid one in out
     allow: tuple[str, ...] = ()                                 # flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"          # send the log to Weights & Biases
+    dry_run: tuple[int, ...] = ()                               # ranks, and GB of each if elsewhere: print what it takes, stop
 
 
 class Row(NamedTuple):
@@ -120,7 +121,7 @@ DEFAULTS = {  #         steps  batch  student_lr  critic_lr   ema  shift  score_
     "wan-14b":    Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
 }
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
-        "device", "compile", "remat", "samples", "vae"}    # flags that may change on resume: they do not alter the run
+        "device", "compile", "remat", "samples", "vae", "dry_run"}     # flags that may change on resume: they do not alter the run
 SKIPS = 20      # updates of a net skipped in a row, for gradients that are not finite, after which a run has failed
 SEEDS = 4       # noises per prompt at validation, to see how far the clips of one prompt differ
 
@@ -148,6 +149,8 @@ class Draw(NamedTuple):
 def main(cfg):
     with door():
         source, cfg = resolve(cfg)
+        if cfg.dry_run:
+            raise SystemExit(plan(cfg, source))
         row = DEFAULTS[cfg.model]
         world = parallel.init(cfg.device, cfg.shard, cfg.sp)
         data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
@@ -168,10 +171,7 @@ def main(cfg):
     adapters = ("student", "critic") if cfg.lora_rank else ()
 
     def build(trainable):
-        with torch.device("meta"):
-            net = DiT(config, remat=cfg.remat)
-            for name in adapters:
-                add_lora(net, name, cfg.lora_rank, cfg.lora_alpha)
+        net = blank(cfg)
         parallel.prepare(net, world, precision=precision, compile=compiled, trainable=trainable,
                          shapes=2 * (1 + len(adapters)) * len(data.shapes))
         rows = parallel.local_rows(net)
@@ -356,6 +356,15 @@ def draw(data, cfg, role, step):
     return micros
 
 
+def blank(cfg):
+    """A net on meta, names and shapes without values; with LoRA the student and the critic are in it."""
+    with torch.device("meta"):
+        net = DiT(MODELS[cfg.model], remat=cfg.remat)
+        for name in ("student", "critic") if cfg.lora_rank else ():
+            add_lora(net, name, cfg.lora_rank, cfg.lora_alpha)
+    return net
+
+
 # ---- the door -------------------------------------------------------------------------------------------------------
 
 
@@ -370,9 +379,9 @@ def door():
 
 
 def resolve(cfg):
-    """The teacher's weights, and the config with None replaced by the defaults; ValueError for impossible values."""
-    source = ckpt.weights(cfg.teacher)
-    own = source.manifest and source.manifest["meta"]["sampling"]
+    """The teacher's weights (None if a dry run finds none), and the config with None replaced by the defaults; ValueError for impossible values."""
+    source = None if cfg.dry_run and cfg.model and not Path(cfg.teacher).exists() else ckpt.weights(cfg.teacher)
+    own = source and source.manifest and source.manifest["meta"]["sampling"]
     if own is None and cfg.model is None:
         raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
     if own and cfg.model not in (None, own["model"]):
@@ -386,6 +395,8 @@ def resolve(cfg):
     cfg = replace(cfg, times=cfg.times or tuple(grid(cfg.student_steps, cfg.shift)))
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
         raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, which is noise, and descend, all above 0")
+    if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
+        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: it takes a number of ranks, and perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
     for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, log_every=1, val_every=0, save_every=0, keep=1,
@@ -438,6 +449,43 @@ def find(cfg, data, teacher, agree, say, world):
         raise ValueError(f"{path or config} is of a run with other flags: {', '.join(differ)}. "
                          f"--out= starts another run, --allow NAME ... goes on with the new values")
     return path, saved
+
+
+def plan(cfg, source):
+    """Prints what the run takes on the ranks of --dry_run, beside what is there -> exit code, 2 where it does not fit."""
+    ranks, *elsewhere = cfg.dry_run
+    world = parallel.imagine(ranks, cfg.shard, cfg.sp)
+    device = torch.device("cuda") if elsewhere else parallel.pick_device(cfg.device)
+    precision = cfg.precision or ("bf16" if device.type == "cuda" else "fp32")
+    micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
+    check_batch(cfg.batch, micro, world.data_size)
+    shapes, length = [USUAL[cfg.model][0]], USUAL[cfg.model][1]
+    if Path(cfg.data).exists():
+        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=micro, world=world.data_size)
+        fit(cfg, data, source) if source else None
+        shapes, length = data.shapes, data.manifest["text"]["length"]
+    net = blank(cfg)
+    takes = parallel.memory(net, world, precision)
+    if cfg.lora_rank:       # one net, of which two adapters are trained
+        teacher, one, gathered = takes["parameters"] - takes["gradients"], takes["gradients"] // 2, takes["gathered"]
+    else:
+        teacher = parallel.memory(blank(cfg), world, precision, trainable=False)["parameters"]
+        one, gathered = takes["gradients"], 2 * takes["gathered"]
+    held = {"teacher": teacher, "student and critic": 2 * one, "gradients of one of them": one,
+            "their optimizers": 4 * one, "average of the student": one, "gathered copies": gathered}
+
+    def most(shape):
+        tokens = math.prod(shape[1:]) // math.prod(MODELS[cfg.model].patch)
+        seq = LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, tokens, world))
+        bound = partial(net, lora="student" if cfg.lora_rank else None, seq=seq)
+        return activations(bound, (micro, *shape), length, precision)[1]
+
+    seen = {f"activations of {micro} x {shape}": most(shape) for shape in shapes}
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad) // (2 if cfg.lora_rank else 1)
+    there = (1e9 * elsewhere[0], math.inf) if elsewhere else room(device, ranks, ckpt.nearest(cfg.out))
+    ways = {"--remat": not cfg.remat, "a smaller --micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < ranks,
+            "--sp": cfg.sp < ranks, "--lora_rank": not cfg.lora_rank, "more ranks": True}
+    return budget(f"distill.py --model={cfg.model} on {ranks} ranks", held, seen, 28 * trained, cfg.keep + 1, there, ways)
 
 
 # ---- now and then ---------------------------------------------------------------------------------------------------

@@ -332,13 +332,14 @@ def flops(config, shape, text_length, metadata=None, dense_ends=0):
     return 2 * (time + text + 2 * L * patch * D + config.blocks * block + 2 * pairs * D)
 
 
-def activations(net, shape, text_length, dtype, lora=None, seq=LOCAL):
+def activations(bound, shape, text_length, precision):
     """Bytes (kept, most) of a forward and its backward: what is kept for backward, and the most that is alive at once.
 
-    net: on meta, where a forward takes neither memory nor time. shape (B, C, F, H, W); dtype: what the blocks compute in.
-    All tensors are counted, inputs too, but for parameters and their gradients. A block adds what another adds, so that
-    one and two are looked at. Kernels' own workspace is not seen, nor what compiled blocks do without.
+    bound: partial(net, …) as the losses see it, on meta, where a forward takes neither memory nor time; shape (B, C, F, H, W);
+    precision fp32|bf16 of the blocks. All tensors are counted, inputs too, but for parameters and their gradients. Each
+    block adds the same, so that one and two are looked at. What kernels need inside is not seen, nor what compiled ones save.
     """
+    net, dtype = bound.func, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
     x, t, text = (torch.empty(n, device="meta") for n in (shape, shape[:1], (shape[0], text_length, net.config.text_dim)))
     seen = []
     for blocks in (1, 2):
@@ -350,7 +351,7 @@ def activations(net, shape, text_length, dtype, lora=None, seq=LOCAL):
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with Alive(some.parameters()) as alive:
-            v = some(x, t, text, lora=lora, seq=seq)
+            v = some(x, t, text, **bound.keywords)
             kept = alive.now
             v.backward(v)
         seen.append((kept, alive.most))

@@ -27,9 +27,9 @@ import ckpt
 import codec
 import parallel
 from attention import attention, build_metadata
-from data import Latents, normal, stream
-from log import Log
-from model import LOCAL, MODELS, DiT, Seq, add_lora, flops, initial
+from data import Latents, check_batch, normal, stream
+from log import Log, budget, room
+from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial
 from step import (BINS, adamw, ema_update, ema_weights, euler, flow_loss, grid, lr_at, sample_t, train_step, unfold)
 
 
@@ -91,6 +91,7 @@ class Config:
     resume: str | None = None                                   # checkpoint to go on from; None = the newest valid one in out
     allow: tuple[str, ...] = ()                                 # flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"          # send the log to Weights & Biases
+    dry_run: tuple[int, ...] = ()                               # ranks, and GB of each if elsewhere: print what it takes, stop
 
 
 class Row(NamedTuple):
@@ -119,7 +120,7 @@ DEFAULTS = {  #         steps  batch    lr  warmup    schedule    ema  shift  gu
     "wan-14b":    Row(   5000,    64, 1e-5,    100, "constant", 0.999,   5.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 5.0),
 }
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
-        "device", "compile", "remat", "samples", "vae"}    # flags that may change on resume: they do not alter the run
+        "device", "compile", "remat", "samples", "vae", "dry_run"}     # flags that may change on resume: they do not alter the run
 SKIPS = 20      # updates skipped in a row, for gradients that are not finite, after which a run has failed
 STRATA = 10     # noise levels at which each held-out sample is validated
 
@@ -127,6 +128,8 @@ STRATA = 10     # noise levels at which each held-out sample is validated
 def main(cfg):
     with door():
         cfg = resolve(cfg)
+        if cfg.dry_run:
+            raise SystemExit(plan(cfg))
         row, world = DEFAULTS[cfg.model], parallel.init(cfg.device, cfg.shard, cfg.sp)
         data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch or cfg.batch // world.data_size or 1,
                        rank=world.data_rank, world=world.data_size, val=cfg.val, pin=world.device.type == "cuda")
@@ -144,10 +147,7 @@ def main(cfg):
             return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
 
     # the net, its average, its optimizer; then their values
-    with torch.device("meta"):
-        net = DiT(config, remat=cfg.remat)
-        if cfg.lora_rank:
-            add_lora(net, "main", cfg.lora_rank, cfg.lora_alpha)
+    net = blank(cfg)
     compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
     parallel.prepare(net, world, precision=precision, compile=compiled, shapes=len(data.shapes) * (1 + (cfg.window is not None) * 8))
     rows = parallel.local_rows(net)
@@ -233,6 +233,15 @@ def main(cfg):
     log.close()
 
 
+def blank(cfg):
+    """The net on meta: names and shapes without values."""
+    with torch.device("meta"):
+        net = DiT(MODELS[cfg.model], remat=cfg.remat)
+        if cfg.lora_rank:
+            add_lora(net, "main", cfg.lora_rank, cfg.lora_alpha)
+    return net
+
+
 def loss_of(net, micro, cfg, device):
     """The loss of one micro-batch: text dropped here and there, t by its density, then flow matching."""
     x0, text, null, drop, u, e = (x.to(device, non_blocking=True) for x in micro[:6])
@@ -289,6 +298,8 @@ def resolve(cfg):
         raise ValueError(f"--lora_alpha={cfg.lora_alpha} is above 0, and needs --lora_rank")
     if cfg.lora_rank and cfg.lora_alpha is None:
         cfg = replace(cfg, lora_alpha=float(cfg.lora_rank))
+    if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
+        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: it takes a number of ranks, and perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
     for name, low in dict(steps=1, batch=1, lr=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1, val=0, samples=0,
@@ -329,6 +340,32 @@ def find(cfg, data, agree, say, world):
         raise ValueError(f"{path or config} is of a run with other flags: {', '.join(differ)}. "
                          f"--out= starts another run, --allow NAME ... goes on with the new values")
     return path, saved
+
+
+def plan(cfg):
+    """Prints what the run takes on the ranks of --dry_run, beside what is there -> exit code, 2 where it does not fit."""
+    ranks, *elsewhere = cfg.dry_run
+    world = parallel.imagine(ranks, cfg.shard, cfg.sp)
+    device = torch.device("cuda") if elsewhere else parallel.pick_device(cfg.device)
+    precision = cfg.precision or ("bf16" if device.type == "cuda" else "fp32")
+    micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
+    check_batch(cfg.batch, micro, world.data_size)
+    shapes, length = [USUAL[cfg.model][0]], USUAL[cfg.model][1]
+    if Path(cfg.data).exists():
+        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=micro, world=world.data_size)
+        fit(MODELS[cfg.model], cfg, data)
+        shapes, length = data.shapes, data.manifest["text"]["length"]
+    net = blank(cfg)
+    takes, bind = parallel.memory(net, world, precision), binder(net, cfg, world)
+    held = {"parameters": takes["parameters"], "gradients": takes["gradients"], "optimizer": 2 * takes["gradients"],
+            "average": takes["gradients"], "gathered copies": takes["gathered"]}
+    seen = {f"activations of {micro} x {shape}": activations(bind(shape, 0)[0], (micro, *shape), length, precision)[1]
+            for shape in shapes}
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    there = (1e9 * elsewhere[0], math.inf) if elsewhere else room(device, ranks, ckpt.nearest(cfg.out))
+    ways = {"--remat": not cfg.remat, "a smaller --micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < ranks,
+            "--sp": cfg.sp < ranks, "--lora_rank": not cfg.lora_rank, "more ranks": True}
+    return budget(f"train.py --model={cfg.model} on {ranks} ranks", held, seen, 16 * trained, cfg.keep + 1, there, ways)
 
 
 # ---- now and then ---------------------------------------------------------------------------------------------------
