@@ -379,8 +379,12 @@ def door():
 
 
 def resolve(cfg):
-    """The teacher's weights (None if a dry run finds none), and the config with None replaced by the defaults; ValueError for impossible values."""
-    source = None if cfg.dry_run and cfg.model and not Path(cfg.teacher).exists() else ckpt.weights(cfg.teacher)
+    """The teacher's weights (None if a dry run finds none), and the config with None replaced by the defaults.
+
+    ValueError for impossible values.
+    """
+    planned = cfg.dry_run and cfg.model and not Path(cfg.teacher).exists()
+    source = None if planned else ckpt.weights(cfg.teacher)
     own = source and source.manifest and source.manifest["meta"]["sampling"]
     if own is None and cfg.model is None:
         raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
@@ -396,7 +400,7 @@ def resolve(cfg):
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
         raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, which is noise, and descend, all above 0")
     if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
-        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: it takes a number of ranks, and perhaps GB of each")
+        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, and perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
     for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, log_every=1, val_every=0, save_every=0, keep=1,
@@ -452,7 +456,7 @@ def find(cfg, data, teacher, agree, say, world):
 
 
 def plan(cfg, source):
-    """Prints what the run takes on the ranks of --dry_run, beside what is there -> exit code, 2 where it does not fit."""
+    """Prints what the run takes on the ranks of --dry_run, beside what is there -> exit code, 2 if it does not fit."""
     ranks, *elsewhere = cfg.dry_run
     world = parallel.imagine(ranks, cfg.shard, cfg.sp)
     device = torch.device("cuda") if elsewhere else parallel.pick_device(cfg.device)
@@ -485,7 +489,8 @@ def plan(cfg, source):
     there = (1e9 * elsewhere[0], math.inf) if elsewhere else room(device, ranks, ckpt.nearest(cfg.out))
     ways = {"--remat": not cfg.remat, "a smaller --micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < ranks,
             "--sp": cfg.sp < ranks, "--lora_rank": not cfg.lora_rank, "more ranks": True}
-    return budget(f"distill.py --model={cfg.model} on {ranks} ranks", held, seen, 28 * trained, cfg.keep + 1, there, ways)
+    title = f"distill.py --model={cfg.model} on {ranks} ranks"
+    return budget(title, held, seen, 28 * trained, cfg.keep + 1, there, ways)
 
 
 # ---- now and then ---------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def peak(name):
 # ---- before a run ---------------------------------------------------------------------------------------------------
 
 def room(device, ranks, folder):
-    """Bytes this machine has: of memory for each of so many ranks (inf if it does not say), and free on a folder's disk."""
+    """Bytes that are here: memory for each of so many ranks (inf if nobody says), and free on a folder's disk."""
     memory = math.inf
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -183,8 +183,8 @@ def room(device, ranks, folder):
 def budget(title, held, activations, checkpoint, most, there, ways):
     """Prints what a run takes beside what is there -> its exit code: 0, or 2 where it does not fit, naming ways out.
 
-    Bytes on a rank: held {what: n} all of the time, activations {what: n} one of them at a time. Bytes on disk: `most`
-    checkpoints of this size. there: (memory of a rank, free disk). ways: {flag that would take less: whether it is left}.
+    Bytes on a rank: held {what: n} all the time, activations {what: n} one of them at a time. Bytes on disk: `most`
+    checkpoints. there: (memory of a rank, free disk). ways: {flag that would take less: whether it is left}.
     """
     memory, disk = sum(held.values()) + max(activations.values()), most * checkpoint
     print(f"{title}, at most, in GB of each")
@@ -195,7 +195,7 @@ def budget(title, held, activations, checkpoint, most, there, ways):
         less = ", ".join(flag for flag, left in ways.items() if left)
         print(f"does not fit a rank's memory; less is taken with {less}", file=sys.stderr)
     if disk > there[1]:
-        print("does not fit the disk; less is taken with a smaller --keep, or there is more at another --out", file=sys.stderr)
+        print("does not fit the disk; less is taken with a smaller --keep, or --out is elsewhere", file=sys.stderr)
     return 2 if memory > there[0] or disk > there[1] else 0
 
 

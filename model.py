@@ -333,14 +333,16 @@ def flops(config, shape, text_length, metadata=None, dense_ends=0):
 
 
 def activations(bound, shape, text_length, precision):
-    """Bytes (kept, most) of a forward and its backward: what is kept for backward, and the most that is alive at once.
+    """Bytes (kept, most) of a forward and its backward: what is kept for backward, and the most alive at once.
 
-    bound: partial(net, …) as the losses see it, on meta, where a forward takes neither memory nor time; shape (B, C, F, H, W);
-    precision fp32|bf16 of the blocks. All tensors are counted, inputs too, but for parameters and their gradients. Each
-    block adds the same, so that one and two are looked at. What kernels need inside is not seen, nor what compiled ones save.
+    bound: partial(net, …) as the losses see it, on meta, where a forward takes neither memory nor time; shape
+    (B, C, F, H, W); precision fp32|bf16 of the blocks. All tensors count, inputs too, but for parameters and their
+    gradients. Each block adds the same, so that one and two are looked at. What kernels need inside is not seen, nor
+    what compiled blocks do without.
     """
     net, dtype = bound.func, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
-    x, t, text = (torch.empty(n, device="meta") for n in (shape, shape[:1], (shape[0], text_length, net.config.text_dim)))
+    sizes = shape, shape[:1], (shape[0], text_length, net.config.text_dim)
+    x, t, text = (torch.empty(size, device="meta") for size in sizes)
     seen = []
     for blocks in (1, 2):
         some = copy.deepcopy(net).to(dtype)
@@ -359,7 +361,7 @@ def activations(bound, shape, text_length, precision):
 
 
 class Alive(TorchDispatchMode):
-    """Inside, bytes of the meta tensors that are alive `now`, and the `most` that were, of those that an operator meets."""
+    """Inside, bytes of the meta tensors that an operator has met: of those alive `now`, and the `most` there were."""
 
     def __init__(self, besides):
         super().__init__()

@@ -164,9 +164,9 @@ def store(net, world, precision, trainable=True):
 def memory(net, world, precision, trainable=True):
     """Bytes on the fullest rank, {parameters, gradients, gathered}, of a net on meta that `prepare` would be given.
 
-    parameters: what is stored. gradients: of what is trained, fp32; each of AdamW's two moments and an average take as
-    much. gathered, at most: copies that are computed with, all of them, or outside of the blocks and three of the blocks
-    (computing, arriving, leaving); and a block's gradients, as computed and as reduced.
+    parameters: what is stored. gradients: of what is trained, fp32; each of AdamW's two moments and an average take
+    as much. gathered, at most: the copies that are computed with, of all, or of what is outside of blocks and of three
+    blocks (one computes, one arrives, one leaves), and a block's gradients as computed and as reduced.
     """
     dtype, plain = store(net, world, precision, trainable)
     shard, parameters = world.mesh.size(1), list(net.parameters())

@@ -299,7 +299,7 @@ def resolve(cfg):
     if cfg.lora_rank and cfg.lora_alpha is None:
         cfg = replace(cfg, lora_alpha=float(cfg.lora_rank))
     if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
-        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: it takes a number of ranks, and perhaps GB of each")
+        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, and perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
     for name, low in dict(steps=1, batch=1, lr=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1, val=0, samples=0,
@@ -343,7 +343,7 @@ def find(cfg, data, agree, say, world):
 
 
 def plan(cfg):
-    """Prints what the run takes on the ranks of --dry_run, beside what is there -> exit code, 2 where it does not fit."""
+    """Prints what the run takes on the ranks of --dry_run, beside what is there -> exit code, 2 if it does not fit."""
     ranks, *elsewhere = cfg.dry_run
     world = parallel.imagine(ranks, cfg.shard, cfg.sp)
     device = torch.device("cuda") if elsewhere else parallel.pick_device(cfg.device)
