@@ -15,7 +15,6 @@ from itertools import product
 from math import prod
 
 import torch
-from einops import rearrange
 from torch.utils.flop_counter import register_flop_formula
 
 try:
@@ -217,63 +216,46 @@ def _cudnn_backward(grad, q, k, v, out, lse, *_):
         *_heads_first(grad, q, k, v, out), lse[..., None], seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, False))
 
 
-# ---- CPU: each box of queries is dense over its box of keys ------------------------------------------------------------------
-
-
-def _raster(x, metadata):
-    return x[:, metadata.inverse].unflatten(1, metadata.grid)  # (B, F, H, W, N, ...)
-
-
-def _tiled(x, metadata):
-    return x.flatten(1, 3)[:, metadata.order]
+# ---- CPU: each box of queries is dense over its box of keys ---------------------------------------------------------------
 
 
 def _strips(metadata):
-    """The pairs of boxes, all columns at a time: (frames and rows of queries, frames and rows of keys)."""
+    """Boxes that share frames and rows: their queries and keys, columns outermost, and each box's slices of the two."""
+    place = metadata.inverse.view(metadata.grid)
     for (q_f, k_f), (q_h, k_h) in product(*metadata.forward[:2]):
-        yield (slice(None), slice(*q_f), slice(*q_h)), (slice(None), slice(*k_f), slice(*k_h))
+        queries, keys = (place[slice(*f), slice(*h)].flatten(0, 1).T for f, h in ((q_f, q_h), (k_f, k_h)))  # (W, f h)
+        m, n = queries.shape[1], keys.shape[1]
+        yield queries.flatten(), keys.flatten(), [(slice(q0 * m, q1 * m), slice(k0 * n, k1 * n))
+                                                  for (q0, q1), (k0, k1) in metadata.forward[2]]
 
 
-def _columns(x):
-    """A copy with the columns outermost, so that those which a query sees are one slice."""
-    return rearrange(x, "B f h W N ... -> B N W (f h) ...").contiguous()
+def _cpu(q, k, v, *pattern):
+    out, lse = _empty(q)
+    for queries, keys, boxes in _strips(build_metadata(*pattern)):
+        q_s, k_s, v_s = _heads_first(*(x.index_select(1, at) for x, at in ((q, queries), (k, keys), (v, keys))))
+        o, l = zip(*(cpu_flash(q_s[:, :, i], k_s[:, :, j], v_s[:, :, j]) for i, j in boxes))
+        out.index_copy_(1, queries, torch.cat(o, 2).transpose(1, 2))
+        lse.index_copy_(2, queries, torch.cat(l, 2))
+    return out, lse
 
 
-def _uncolumns(x, strip):
-    return rearrange(x, "B N (W f h) ... -> B f h W N ...", f=strip.shape[1], h=strip.shape[2])
-
-
-def _cpu(q, k, v, grid, tile, window):
-    metadata = build_metadata(grid, tile, window)
-    q, k, v = (_raster(x, metadata) for x in (q, k, v))
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    for queries, keys in _strips(metadata):
-        q_s, k_s, v_s = _columns(q[queries]), _columns(k[keys]), _columns(v[keys])
-        boxes = [cpu_flash(*(x[:, :, slice(*w)].flatten(2, 3) for x, w in ((q_s, q_w), (k_s, k_w), (v_s, k_w))))
-                 for q_w, k_w in metadata.forward[2]]
-        out[queries], lse[queries] = (_uncolumns(torch.cat(x, 2), q[queries]) for x in zip(*boxes))
-    return _tiled(out, metadata), _tiled(lse, metadata).transpose(1, 2).contiguous()
-
-
-def _cpu_backward(grad, q, k, v, out, lse, grid, tile, window):
-    metadata = build_metadata(grid, tile, window)
-    grad, q, k, v, out, lse = (_raster(x, metadata) for x in (grad, q, k, v, out, lse.transpose(1, 2)))
-    dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
-    for queries, keys in _strips(metadata):
-        own = [_columns(x[queries]) for x in (grad, q, out, lse)]
-        k_s, v_s = _columns(k[keys]), _columns(v[keys])
-        dq_s, dk_s, dv_s = [], *(torch.zeros_like(x, dtype=lse.dtype) for x in (k_s, v_s))
-        for q_w, k_w in metadata.forward[2]:
-            grad_b, q_b, out_b, lse_b = (x[:, :, slice(*q_w)].flatten(2, 3) for x in own)
-            k_b, v_b = (x[:, :, slice(*k_w)].flatten(2, 3) for x in (k_s, v_s))
-            a, b, c = cpu_flash_backward(grad_b, q_b, k_b, v_b, out_b, lse_b, 0.0, False)
+def _cpu_backward(grad, q, k, v, out, lse, *pattern):
+    dq, dk, dv = q.new_empty(q.shape), *(x.new_zeros(x.shape, dtype=lse.dtype) for x in (k, v))
+    for queries, keys, boxes in _strips(build_metadata(*pattern)):
+        grad_s, q_s, out_s = _heads_first(*(x.index_select(1, queries) for x in (grad, q, out)))
+        k_s, v_s = _heads_first(*(x.index_select(1, keys) for x in (k, v)))
+        lse_s, dq_s = lse.index_select(2, queries), []
+        dk_s, dv_s = (torch.zeros_like(x, dtype=lse.dtype) for x in (k_s, v_s))
+        for i, j in boxes:
+            a, b, c = cpu_flash_backward(grad_s[:, :, i], q_s[:, :, i], k_s[:, :, j], v_s[:, :, j], out_s[:, :, i],
+                                         lse_s[:, :, i], 0.0, False)
             dq_s.append(a)
-            for total, part in ((dk_s, b), (dv_s, c)):
-                total[:, :, slice(*k_w)] += part.unflatten(2, (k_w[1] - k_w[0], -1))
-        dq[queries] = _uncolumns(torch.cat(dq_s, 2), q[queries])
-        for total, part in ((dk, dk_s), (dv, dv_s)):
-            total[keys] += _uncolumns(part.flatten(2, 3), k[keys])
-    return tuple(_tiled(x, metadata).to(q.dtype) for x in (dq, dk, dv))
+            dk_s[:, :, j] += b
+            dv_s[:, :, j] += c
+        dq.index_copy_(1, queries, torch.cat(dq_s, 2).transpose(1, 2))
+        dk.index_add_(1, keys, dk_s.transpose(1, 2))
+        dv.index_add_(1, keys, dv_s.transpose(1, 2))
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 # ---- Triton: a program takes ROWS tokens of one box and walks through the other box, STEP tokens at a time --------------
