@@ -205,7 +205,7 @@ def test_prompts_alone_are_enough(data, teacher, tmp_path):
 @pytest.fixture(scope="module")
 def adapters(data, teacher, tmp_path_factory):
     out = tmp_path_factory.mktemp("adapters") / "run"
-    run(distill.main, config(data, teacher, out, lora_rank=4, student_lr=1e-3))
+    run(distill.main, config(data, teacher, out, lora_rank=4, student_lr=1e-3, val_every=8, samples=1))
     return out
 
 
@@ -215,11 +215,12 @@ def test_three_roles_are_one_set_of_weights_and_begin_as_one(data, teacher, adap
     nets = {}
     for name, *what in calls:
         for role, net in zip(dict(rollout=["student"], dmd_loss=["teacher", "critic"], flow_loss=["critic"])[name], what):
-            nets.setdefault(role, set()).add((net.func, net.keywords["lora"]))
+            nets.setdefault(role, set()).add((net.func, net.keywords.get("lora")))
     (base, _), = nets["teacher"]
     assert nets == {"student": {(base, "student")}, "critic": {(base, "critic")}, "teacher": {(base, None)}}
     first = log_of(tmp_path / "run")[0]
-    assert all(first[name] == 0 for name in first if name.startswith("student_matching_by")) and first["student_guidance_by_t4"] > 0
+    assert all(first[name] == 0 for name in first if name.startswith("student_matching_by"))
+    assert all(first[name] > 0 for name in first if name.startswith("student_guidance_by"))
 
     held = state(adapters)
     assert {name.split(".")[0] for name in held} == {"net", "opt", "critic", "critic_opt", "ema", "null"}
@@ -233,16 +234,18 @@ def test_three_roles_are_one_set_of_weights_and_begin_as_one(data, teacher, adap
 
 def test_adapters_stopped_and_resumed_are_the_uninterrupted_ones_to_the_bit(data, teacher, adapters, tmp_path):
     for steps in (3, 8):
-        run(distill.main, config(data, teacher, tmp_path / "run", steps=steps, lora_rank=4, student_lr=1e-3))
+        run(distill.main, config(data, teacher, tmp_path / "run", steps=steps, lora_rank=4, student_lr=1e-3, samples=0))
     assert same(state(tmp_path / "run"), state(adapters))
 
 
 def test_two_ranks_distil_adapters_as_one_does(data, teacher, adapters, tmp_path):
-    two = shell(2, "distill.py", *as_flags(config(data, teacher, tmp_path / "run", steps=4, micro_batch=1, shard=-1, lora_rank=4, student_lr=1e-3)))
+    cfg = config(data, teacher, tmp_path / "run", steps=4, micro_batch=1, shard=-1, lora_rank=4, student_lr=1e-3, samples=0)
+    two = shell(2, "distill.py", *as_flags(cfg))
     printed, _ = two.communicate(timeout=300)
     assert two.returncode == 0, printed
-    for mine, theirs in zip(log_of(tmp_path / "run"), log_of(adapters)):
-        for name in {"student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm", "val_diversity"} & theirs.keys():
+    logs = ([line for line in log_of(out) if "critic_loss" in line] for out in (tmp_path / "run", adapters))
+    for mine, theirs in zip(*logs):
+        for name in ("student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-4), name
 
 
