@@ -404,8 +404,8 @@ class Writer:
         length, width = self.spec["codec"]["text_length"], self.spec["codec"]["text_width"]
         if text.ndim != 2 or text.shape[1] != width or len(text) > length:
             raise ValueError(f"{source}: text of shape {tuple(text.shape)}, wanted at most {length} rows of {width}")
-        if latent is not None and not latent.isfinite().all():
-            raise ValueError(f"{source}: a latent with numbers that are not finite")
+        if not all(part.isfinite().all() for part in (latent, text) if part is not None):
+            raise ValueError(f"{source}: a latent or text with numbers that are not finite")
         parts = [b"" if part is None else raw(part.to(self.dtype)).tobytes() for part in (latent, text)]
         record = {"rank": self.rank, "key": key, "caption": caption, "source": source, "rows": len(text),
                   "shape": self.spec.get("shape") or list(latent.shape), "crc": [zlib.crc32(part) for part in parts]}
