@@ -489,7 +489,7 @@ def plan(cfg, source):
     there = (1e9 * elsewhere[0], math.inf) if elsewhere else room(device, ranks, ckpt.nearest(cfg.out))
     ways = {"--remat": not cfg.remat, "a smaller --micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < ranks,
             "--sp": cfg.sp < ranks, "--lora_rank": not cfg.lora_rank, "more ranks": True}
-    title = f"distill.py --model={cfg.model} on {ranks} ranks"
+    title = f"distill.py --model={cfg.model}, ranks: {ranks}"
     return budget(title, held, seen, 28 * trained, cfg.keep + 1, there, ways)
 
 

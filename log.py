@@ -187,16 +187,18 @@ def budget(title, held, activations, checkpoint, most, there, ways):
     checkpoints. there: (memory of a rank, free disk). ways: {flag that would take less: whether it is left}.
     """
     memory, disk = sum(held.values()) + max(activations.values()), most * checkpoint
-    print(f"{title}, at most, in GB of each")
-    for what, n in (held | activations | {f"in all, of {there[0] / 1e9:.3f}": memory}).items():
+    of = [f" of {n / 1e9:.3f}" if n < math.inf else "" for n in there]
+    print(f"{title}: GB of each, at most")
+    for what, n in (held | activations | {
+            f"in all{of[0]}, a tenth of which is left to kernels and fragments": memory,
+            f"on disk{of[1]}: {most} checkpoints, one of them being written": disk}).items():
         print(f"{n / 1e9:12.3f}  {what}")
-    print(f"{disk / 1e9:12.3f}  on disk, of {there[1] / 1e9:.3f}: {most} checkpoints, one of them being written")
-    if memory > there[0]:
+    if full := memory > 0.9 * there[0]:
         less = ", ".join(flag for flag, left in ways.items() if left)
         print(f"does not fit a rank's memory; less is taken with {less}", file=sys.stderr)
     if disk > there[1]:
         print("does not fit the disk; less is taken with a smaller --keep, or --out is elsewhere", file=sys.stderr)
-    return 2 if memory > there[0] or disk > there[1] else 0
+    return 2 if full or disk > there[1] else 0
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------

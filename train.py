@@ -365,7 +365,7 @@ def plan(cfg):
     there = (1e9 * elsewhere[0], math.inf) if elsewhere else room(device, ranks, ckpt.nearest(cfg.out))
     ways = {"--remat": not cfg.remat, "a smaller --micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < ranks,
             "--sp": cfg.sp < ranks, "--lora_rank": not cfg.lora_rank, "more ranks": True}
-    return budget(f"train.py --model={cfg.model} on {ranks} ranks", held, seen, 16 * trained, cfg.keep + 1, there, ways)
+    return budget(f"train.py --model={cfg.model}, ranks: {ranks}", held, seen, 16 * trained, cfg.keep + 1, there, ways)
 
 
 # ---- now and then ---------------------------------------------------------------------------------------------------
