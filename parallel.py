@@ -219,8 +219,15 @@ def local_rows(net):
 # ---- every step -----------------------------------------------------------------------------------------------------
 
 def sync(net):
-    """-> call(last), before each micro-batch's backward: gradients are added up here, and averaged over ranks on the last."""
-    return net.set_requires_gradient_sync if isinstance(net, FSDPModule) else lambda last: None
+    """-> call(last), before each micro-batch's backward: gradients are added up here, averaged over ranks on the last.
+
+    Where parameters are sharded, gradients are scattered at once, and only replicas wait: whole ones, in fp32, would
+    take what sharding saves.
+    """
+    if not isinstance(net, FSDPModule):
+        return lambda last: None
+    whole = next(p for p in net.parameters() if isinstance(p, DTensor)).device_mesh.size(1) == 1
+    return net.set_requires_gradient_sync if whole else net.set_requires_all_reduce
 
 
 def grad_norm(net, rows, world):
