@@ -114,7 +114,7 @@ class Row(NamedTuple):
 
 
 DEFAULTS = {  #         steps  batch    lr  warmup    schedule    ema  shift  guidance   val  save  beta2  decay  clip  sample
-    "tiny":       Row(   6000,    16, 8e-3,    100,   "cosine", 0.995,   2.0,      2.0, 1500, 1500,  0.99,  0.01,  1.0, 50, 1.0),
+    "tiny":       Row(   5500,    16, 8e-3,    100,   "cosine", 0.995,   2.0,      2.0, 1500, 1500,  0.99,  0.01,  1.0, 50, 1.0),
     "wan-1.3b":   Row(   5000,    64, 1e-5,    100, "constant", 0.999,   3.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 3.0),
     "wan2.2-5b":  Row(   5000,    64, 1e-5,    100, "constant", 0.999,   5.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 5.0),
     "wan-14b":    Row(   5000,    64, 1e-5,    100, "constant", 0.999,   5.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 5.0),
