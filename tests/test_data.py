@@ -456,7 +456,7 @@ def test_a_dataset_is_filled_with_one_setting(tmp_path):
 
 @pytest.mark.parametrize("latent, text, reason", [
     (torch.full(SMALL, float("nan")), torch.zeros(2, 8), "film.mp4: a latent or text with numbers that are not finite"),
-    (torch.zeros(SMALL), torch.full((2, 8), float("inf")), "film.mp4: a latent or text with numbers that are not finite"),
+    (torch.zeros(SMALL), torch.full((2, 8), torch.inf), "film.mp4: a latent or text with numbers that are not finite"),
     (torch.zeros(SMALL), torch.zeros(2, 9), r"film.mp4: text of shape \(2, 9\), wanted at most 5 rows of 8"),
     (torch.zeros(SMALL), torch.zeros(6, 8), r"film.mp4: text of shape \(6, 8\), wanted at most 5 rows of 8"),
 ])
