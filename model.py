@@ -345,8 +345,7 @@ def activations(bound, shape, text_length, precision):
     x, t, text = (torch.empty(size, device="meta") for size in sizes)
     seen = []
     for blocks in (1, 2):
-        some = copy.deepcopy(net).to(dtype)
-        some.blocks = some.blocks[:blocks]
+        some = copy.deepcopy(net, {id(net.blocks): copy.deepcopy(net.blocks[:blocks])}).to(dtype)
         for island in some.islands():
             island.float()
         for p in some.parameters():
