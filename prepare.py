@@ -18,10 +18,11 @@ import sys
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
@@ -90,7 +91,8 @@ def main(cfg):
         embed = lru_cache(256)(lambda caption: coder.embed([caption])[0])
         null = embed(cfg.negative)
         kind, source = source_of(cfg)
-        names, samples = source(cfg, coder, embed)
+        fidelity = []
+        names, samples = source(cfg, coder._replace(encode=partial(measured, coder, fidelity)), embed)
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
     say = print if world.rank == 0 else lambda *_: None
     share = names[world.rank::world.size]       # of all names, for what the ranks find done differs
@@ -117,7 +119,17 @@ def main(cfg):
         buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}" for b in manifest["buckets"])
         size = sum(file["size"] for file in manifest["files"].values())
         say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB" + f"; {skipped} {kind} skipped, named above" * (skipped > 0))
+        if fidelity:
+            say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, the first {len(fidelity)} clips' median")
     parallel.agree(True, world)
+
+
+def measured(coder, fidelity, video):
+    """Encodes a video; of the first few, what decoding them costs is added to fidelity: dB of PSNR, the median frame."""
+    z = coder.encode(video)
+    if coder.decodes and len(fidelity) < 8:
+        fidelity.append(float(np.median(codec.psnr(coder.decode(z), video))))
+    return z
 
 
 # ---- sources: each gives a list of names, and a function from a name to the samples of it that are not done ----------
