@@ -223,6 +223,7 @@ def test_three_roles_are_one_set_of_weights_and_begin_as_one(data, teacher, adap
     assert all(first[name] > 0 for name in first if name.startswith("student_guidance_by"))
 
     held = state(adapters)
+    assert ckpt.read_manifest(ckpt.latest(adapters))["meta"]["config"]["lora_alpha"] == 4.0
     assert {name.split(".")[0] for name in held} == {"net", "opt", "critic", "critic_opt", "ema", "null"}
     for role, adapter in (("net", "student"), ("ema", "student"), ("opt", "student"), ("critic", "critic"), ("critic_opt", "critic")):
         names = [name for name in held if name.startswith(f"{role}.")]

@@ -201,6 +201,7 @@ def test_an_adapter_starts_as_its_base_and_the_checkpoint_holds_it_alone(whole, 
     assert all(".lora.main." in name for name in held if name != "null")
     assert len([name for name in held if name.startswith("net.")]) == 2 * 10 * 4 and held["net.blocks.3.ffn.2.lora.main.B"].abs().max() > 0
     base = ckpt.read_manifest(ckpt.latest(lora))["meta"]["base"]
+    assert train.resolve(train.Config(init="x", lora_rank=4)).lora_alpha == 4.0 and train.resolve(train.Config()).lora_alpha is None
     assert base["path"] == str(ckpt.latest(whole).resolve()) and base["crc32"] == ckpt.read_manifest(ckpt.latest(whole))["crc32"]
 
 
