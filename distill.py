@@ -42,59 +42,59 @@ class Config:
     """Distil a few-step student. A flag whose default is None takes the value of the model's row in DEFAULTS."""
 
     # what
-    teacher: str = "out/train"                                  # a run of train.py, or Wan, diffusers or ComfyUI weights
-    model: Literal[tuple(MODELS)] | None = None                 # size of all three nets; None = the teacher run's
-    data: str = "data/shapes"                                   # folder that prepare.py wrote; prompts alone are enough
-    out: str = "out/distill"                                    # the run's folder: log, curves, samples, checkpoints
-    seed: int = 0                                               # of every random number of the run
+    teacher: str = "out/train"                            # a run of train.py, or Wan, diffusers or ComfyUI weights
+    model: Literal[tuple(MODELS)] | None = None           # size of all three nets; None = the teacher run's
+    data: str = "data/shapes"                             # folder that prepare.py wrote; prompts alone are enough
+    out: str = "out/distill"                              # the run's folder: log, curves, samples, checkpoints
+    seed: int = 0                                         # of every random number of the run
 
     # the student's sampler
-    student_steps: int = 4                                      # K forwards per video
-    shift: float | None = None                                  # of its times S(i / K); 4 steps at shift 5: 1 .9375 .8333 .625
-    times: tuple[float, ...] = ()                               # the times themselves, descending from 1
-    start: Literal["noise", "data"] = "noise"                   # rollouts start from pure noise, or from noised clips of the dataset
+    student_steps: int = 4                                # K forwards per video
+    shift: float | None = None                            # of its times S(i / K); 4 steps at shift 5: 1 .9375 .8333 .625
+    times: tuple[float, ...] = ()                         # the times themselves, descending from 1
+    start: Literal["noise", "data"] = "noise"             # rollouts start from pure noise, or from noised clips of the dataset
 
     # what it learns from
-    guidance: float | None = None                               # the teacher's scale s of u + s (c - u); the student needs none
-    score_shift: float | None = None                            # shift of the times at which teacher and critic are asked
+    guidance: float | None = None                         # the teacher's scale s of u + s (c - u); the student needs none
+    score_shift: float | None = None                      # shift of the times at which teacher and critic are asked
 
     # optimizers
-    steps: int | None = None                                    # critic updates in all
-    student_every: int = 5                                      # critic updates per student update
-    batch: int | None = None                                    # samples per update of either net, over all ranks
-    micro_batch: int | None = None                              # samples a rank forwards at once; None = batch / data ranks
-    student_lr: float | None = None                             # learning rate of the student
-    critic_lr: float | None = None                              # learning rate of the critic
-    ema: float | None = None                                    # decay of the student's averaged weights, which are sampled
-    lora_rank: int = 0                                          # student and critic are adapters of the teacher, of that rank; 0 = whole nets
-    lora_alpha: float | None = None                             # their scale is alpha / rank; None = rank
+    steps: int | None = None                              # critic updates in all
+    student_every: int = 5                                # critic updates per student update
+    batch: int | None = None                              # samples per update of either net, over all ranks
+    micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
+    student_lr: float | None = None                       # learning rate of the student
+    critic_lr: float | None = None                        # learning rate of the critic
+    ema: float | None = None                              # decay of the student's averaged weights, which are sampled
+    lora_rank: int = 0                                    # student and critic are adapters of the teacher, of that rank; 0 = whole nets
+    lora_alpha: float | None = None                       # their scale is alpha / rank; None = rank
 
     # the student's sparse attention; teacher and critic are dense
-    window: tuple[int, int, int] | None = None                  # tiles seen along frames, rows, columns; None = dense
-    tile: tuple[int, int, int] = (4, 4, 8)                      # tokens per tile
-    dense_ends: int = 0                                         # first and last blocks that stay dense
+    window: tuple[int, int, int] | None = None            # tiles seen along frames, rows, columns; None = dense
+    tile: tuple[int, int, int] = (4, 4, 8)                # tokens per tile
+    dense_ends: int = 0                                   # first and last blocks that stay dense
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"             # auto = cuda where there is one
-    precision: Literal["fp32", "bf16"] | None = None            # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
-    shard: int = 1                                              # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
-    sp: int = 1                                                 # ranks that share one sample's tokens
-    compile: bool | None = None                                 # compile each block; None = on cuda
-    remat: bool = False                                         # recompute activations in backward, attention excepted
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
+    precision: Literal["fp32", "bf16"] | None = None      # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
+    shard: int = 1                                        # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
+    sp: int = 1                                           # ranks that share one sample's tokens
+    compile: bool | None = None                           # compile each block; None = on cuda
+    remat: bool = False                                   # recompute activations in backward, attention excepted
 
     # now and then
-    log_every: int | None = None                                # student updates per line of log.jsonl
-    val_every: int | None = None                                # steps between videos and their figures; 0 = only at the end
-    save_every: int | None = None                               # steps between checkpoints; 0 = only at the end
-    keep: int = 3                                               # newest checkpoints that stay
-    samples: int = 4                                            # prompts at each validation, each under 4 noises
-    vae: str | None = None                                      # Wan VAE that decodes the videos; None = latents are written as .npy
+    log_every: int | None = None                          # student updates per line of log.jsonl
+    val_every: int | None = None                          # steps between videos and their figures; 0 = only at the end
+    save_every: int | None = None                         # steps between checkpoints; 0 = only at the end
+    keep: int = 3                                         # newest checkpoints that stay
+    samples: int = 4                                      # prompts at each validation, each under 4 noises
+    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents are written as .npy
 
     # the run
-    resume: str | None = None                                   # checkpoint to go on from; None = the newest valid one in out
-    allow: tuple[str, ...] = ()                                 # flags that may differ from the resumed run's
-    wandb: Literal["off", "online", "offline"] = "off"          # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                               # ranks, and GB of each if elsewhere: print what it takes, stop
+    resume: str | None = None                             # checkpoint to go on from; None = the newest valid one in out
+    allow: tuple[str, ...] = ()                           # flags that may differ from the resumed run's
+    wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
+    dry_run: tuple[int, ...] = ()                         # ranks, and GB of each if elsewhere: print what it takes, stop
 
 
 class Row(NamedTuple):
@@ -370,7 +370,7 @@ def blank(cfg):
 
 @contextmanager
 def door():
-    """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
+    """Bad input is refused in one line, exit code 2; a bug further on keeps its traceback."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -41,16 +41,16 @@ PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
 class Config:
     """Measure a checkpoint that was trained on the built-in shapes."""
 
-    ckpt: str = "out/train"                                     # a run's folder (its newest checkpoint) or one checkpoint
-    weights: Literal["ema", "net"] = "ema"                      # averaged weights, or those of the last update
-    teacher: str | None = None                                  # the checkpoint it was distilled from, measured beside it
-    guidance: tuple[float, ...] = ()                            # scales to try; () = the checkpoint's own
-    steps: tuple[int, ...] = ()                                 # numbers of sampling steps to try; () = the checkpoint's own
-    n: int = 300                                                # clips per system, the 96 captions in turn
-    seed: int = 0                                               # of noise and real clips
-    batch: int = 50                                             # clips sampled at once
-    device: Literal["auto", "cpu", "cuda"] = "auto"             # auto = cuda where there is one
-    out: str | None = None                                      # JSON of all figures; None = evaluate.json beside the checkpoints
+    ckpt: str = "out/train"                               # a run's folder (its newest checkpoint) or one checkpoint
+    weights: Literal["ema", "net"] = "ema"                # averaged weights, or those of the last update
+    teacher: str | None = None                            # the checkpoint it was distilled from, measured beside it
+    guidance: tuple[float, ...] = ()                      # scales to try; () = the checkpoint's own
+    steps: tuple[int, ...] = ()                           # numbers of sampling steps to try; () = the checkpoint's own
+    n: int = 300                                          # clips per system, the 96 captions in turn
+    seed: int = 0                                         # of noise and real clips
+    batch: int = 50                                       # clips sampled at once
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
+    out: str | None = None                                # JSON of all figures; None = evaluate.json beside the checkpoints
 
 
 def main(cfg):
@@ -91,7 +91,7 @@ def main(cfg):
 
 @contextmanager
 def door():
-    """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
+    """Bad input is refused in one line, exit code 2; a bug further on keeps its traceback."""
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:

@@ -30,25 +30,25 @@ from step import euler, grid, rollout
 class Config:
     """Sample videos from a checkpoint. A flag whose default is None takes the checkpoint's own value."""
 
-    ckpt: str = "out/train"                                     # a run's folder (its newest checkpoint) or one checkpoint
-    weights: Literal["ema", "net"] = "ema"                      # averaged weights, or those of the last update
-    prompts: tuple[str, ...] = ()                               # what to show, each in quotes
-    file: str | None = None                                     # more prompts, one per line
-    negative: str | None = None                                 # what guidance leads away from; None = the null text of training
-    n: int = 1                                                  # videos per prompt
-    out: str = "out/samples"                                    # folder of the videos
-    seed: int = 0                                               # of the noise; video i has the same noise in every run
+    ckpt: str = "out/train"                               # a run's folder (its newest checkpoint) or one checkpoint
+    weights: Literal["ema", "net"] = "ema"                # averaged weights, or those of the last update
+    prompts: tuple[str, ...] = ()                         # what to show, each in quotes
+    file: str | None = None                               # more prompts, one per line
+    negative: str | None = None                           # what guidance leads away from; None = the null text of training
+    n: int = 1                                            # videos per prompt
+    out: str = "out/samples"                              # folder of the videos
+    seed: int = 0                                         # of the noise; video i has the same noise in every run
 
-    steps: int | None = None                                    # sampling steps
-    guidance: float | None = None                               # scale s of u + s (c - u); 1 = none
-    shift: float | None = None                                  # shift of the time grid towards noise
-    size: tuple[int, int, int] | None = None                    # frames, height, width in pixels; None = the largest bucket's
+    steps: int | None = None                              # sampling steps
+    guidance: float | None = None                         # scale s of u + s (c - u); 1 = none
+    shift: float | None = None                            # shift of the time grid towards noise
+    size: tuple[int, int, int] | None = None              # frames, height, width in pixels; None = the largest bucket's
 
-    batch: int = 8                                              # videos sampled at once
-    device: Literal["auto", "cpu", "cuda"] = "auto"             # auto = cuda where there is one
-    precision: Literal["fp32", "bf16"] | None = None            # None = bf16 on cuda, fp32 on cpu
-    vae: str | None = None                                      # folder or hub id of the Wan VAE, for a checkpoint of such latents
-    text: str | None = None                                     # the same of the UMT5 text encoder
+    batch: int = 8                                        # videos sampled at once
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
+    precision: Literal["fp32", "bf16"] | None = None      # None = bf16 on cuda, fp32 on cpu
+    vae: str | None = None                                # folder or hub id of the Wan VAE, for a checkpoint of such latents
+    text: str | None = None                               # the same of the UMT5 text encoder
 
 
 def main(cfg):
@@ -95,7 +95,7 @@ def main(cfg):
 
 @contextmanager
 def door():
-    """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
+    """Bad input is refused in one line, exit code 2; a bug further on keeps its traceback."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:

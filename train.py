@@ -38,60 +38,60 @@ class Config:
     """Train a video diffusion transformer. A flag whose default is None takes the value of the model's row in DEFAULTS."""
 
     # what
-    model: Literal[tuple(MODELS)] = "tiny"                      # size, a row of model.MODELS
-    data: str = "data/shapes"                                   # folder that prepare.py wrote
-    out: str = "out/train"                                      # the run's folder: log, curves, samples, checkpoints
-    init: str | None = None                                     # weights to start from: Wan, diffusers, ComfyUI or a run of ours; None = random
-    seed: int = 0                                               # of every random number of the run
+    model: Literal[tuple(MODELS)] = "tiny"                # size, a row of model.MODELS
+    data: str = "data/shapes"                             # folder that prepare.py wrote
+    out: str = "out/train"                                # the run's folder: log, curves, samples, checkpoints
+    init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run of ours; None = random
+    seed: int = 0                                         # of every random number of the run
 
     # optimizer
-    steps: int | None = None                                    # updates in all
-    batch: int | None = None                                    # samples per update, over all ranks
-    micro_batch: int | None = None                              # samples a rank forwards at once; None = batch / data ranks
-    lr: float | None = None                                     # peak learning rate
-    warmup: int | None = None                                   # updates of linear warm-up
-    schedule: Literal["constant", "cosine", "linear"] | None = None     # of the learning rate after the warm-up
-    decay_steps: int | None = None                              # updates until the schedule reaches 0; None = steps
-    ema: float | None = None                                    # decay of the averaged weights, which are validated and sampled
-    lora_rank: int = 0                                          # train adapters of that rank, of --init's blocks alone; 0 = all weights
-    lora_alpha: float | None = None                             # their scale is alpha / rank; None = rank
+    steps: int | None = None                              # updates in all
+    batch: int | None = None                              # samples per update, over all ranks
+    micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
+    lr: float | None = None                               # peak learning rate
+    warmup: int | None = None                             # updates of linear warm-up
+    schedule: Literal["constant", "cosine", "linear"] | None = None  # of the learning rate after the warm-up
+    decay_steps: int | None = None                        # updates until the schedule reaches 0; None = steps
+    ema: float | None = None                              # decay of the averaged weights, which are validated and sampled
+    lora_rank: int = 0                                    # train adapters of that rank, of --init's blocks alone; 0 = all weights
+    lora_alpha: float | None = None                       # their scale is alpha / rank; None = rank
 
     # objective
-    t: Literal["uniform", "logit_normal"] = "uniform"           # density of the noise level t
-    shift: float | None = None                                  # moves t towards noise: s t / (1 + (s - 1) t)
-    text_dropout: float = 0.1                                   # share of samples trained with the null text
+    t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
+    shift: float | None = None                            # moves t towards noise: s t / (1 + (s - 1) t)
+    text_dropout: float = 0.1                             # share of samples trained with the null text
 
     # sparse attention
-    window: tuple[int, int, int] | None = None                  # tiles seen along frames, rows, columns; None = dense
-    tile: tuple[int, int, int] = (4, 4, 8)                      # tokens per tile
-    window_steps: int = 0                                       # updates over which the window shrinks from dense; 0 = at once
-    dense_ends: int = 0                                         # first and last blocks that stay dense
+    window: tuple[int, int, int] | None = None            # tiles seen along frames, rows, columns; None = dense
+    tile: tuple[int, int, int] = (4, 4, 8)                # tokens per tile
+    window_steps: int = 0                                 # updates over which the window shrinks from dense; 0 = at once
+    dense_ends: int = 0                                   # first and last blocks that stay dense
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"             # auto = cuda where there is one
-    precision: Literal["fp32", "bf16"] | None = None            # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
-    shard: int = 1                                              # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
-    sp: int = 1                                                 # ranks that share one sample's tokens
-    compile: bool | None = None                                 # compile each block; None = on cuda
-    remat: bool = False                                         # recompute activations in backward, attention excepted
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
+    precision: Literal["fp32", "bf16"] | None = None      # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
+    shard: int = 1                                        # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
+    sp: int = 1                                           # ranks that share one sample's tokens
+    compile: bool | None = None                           # compile each block; None = on cuda
+    remat: bool = False                                   # recompute activations in backward, attention excepted
 
     # now and then
-    log_every: int = 10                                         # updates per line of log.jsonl; 0 = none
-    val_every: int | None = None                                # updates between validations, with videos; 0 = only at the end
-    save_every: int | None = None                               # updates between checkpoints; 0 = only at the end
-    keep: int = 3                                               # newest checkpoints that stay
+    log_every: int = 10                                   # updates per line of log.jsonl; 0 = none
+    val_every: int | None = None                          # updates between validations, with videos; 0 = only at the end
+    save_every: int | None = None                         # updates between checkpoints; 0 = only at the end
+    keep: int = 3                                         # newest checkpoints that stay
 
     # validation
-    val: int = 16                                               # samples held out, at most 5 % of the dataset
-    samples: int = 8                                            # videos sampled at each validation
-    guidance: float | None = None                               # scale s of u + s (c - u); 1 = none
-    vae: str | None = None                                      # Wan VAE that decodes the videos; None = latents are written as .npy
+    val: int = 16                                         # samples held out, at most 5 % of the dataset
+    samples: int = 8                                      # videos sampled at each validation
+    guidance: float | None = None                         # scale s of u + s (c - u); 1 = none
+    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents are written as .npy
 
     # the run
-    resume: str | None = None                                   # checkpoint to go on from; None = the newest valid one in out
-    allow: tuple[str, ...] = ()                                 # flags that may differ from the resumed run's
-    wandb: Literal["off", "online", "offline"] = "off"          # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                               # ranks, and GB of each if elsewhere: print what it takes, stop
+    resume: str | None = None                             # checkpoint to go on from; None = the newest valid one in out
+    allow: tuple[str, ...] = ()                           # flags that may differ from the resumed run's
+    wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
+    dry_run: tuple[int, ...] = ()                         # ranks, and GB of each if elsewhere: print what it takes, stop
 
 
 class Row(NamedTuple):
@@ -277,7 +277,7 @@ def window_at(step, cfg, tokens):
 
 @contextmanager
 def door():
-    """Bad input is refused in one line, exit code 2, before anything is allocated; a bug further on keeps its traceback."""
+    """Bad input is refused in one line, exit code 2; a bug further on keeps its traceback."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
