@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Any recipe on several machines of 8 GPUs: the same line on each, HEAD being one of them, and --out on a disk all share:
+# Any recipe on several machines of 8 GPUs: the same line on each, HEAD one of them, out/ on a disk that all share:
 #     HEAD=node0 NODES=4 recipes/nodes.sh recipes/train_14b.sh --shard=8
 # With --shard=8 each machine has one copy of the model: 58 GB of each GPU, as on one machine, and 457 GB of disk.
 # LAUNCH=python recipes/nodes.sh recipes/train_14b.sh --shard=8 --dry_run 32 80 prints what adds up to that.

@@ -21,6 +21,7 @@ import train
 from attention import attention
 from conftest import ROOT
 from data import Writer
+from log import budget
 from model import LOCAL, DiT, ModelConfig, Seq, activations, add_lora
 from step import adamw
 
@@ -127,7 +128,7 @@ def test_memory_is_what_real_tensors_take(fake, shard, precision, lora):
     first, last = allocated(partial(micro, False)), allocated(partial(micro, True))
     assert sum(first) == takes["gradients"] and sum(last) == 0      # nobody holds more of them than its rows
     peak, told = sum(first) + max(accumulate(last)), takes["gradients"] + takes["gathered"] + most
-    assert peak <= 1.02 * told      # bf16 kernels on CPU add up in fp32 inside
+    assert 0.6 * told <= peak <= 1.02 * told    # bf16 kernels on CPU add up in fp32 inside
 
 
 # ---- --dry_run ------------------------------------------------------------------------------------------------------
@@ -170,6 +171,11 @@ def test_what_does_not_fit_is_refused_with_flags_that_would_help(capsys):
     assert code == 2 and all(flag in err for flag in ("--remat", "--micro_batch", "--shard=-1", "--sp", "--lora_rank"))
     code, _, err = told(train.main, train.Config(**base, remat=True, shard=-1, sp=8, dry_run=(8, 80)), capsys)
     assert code == 2 and "--remat" not in err and "--shard" not in err and "--micro_batch" in err
+
+
+@pytest.mark.parametrize("gb, code", ((89, 0), (91, 2)))
+def test_a_tenth_of_the_memory_is_left_to_kernels(gb, code):
+    assert budget("", {"held": 60e9}, {"short": 1e9, "long": (gb - 60) * 1e9}, 1e9, 2, (100e9, 2e9), {}) == code
 
 
 def test_a_full_disk_is_refused(monkeypatch, capsys):
