@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Distils Wan2.1 1.3B to 4 steps without guidance (DMD2), from prompts alone, on 8 GPUs: 42 GB of each, 159 GB of disk.
 # Prompts first: python prepare.py --prompts=FILE --shape 16 21 60 104 --codec=wan --vae=$WAN --text=$WAN --out=data/wan
-# LAUNCH=python recipes/distill_1.3b.sh --dry_run 8 80 adds up to that. A run of ours: --teacher=out/wan-1.3b
+# LAUNCH=python recipes/distill_1.3b.sh --dry_run 8 80 prints the sum. A run of ours: --teacher=out/wan-1.3b
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WAN=${WAN:-weights/Wan2.1-T2V-1.3B-Diffusers}
