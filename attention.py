@@ -1,8 +1,9 @@
-"""Attention behind one door: dense, or sliding-tile over a video's tokens (STA, arXiv 2502.04507). Imports nothing of ours.
+"""Attention behind one door: dense, or sliding-tile over a video's tokens (STA, arXiv 2502.04507).
 
 A grid of F x H x W tokens is cut into tiles. Per axis of n tiles, a query in tile q sees the w key tiles [s, s + w),
-s = clamp(q - w//2, 0, n - w): every query sees the same number of tiles, and at a border the window shifts inward. Queries
-that share s see the very same keys, so a pattern is a list of pairs (box of queries, box of keys), each of them dense.
+s = clamp(q - w//2, 0, n - w): every query sees the same number of tiles, and at a border the window shifts inward.
+Queries that share s see the very same keys, so a pattern is pairs (box of queries, box of keys), each of them dense.
+Imports nothing of ours.
 
 B batch · L query tokens · S key tokens · N heads · K head width
 """
@@ -23,9 +24,10 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: nobody but CUDA asks for it
     triton = None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels then run on CPU tensors
 
 
-# ---- who sees whom ------------------------------------------------------------------------------------------------------
+# ---- who sees whom ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,14 +79,14 @@ def _axis(size, tile, w):
     return tuple(forward), tuple(reverse)
 
 
-# ---- the door -----------------------------------------------------------------------------------------------------------
+# ---- the door --------------------------------------------------------------------------------------------------------
 
 
 def attention(q, k, v, metadata=None):
     """softmax(q k^T / sqrt(K)) v for q (B, L, N, K), k and v (B, S, N, K) -> (B, L, N, K).
 
-    With metadata, L = S = F H W tokens in tile order, x[:, metadata.order], and a query sees its window alone. Without it,
-    or with a window that covers the grid, dense. Can be differentiated backward, once.
+    With metadata, L = S = F H W tokens in tile order, x[:, metadata.order], and a query sees its window alone. Without
+    it, or with a window that covers the grid, dense. Can be differentiated backward, once.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
@@ -97,13 +99,14 @@ def attention(q, k, v, metadata=None):
     return torch.ops.nanovideo.attend(q, k, v, metadata.grid, metadata.tile, metadata.window)[0]
 
 
-# One opaque operator, dense when its lists are empty: torch.compile keeps it whole, selective checkpointing saves what it
-# returns, its FLOPs are counted by formula. lse (B, N, L) is the log of the softmax's denominator.
+# One opaque operator, dense when its lists are empty: torch.compile keeps it whole, selective checkpointing saves what
+# it returns, its FLOPs are counted by formula. lse (B, N, L) is the log of the softmax's denominator.
 
 torch.library.define("nanovideo::attend", "(Tensor q, Tensor k, Tensor v, int[] grid, int[] tile, int[] window)"
                      " -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("nanovideo::attend_backward", "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-                     " int[] grid, int[] tile, int[] window) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+                     " int[] grid, int[] tile, int[] window) -> (Tensor dq, Tensor dk, Tensor dv)",
+                     tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.impl("nanovideo::attend", ("cpu", "cuda"))
@@ -118,7 +121,7 @@ def _(grad, q, k, v, out, lse, grid, tile, window):
 
 def _backend(q, grid):
     """The one place that chooses: a forward and its backward."""
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not q.is_cuda and not INTERPRETED:
         return (_cpu, _cpu_backward) if grid else (_cpu_dense, _cpu_dense_backward)
     if q.is_cuda and not grid and q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 128:
         return _cudnn if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else _flash
@@ -174,7 +177,7 @@ def _(grad, q, k, v, out, lse, grid, tile, window, **_):
     return 10 * B * N * K * (build_metadata(grid, tile, window).pairs if grid else L * k[1])
 
 
-# ---- dense: PyTorch's own kernels, called below autograd -------------------------------------------------------------------
+# ---- dense: PyTorch's own kernels, called below autograd -------------------------------------------------------------
 
 aten = torch.ops.aten
 cpu_flash = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -213,10 +216,11 @@ def _cudnn(q, k, v, *_):
 def _cudnn_backward(grad, q, k, v, out, lse, *_):
     seed = torch.empty((), dtype=torch.long, device=q.device)
     return _heads_first(*aten._scaled_dot_product_cudnn_attention_backward(
-        *_heads_first(grad, q, k, v, out), lse[..., None], seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, False))
+        *_heads_first(grad, q, k, v, out), lse[..., None], seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0,
+        False))
 
 
-# ---- CPU: each box of queries is dense over its box of keys ---------------------------------------------------------------
+# ---- CPU: each box of queries is dense over its box of keys ----------------------------------------------------------
 
 
 def _strips(metadata):
@@ -258,17 +262,18 @@ def _cpu_backward(grad, q, k, v, out, lse, *pattern):
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# ---- Triton: a program takes ROWS tokens of one box and walks through the other box, STEP tokens at a time --------------
+# ---- Triton: a program takes ROWS tokens of one box and walks through the other box, STEP tokens at a time -----------
 #
-# In tile order, the columns of a box that share a tile row lie one after the other: a run. The walk goes from run to run, so
-# each address is arithmetic on three counters, no index is loaded on the way, and only a run's last block can need a mask.
+# In tile order, the columns of a box that share a row of tiles lie one after the other: a run. The walk goes from run
+# to run, so each address is arithmetic on three counters, no index is loaded on the way, and only the last block of a
+# run can need a mask. Exponentials are to base 2: scale is log2(e) / sqrt(K), and dQ and dK take it times ln(2).
 
 jit = triton.jit if triton else lambda kernel: kernel
 
 
 @jit
 def _rows(job, size, tile, ROWS: tl.constexpr):
-    """Places in tile order of the job's ROWS tokens, counted in raster order within their box, and which of them exist."""
+    """Places in tile order of ROWS tokens, counted in raster order within the job's box, and which of them exist."""
     # volatile: when asked again after the walk they are computed again, not kept in registers all the way
     f0, f1, h0 = tl.load(job, volatile=True), tl.load(job + 1, volatile=True), tl.load(job + 2, volatile=True)
     h1, w0, w1 = tl.load(job + 3, volatile=True), tl.load(job + 4, volatile=True), tl.load(job + 5, volatile=True)
@@ -282,13 +287,15 @@ def _rows(job, size, tile, ROWS: tl.constexpr):
 
 @jit
 def _at(b, row, n, stride, BK: tl.constexpr):
-    return (b.to(tl.int64) * stride[0] + row.to(tl.int64) * stride[1] + n * stride[2])[:, None] + tl.arange(0, BK)[None, :]
+    token = b.to(tl.int64) * stride[0] + row.to(tl.int64) * stride[1] + n * stride[2]
+    return token[:, None] + tl.arange(0, BK)[None, :]
 
 
 @jit
 def _start(job):
     """The walk's first frame, its rows h0 h1, its columns w0 w1 and its number of blocks."""
-    return (tl.load(job + 7), tl.load(job + 8), tl.load(job + 9), tl.load(job + 10), tl.load(job + 11), tl.load(job + 12))
+    return (tl.load(job + 7), tl.load(job + 8), tl.load(job + 9), tl.load(job + 10), tl.load(job + 11),
+            tl.load(job + 12))
 
 
 @jit
@@ -310,7 +317,7 @@ def _next(f, h, i, left, h0, h1, step, STEP: tl.constexpr):
 @jit
 def _block(X, b, row, n, left, stride, STEP: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, RAGGED: tl.constexpr,
            TMA: tl.constexpr):
-    """STEP tokens from `row` on, (STEP, BK); of the last STEP - left the caller must make nothing."""
+    """STEP tokens from `row` on, (STEP, BK). Only `left` of them belong to the run: the caller masks the others."""
     if TMA:
         return X.load([b, row, n, 0]).reshape(STEP, BK)
     else:
@@ -357,10 +364,10 @@ def _forward_kernel(Q, K, V, Out, Lse, jobs, q_stride, k_stride, v_stride, out_s
 
 
 @jit
-def _query_kernel(Q, K, V, Out, Lse, Grad, Stats, DQ, jobs, q_stride, k_stride, v_stride, out_stride, grad_stride, dq_stride,
-                  L, N, size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-                  RAGGED: tl.constexpr, TMA: tl.constexpr):
-    """dQ, and for the other kernel each query's log-sum-exp, to base 2, and its sum of out * grad."""
+def _query_kernel(Q, K, V, Out, Lse, Grad, Stats, DQ, jobs, q_stride, k_stride, v_stride, out_stride, grad_stride,
+                  dq_stride, L, N, size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
+                  STEP: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr):
+    """dQ, and in Stats for the next kernel each query's log-sum-exp, to base 2, and its sum of out * grad."""
     job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
@@ -388,14 +395,15 @@ def _query_kernel(Q, K, V, Out, Lse, Grad, Stats, DQ, jobs, q_stride, k_stride, 
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         f, h, i = _next(f, h, i, length - i, h0, h1, step, STEP)
 
-    tl.store(DQ + _at(b, row, n, dq_stride, BK), (dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=keep)
+    dq *= scale * 0.6931471805599453
+    tl.store(DQ + _at(b, row, n, dq_stride, BK), dq.to(DQ.dtype.element_ty), mask=keep)
 
 
 @jit
-def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride, grad_stride, dk_stride, dv_stride, L, N,
-                size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-                RAGGED: tl.constexpr, TMA: tl.constexpr):
-    """dK and dV of ROWS keys, from the box of queries that see them; all products are transposed, keys x queries."""
+def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride, grad_stride, dk_stride, dv_stride,
+                L, N, size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
+                STEP: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr):
+    """dK and dV of ROWS keys, over the box of queries that see them; scores are transposed, keys x queries."""
     job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
@@ -411,7 +419,7 @@ def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride
         q = _block(Q, b, start + i, n, length - i, q_stride, STEP, WIDTH, BK, RAGGED, TMA)
         grad = _block(Grad, b, start + i, n, length - i, grad_stride, STEP, WIDTH, BK, RAGGED, TMA)
         stat = Stats + (b * N + n) * L + start + i + tl.arange(0, STEP)
-        if RAGGED:  # p = 2^(s - inf) = 0 for a query that is none
+        if RAGGED:  # 2^(s - inf) = 0 where there is no query
             lse = tl.load(stat, mask=tl.arange(0, STEP) < length - i, other=float("inf"))
             delta = tl.load(stat + tl.num_programs(2) * N * L, mask=tl.arange(0, STEP) < length - i, other=0.0)
         else:
@@ -425,25 +433,28 @@ def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride
 
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
-    tl.store(DK + _at(b, row, n, dk_stride, BK), (dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=keep)
+    dk *= scale * 0.6931471805599453
+    tl.store(DK + _at(b, row, n, dk_stride, BK), dk.to(DK.dtype.element_ty), mask=keep)
     tl.store(DV + _at(b, row, n, dv_stride, BK), dv.to(DV.dtype.element_ty), mask=keep)
 
-# A program's (ROWS, STEP, warps, stages) in the forward, dQ and dK/dV kernels, by a GPU's shared memory in KB and the padded
-# head width: 227 is sm_90 and sm_100, where blocks come by TMA; 163 is sm_80; 99 is sm_86, sm_89 and sm_120.
+
+# A program's (ROWS, STEP, warps, stages) in the forward, dQ and dK/dV kernels, by a GPU's shared memory in KB and the
+# width of a head, at most: 227 is sm_90 and sm_100, where blocks come by TMA; 163 sm_80; 99 sm_86, sm_89, sm_120.
 HALF = {(227, 64): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
         (227, 128): ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
         (163, 64): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
         (163, 128): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
         (99, 64): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
         (99, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))}
-FULL = {64: ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)), 128: ((32, 32, 8, 1), (32, 32, 8, 1), (64, 32, 8, 2))}
+FULL = {64: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)), 128: ((32, 32, 8, 1), (32, 16, 4, 2), (32, 16, 4, 1))}
 
 
 def _settings(*xs):
     """Whether blocks come by TMA, and the three kernels' settings."""
     x, width = xs[0], 64 if xs[0].shape[3] <= 64 else 128
     if x.shape[3] > 128 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"heads of {x.shape[3]} in {x.dtype} on {x.device}: takes up to 128, float16, bfloat16 or float32")
+        raise ValueError(f"heads of {x.shape[3]} in {x.dtype} on {x.device}: takes up to 128, in float16, bfloat16 "
+                         "or float32")
     if x.dtype == torch.float32:
         return False, FULL[width]
     shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin // 1024
@@ -455,7 +466,7 @@ def _settings(*xs):
 def _walks(grid, tile, window, lengths, reverse, rows, block, device):
     """A kernel's jobs [(ragged, (jobs, 13) int32)], and the frames and rows that a run spans.
 
-    Walks whose runs are made of whole blocks go apart, free of masks. Longest first: in reverse they differ by up to 10 x.
+    Walks whose runs are made of whole blocks go apart, free of masks. Longest first: in reverse they differ by 10 x.
     """
     if grid:
         metadata = build_metadata(grid, tile, window, device)
@@ -478,7 +489,7 @@ def _walks(grid, tile, window, lengths, reverse, rows, block, device):
 
 
 def _launch(kernel, setting, tma, pattern, lengths, walked, **tensors):
-    """Runs a kernel over all jobs, heads and samples; of the tensors, those walked through become descriptors for TMA."""
+    """Runs a kernel over all jobs, heads and samples; the tensors that are walked through may come by TMA."""
     rows, block, warps, stages = setting
     grid, tile, window = map(tuple, pattern)
     q = tensors["Q"]
@@ -488,18 +499,19 @@ def _launch(kernel, setting, tma, pattern, lengths, walked, **tensors):
     if tma:
         tensors |= {name: TensorDescriptor.from_tensor(tensors[name], [1, block, 1, BK]) for name in walked}
     walks, step = _walks(grid, tile, window, lengths, kernel is _key_kernel, rows, block, q.device)
-    # dense is one row of tiles of one token
-    shape = dict(size=grid or (1, 1, max(lengths)), tile=tile or (1, 1, 1), step=step, L=lengths[0], N=N)
+    size, tile = (grid, tile) if grid else ((1, 1, max(lengths)), (1, 1, 1))  # dense: a row of tiles of one token
     with torch.cuda.device_of(q):
         for ragged, jobs in walks:
-            kernel[len(jobs), N, B](**tensors, **strides, **shape, jobs=jobs, scale=K**-0.5 * 1.4426950408889634, WIDTH=K,
-                                     BK=BK, ROWS=rows, STEP=block, RAGGED=ragged, TMA=tma, num_warps=warps, num_stages=stages)
+            kernel[len(jobs), N, B](**tensors, **strides, jobs=jobs, L=lengths[0], N=N, size=size, tile=tile, step=step,
+                                     scale=K**-0.5 * 1.4426950408889634, WIDTH=K, BK=BK, ROWS=rows, STEP=block,
+                                     RAGGED=ragged, TMA=tma, num_warps=warps, num_stages=stages)
 
 
 def _triton(q, k, v, *pattern):
     tma, (setting, _, _) = _settings(q, k, v)
     out, lse = _empty(q)
-    _launch(_forward_kernel, setting, tma, pattern, (q.shape[1], k.shape[1]), ("K", "V"), Q=q, K=k, V=v, Out=out, Lse=lse)
+    _launch(_forward_kernel, setting, tma, pattern, (q.shape[1], k.shape[1]), ("K", "V"),
+            Q=q, K=k, V=v, Out=out, Lse=lse)
     return out, lse
 
 
@@ -507,14 +519,15 @@ def _triton_backward(grad, q, k, v, out, lse, *pattern):
     tma, (_, query, key) = _settings(q, k, v, grad)
     lengths = q.shape[1], k.shape[1]
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    stats = lse.new_empty((2, *lse.shape))
+    stats = lse.new_empty((2, lse.numel()))
     _launch(_query_kernel, query, tma, pattern, lengths, ("K", "V"),
             Q=q, K=k, V=v, Out=out, Lse=lse, Grad=grad, Stats=stats, DQ=dq)
-    _launch(_key_kernel, key, tma, pattern, lengths, ("Q", "Grad"), Q=q, K=k, V=v, Grad=grad, Stats=stats, DK=dk, DV=dv)
+    _launch(_key_kernel, key, tma, pattern, lengths, ("Q", "Grad"),
+            Q=q, K=k, V=v, Grad=grad, Stats=stats, DK=dk, DV=dv)
     return dq, dk, dv
 
 
-# ---- the slow and obvious way ---------------------------------------------------------------------------------------------
+# ---- the slow and obvious way ----------------------------------------------------------------------------------------
 
 
 def reference(q, k, v, metadata):
