@@ -68,7 +68,7 @@ def main(cfg):
     captions += [CAPTIONS[i * len(CAPTIONS) // PROMPTS] for i in range(PROMPTS) for _ in range(SEEDS)]
     coder = codec.load(how["codec"])
     real, *others = (measure(real_clips(coder, how, captions, cfg.seed, i), coder, how, captions, cfg.n)
-                     for i in tqdm(range(REAL_SETS + 1), desc="real clips", leave=False))
+                     for i in tqdm(range(REAL_SETS + 1), desc="real clips", leave=False, disable=None))
     rest = [captions[i] for i in stream(cfg.seed, "val", 0).permutation(cfg.n)]
     chance = real._replace(right=np.array([verdict(seen, caption) for seen, caption in zip(real.seen, rest)]))
 
@@ -163,7 +163,7 @@ def sampled(saved, source, how, coder, captions, cfg, world):
     metadata = how["window"] and build_metadata(tokens, tuple(how["tile"]), tuple(how["window"]), device=world.device)
     net = partial(net, metadata=metadata, dense_ends=how["dense_ends"])
     latents = []
-    for places in tqdm(torch.arange(len(captions)).split(cfg.batch), desc="sampling", leave=False):
+    for places in tqdm(torch.arange(len(captions)).split(cfg.batch), desc="sampling", leave=False, disable=None):
         noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()]).to(world.device)
                   for k in range(len(how.get("times", "1")))]
         words, null = text[places].to(world.device), saved.tensor("null").to(world.device).expand(len(places), -1, -1)

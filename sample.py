@@ -79,7 +79,7 @@ def main(cfg):
     out.mkdir(parents=True, exist_ok=True)
     mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
     videos, captions = [], [prompt for prompt in prompts for _ in range(cfg.n)]
-    for places in tqdm(torch.arange(len(captions)).split(cfg.batch), unit="batch"):
+    for places in tqdm(torch.arange(len(captions)).split(cfg.batch), unit="batch", disable=None):
         some = text[places // cfg.n].to(world.device)
         noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()]).to(world.device)
                   for k in range(len(how.get("times", ())) or 1)]
