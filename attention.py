@@ -282,7 +282,7 @@ def _rows(job, size, tile, ROWS: tl.constexpr):
     tf, th, tw = f // tile[0] * tile[0], h // tile[1] * tile[1], w // tile[2] * tile[2]  # where the token's tile begins
     a, b, c = tl.minimum(tile[0], size[0] - tf), tl.minimum(tile[1], size[1] - th), tl.minimum(tile[2], size[2] - tw)
     place = tf * size[1] * size[2] + a * (th * size[2] + b * tw) + ((f - tf) * b + h - th) * c + w - tw
-    return tl.where(f < f1, place, 0), f < f1
+    return place, f < f1
 
 
 @jit

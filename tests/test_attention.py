@@ -173,6 +173,11 @@ def test_tensors_may_be_strided_views():
     strided = [qkv[:, :, i].requires_grad_() for i in range(3)]
     compare(metadata, *strided, grad.transpose(2, 3))
     compare(metadata, *strided, torch.ones(()).double().expand(2, 120, 2, 8))
+    q, k, v = (torch.randn(2, n, 8, 3, dtype=torch.float64).transpose(2, 3).requires_grad_() for n in (20, 30, 30))
+    theirs = attention(*(x.contiguous() for x in (q, k, v)))
+    torch.testing.assert_close(attention(q, k, v), theirs)
+    ours, theirs = (torch.autograd.grad(x.sum(), (q, k, v)) for x in (attention(q, k, v), theirs))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_nothing_unseen_and_nothing_uninitialised_is_read():
@@ -225,6 +230,7 @@ def test_the_log_sum_exp_is_returned():
     see = visible(metadata)[metadata.order][:, metadata.order]
     scores = torch.einsum("blnk,bsnk->bnls", q, k) / 8**.5
     lse = ATTEND(q, k, v, metadata.grid, metadata.tile, metadata.window)[1]
+    assert not lse.requires_grad
     torch.testing.assert_close(lse, scores.masked_fill(~see, -torch.inf).logsumexp(-1))
     torch.testing.assert_close(ATTEND(q, k, v, [], [], [])[1], scores.logsumexp(-1))
 
