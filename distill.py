@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
 
@@ -140,6 +140,7 @@ class Trained(NamedTuple):
 class Draw(NamedTuple):
     """Everything random of one micro-batch."""
     text: torch.Tensor  # (B, S, E)
+    null: torch.Tensor  # (S, E) what guidance leads away from
     z: torch.Tensor     # (B, C, F, H, W) where the rollout starts
     e: torch.Tensor     # (B, C, F, H, W) noise of the score's x_t
     u: torch.Tensor     # (B,) uniforms of the score's t
@@ -156,11 +157,10 @@ def main(cfg):
         data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
                        world=world.data_size, pin=world.device.type == "cuda")
         how, teacher_grid = fit(cfg, data, source)
-        config = MODELS[cfg.model]
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
         base = ckpt.base_of(cfg.teacher, source)
-        found, saved = find(cfg, data, base["crc32"], agree, say, world)
+        found, saved = find(cfg, data, base, agree, say, world)
         codec.load(how["codec"], vae=main_rank and cfg.vae or None)      # what does not fit is not left to the first validation
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
@@ -189,7 +189,8 @@ def main(cfg):
                        parallel.sync(net), partial(parallel.grad_norm, net, rows, world))
 
     teacher = build(trainable=bool(adapters))
-    student, critic = learner("student", cfg.student_lr), learner("critic", cfg.critic_lr)
+    learners = {"student": learner("student", cfg.student_lr), "critic": learner("critic", cfg.critic_lr)}
+    student, critic = learners.values()
     params = [p for p, _, _ in student.rows.values()]
     ema = [p.clone() for p in params]
     state = ({f"net.{n}": r for n, r in student.rows.items()} | {f"opt.{n}": r for n, r in student.state.items()}
@@ -204,74 +205,10 @@ def main(cfg):
 
     say(f"{'resumed from ' + str(found) if found else cfg.out}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items() if v not in (None, ()))}")
     log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "teacher": base["crc32"], "base": base, "wandb": log.run_id,
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "wandb": log.run_id,
             "counts": counts, "sampling": how}
 
-    def bind(net, shape):
-        """A net as the losses see it, net(x_t, t, text), for latents (…, F, H, W): the student alone may be sparse."""
-        metadata, dense_ends = pattern(shape) if net is student.net else (None, 0)
-        return partial(net, metadata=metadata, dense_ends=dense_ends, seq=sequence(math.prod(shape[-3:]) // math.prod(config.patch)))
-
-    def pattern(shape):
-        """The student's sparse attention: metadata (None = dense) and how many blocks at each end go without."""
-        tokens = tuple(n // p for n, p in zip(shape[-3:], config.patch))
-        return cfg.window and build_metadata(tokens, cfg.tile, cfg.window, device=world.device), cfg.dense_ends
-
-    @cache
-    def sequence(length):
-        return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
-
-    def update(role, step):
-        """One update of the student or the critic: its own draws, its own clock, the same step."""
-        me = student if role == "student" else critic
-        n, exit = counts[role], counts[role] % len(cfg.times)       # the exit is the same on all ranks, and each comes as often
-        began = time.perf_counter()
-        micros = draws(role, step)
-        clock["data_wait"] += time.perf_counter() - began
-
-        def loss_of(micro):
-            text, z, e, u, *noises = (x.to(world.device, non_blocking=True) for x in (*micro[:4], *micro.noises))
-            G, F, R = (bind(net, z.shape) for net in (student.net, critic.net, teacher))
-            t = sample_t(u, "uniform", cfg.score_shift, (0.02, 0.98))
-            with torch.set_grad_enabled(role == "student"):
-                if cfg.start == "data":     # the clip as it would be on arriving at the exit
-                    z = add_noise(z, noises[0], torch.full_like(t, cfg.times[exit]))
-                    x0 = rollout(G, z, text, cfg.times[exit:exit + 1], [], 0)
-                else:
-                    x0 = rollout(G, z, text, cfg.times, noises, exit)
-            if role == "student":
-                return dmd_loss(x0, R, F, text, data.null.to(world.device).expand_as(text), t, e, cfg.guidance)
-            return flow_loss(F, x0, text, t, e)
-
-        seen = train_step(me.opt, [partial(loss_of, micro) for micro in micros], lr=me.lr, clip=row.clip, sync=me.sync, norm=me.norm)
-        if seen.pop("skipped"):
-            counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
-            log.say(f"step {step}: the {role}'s gradient norm is {seen['grad_norm']:.3g}, update skipped")
-            if counts["in_a_row"] == SKIPS:
-                raise RuntimeError(f"{SKIPS} updates in a row were not finite; the last good checkpoint is in {cfg.out}/ckpt")
-        else:
-            counts[role], counts["in_a_row"] = n + 1, 0
-            if role == "student":
-                ema_update(ema, params, cfg.ema, n + 1)
-        dense, sparse = (flops(config, micros[0].z.shape[1:], micros[0].text.shape[1], *seen_by) for seen_by in ((), pattern(micros[0].z.shape)))
-        before, learning = exit if cfg.start == "noise" else 0, 2 if adapters else 3    # forwards; one and its backward, in forwards
-        clock["flops"] += cfg.batch * (sparse * (before + learning) + dense * (2 + (cfg.guidance != 1)) if role == "student"
-                                       else sparse * (before + 1) + dense * learning)
-        return {f"{role}_{name}": value for name, value in seen.items()}
-
-    def few_steps(z, text, null, noises):
-        return rollout(bind(student.net, z.shape), z, text, cfg.times, noises, len(cfg.times) - 1)
-
-    def many_steps(z, text, null, noises):
-        return euler(bind(teacher, z.shape), z, text, grid(*teacher_grid), null, cfg.guidance)
-
-    def opinions(x0, text):
-        """What critic and guided teacher make of clips x0 half in noise: the two x0 whose difference the student follows."""
-        e = torch.stack([normal(stream(cfg.seed, "val", 0, i), x0.shape[1:]) for i in range(len(x0))]).to(x0)
-        F, R, t = bind(critic.net, x0.shape), bind(teacher, x0.shape), x0.new_full((len(x0),), 0.5)
-        x_t, null = add_noise(x0, e, t), data.null.to(x0).expand_as(text)
-        return to_x0(x_t, F(x_t, t, text), t), to_x0(x_t, guided(R, x_t, t, text, null, cfg.guidance)[0], t)
-
+    nets = binder(student.net, critic.net, teacher, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):      # finish the step, save, go; asked twice, go at once
@@ -284,14 +221,7 @@ def main(cfg):
         last, fresh = step == cfg.steps, step > start or step == 0
         if fresh and cfg.samples and (last or due(step, cfg.val_every)):
             with ema_weights(params, ema):
-                drawn, text, captions = clips(few_steps, data, cfg, world)
-            goal = clips(many_steps, data, cfg, world)[0] if goal is None else goal
-            with torch.no_grad():
-                inside = opinions(drawn[::SEEDS], text)
-            log(step, **likeness(drawn, goal))
-            if main_rank:
-                show(step, "samples", [drawn[::SEEDS], goal[::SEEDS]], captions, how, cfg, log, world.device)
-                show(step, "inside", [drawn[::SEEDS], *inside], captions, how, cfg, log, world.device)
+                goal = validate(step, nets, goal, teacher_grid, data, how, cfg, log, world)
         stopping = not agree(not stop)
         if step > start and (last or stopping or due(step, cfg.save_every)):
             ckpt.save(cfg.out, step, state, meta, rank=world.rank, world=world.size, agree=agree, keep=cfg.keep)
@@ -302,7 +232,23 @@ def main(cfg):
         # the student now and then; the critic always, on what the student has become
         began, seen = time.perf_counter(), {}
         for role in who(step, cfg.student_every):
-            seen |= update(role, step)
+            me, exit = learners[role], counts[role] % len(cfg.times)    # the exit is the same on all ranks, each as often
+            waiting = time.perf_counter()
+            micros = draws(role, step)
+            clock["data_wait"] += time.perf_counter() - waiting
+            losses = [partial(loss_of, role, exit, nets, micro, cfg, world.device) for micro in micros]
+            measured = train_step(me.opt, losses, lr=me.lr, clip=row.clip, sync=me.sync, norm=me.norm)
+            if measured.pop("skipped"):
+                counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
+                log.say(f"step {step}: the {role}'s gradient norm is {measured['grad_norm']:.3g}, update skipped")
+                if counts["in_a_row"] == SKIPS:
+                    raise RuntimeError(f"{SKIPS} updates in a row were not finite; the last good checkpoint is in {cfg.out}/ckpt")
+            else:
+                counts[role], counts["in_a_row"] = counts[role] + 1, 0
+                if role == "student":
+                    ema_update(ema, params, cfg.ema, counts["student"])
+            clock["flops"] += cfg.batch * cost(role, exit, nets, micros[0], cfg)
+            seen |= {f"{role}_{name}": value for name, value in measured.items()}
         clock["seconds"] += time.perf_counter() - began
 
         # one line, at a step that updated both
@@ -349,11 +295,55 @@ def draw(data, cfg, role, step):
         z, e = noise("z", slots), noise("score_noise", slots)
         if cfg.start == "data":
             x0, text = data.sample(some)
-            micros.append(Draw(text, x0, e, u[slots], [z]))
+            micros.append(Draw(text, data.null, x0, e, u[slots], [z]))
         else:
             noises = [noise("renoise", [slot * K + k for slot in slots]) for k in range(K - 1)]
-            micros.append(Draw(data.text(some), z, e, u[slots], noises))
+            micros.append(Draw(data.text(some), data.null, z, e, u[slots], noises))
     return micros
+
+
+def loss_of(role, exit, nets, micro, cfg, device):
+    """The student's or the critic's loss of one micro-batch: the student's clips from its sampler's step number `exit`."""
+    text, null, z, e, u, *noises = (x.to(device, non_blocking=True) for x in (*micro[:5], *micro.noises))
+    student, critic, teacher = nets(z.shape)
+    t = sample_t(u, "uniform", cfg.score_shift, (0.02, 0.98))
+    with torch.set_grad_enabled(role == "student"):
+        if cfg.start == "data":     # the clip as it would be on arriving at the exit
+            z = add_noise(z, noises[0], torch.full_like(t, cfg.times[exit]))
+            x0 = rollout(student, z, text, cfg.times[exit:exit + 1], [], 0)
+        else:
+            x0 = rollout(student, z, text, cfg.times, noises, exit)
+    if role == "critic":
+        return flow_loss(critic, x0, text, t, e)
+    return dmd_loss(x0, teacher, critic, text, null.expand_as(text), t, e, cfg.guidance)
+
+
+def cost(role, exit, nets, micro, cfg):
+    """FLOPs of one sample's part in an update, by what the nets need, without recompute."""
+    student, critic, _ = nets(micro.z.shape)
+    sparse, dense = (flops(MODELS[cfg.model], micro.z.shape[1:], micro.text.shape[1], net.keywords["metadata"], net.keywords["dense_ends"])
+                     for net in (student, critic))
+    rolled = exit if cfg.start == "noise" else 0        # forwards before the one at the exit
+    learning = 2 if cfg.lora_rank else 3                # a forward and its backward, in forwards
+    if role == "critic":
+        return sparse * (rolled + 1) + dense * learning
+    return sparse * (rolled + learning) + dense * (2 + (cfg.guidance != 1))
+
+
+def binder(student, critic, teacher, cfg, world):
+    """-> nets(shape) -> the three as the losses see them, net(x_t, t, text), for latents (…, F, H, W): the student may be sparse."""
+    @cache
+    def sequence(length):
+        return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
+
+    def nets(shape):
+        tokens = tuple(n // p for n, p in zip(shape[-3:], MODELS[cfg.model].patch))
+        metadata = cfg.window and build_metadata(tokens, cfg.tile, cfg.window, device=world.device)
+        seq = sequence(math.prod(tokens))
+        dense = dict(metadata=None, dense_ends=0, seq=seq)
+        return (partial(student, metadata=metadata, dense_ends=cfg.dense_ends, seq=seq), partial(critic, **dense), partial(teacher, **dense))
+
+    return nets
 
 
 def blank(cfg):
@@ -435,7 +425,7 @@ def fit(cfg, data, source):
             "sampler": "rollout", "times": cfg.times, "shift": cfg.shift, "guidance": 1.0}, (how["steps"], how["shift"])
 
 
-def find(cfg, data, teacher, agree, say, world):
+def find(cfg, data, base, agree, say, world):
     """The checkpoint to go on from and its manifest, or None, None for a new run; refuses a run of other flags."""
     path = cfg.resume or ckpt.latest(cfg.out, rank=world.rank, world=world.size, agree=agree, report=say)
     saved = ckpt.verify(path, rank=world.rank, world=world.size, agree=agree) if path else None
@@ -446,9 +436,10 @@ def find(cfg, data, teacher, agree, say, world):
     now = json.loads(json.dumps(asdict(cfg)))
     differ = [f"--{name}={now[name]} (was {then.get(name)})" for name in now
               if name not in FREE and name not in cfg.allow and now[name] != then.get(name)]
-    for name, key, mine in (("data", "dataset", data.manifest["crc32"]), ("teacher", "teacher", teacher)):
-        if saved and saved["meta"][key] != mine and name not in cfg.allow:
-            differ.append(f"--{name}={now[name]} (is another {key} now)")
+    if saved and saved["meta"]["dataset"] != data.manifest["crc32"] and "data" not in cfg.allow:
+        differ.append(f"--data={cfg.data} (is another dataset now)")
+    if saved and saved["meta"]["base"]["crc32"] != base["crc32"] and "teacher" not in cfg.allow:
+        differ.append(f"--teacher={cfg.teacher} (is another teacher now)")
     if differ:
         raise ValueError(f"{path or config} is of a run with other flags: {', '.join(differ)}. "
                          f"--out= starts another run, --allow NAME ... goes on with the new values")
@@ -501,13 +492,41 @@ def due(step, every):
 
 
 @torch.no_grad()
+def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
+    """Few-step clips of fixed prompts beside the teacher's (goal, made once), and what critic and guided teacher make of them -> goal."""
+    def few_steps(z, text, null, noises):
+        student, _, _ = nets(z.shape)
+        return rollout(student, z, text, cfg.times, noises, len(cfg.times) - 1)
+
+    def many_steps(z, text, null, noises):
+        _, _, teacher = nets(z.shape)
+        return euler(teacher, z, text, grid(*teacher_grid), null, cfg.guidance)
+
+    drawn, text, captions = clips(few_steps, data, cfg, world)
+    goal = clips(many_steps, data, cfg, world)[0] if goal is None else goal
+    log(step, **likeness(drawn, goal))
+
+    # inside: the two x0 whose difference the student follows, of its clips half in noise
+    x0 = drawn[::SEEDS]
+    _, critic, teacher = nets(x0.shape)
+    e = torch.stack([normal(stream(cfg.seed, "val", 0, i), x0.shape[1:]) for i in range(len(x0))]).to(x0)
+    t, null = x0.new_full((len(x0),), 0.5), data.null.to(x0).expand_as(text)
+    x_t = add_noise(x0, e, t)
+    f, r = (to_x0(x_t, v, t) for v in (critic(x_t, t, text), guided(teacher, x_t, t, text, null, cfg.guidance)[0]))
+    if world.rank == 0:
+        show(step, "samples", [x0, goal[::SEEDS]], captions, how, cfg, log, world.device)
+        show(step, "inside", [x0, f, r], captions, how, cfg, log, world.device)
+    return goal
+
+
+@torch.no_grad()
 def clips(sampler, data, cfg, world):
     """Latents (n, C, F, H, W), normalised, of fixed prompts under SEEDS noises each, the prompts' text, and their captions.
 
     sampler(z, text, null, noises) -> x0. Data ranks sample a part each, equally many: those that share weights stay in step.
     """
     shape = data.shape_of(0)
-    ids = [i for i in range(data.count) if data.shape_of(i) == shape][:cfg.samples]
+    ids = list(islice((i for i in range(data.count) if data.shape_of(i) == shape), cfg.samples))
     total = len(ids) * SEEDS
     per_rank = math.ceil(total / world.data_size)
     latents = torch.zeros(per_rank * world.data_size, *shape, device=world.device)
@@ -548,4 +567,4 @@ def show(step, kind, rows, captions, how, cfg, log, device):
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
-    parallel.close()
+    parallel.leave()

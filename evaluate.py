@@ -199,32 +199,34 @@ def figures(clips, real, others):
     """Every figure of one system; real clips of `others` are what it is compared with, real's spread the unit."""
     n, unit = len(clips.right), real.features.std(0)
     x, sets = clips.features[:n] / unit, [other.features[:n] / unit for other in others]
-    joint = clips.right.all(1).mean()
-    return {"joint": joint, "shape": clips.right[:, 0].mean(), "colour": clips.right[:, 1].mean(), "direction": clips.right[:, 2].mean(),
-            "energy": np.mean([energy(x, y) for y in sets]), "recall": np.mean([recall(x, y) for y in sets]), "vendi": vendi(x),
+    xx, pairs = distances(x, x), [(distances(x, y), distances(y, y)) for y in sets]
+    return {"joint": clips.right.all(1).mean(), "shape": clips.right[:, 0].mean(), "colour": clips.right[:, 1].mean(),
+            "direction": clips.right[:, 2].mean(), "energy": np.mean([energy(xx, xy, yy) for xy, yy in pairs]),
+            "recall": np.mean([recall(xx, xy) for xy, _ in pairs]), "vendi": vendi(xx),
             "diversity": spread(clips.features[n:] / unit) / spread(real.features[n:] / unit),
             "std": (clips.latents.std() / real.latents.std()).item(), "motion": motion(clips.latents) / motion(real.latents)}
 
 
 def distances(x, y):
+    """Of each of x (n, D) from each of y (m, D): (n, m)."""
     return np.linalg.norm(x[:, None] - y[None], axis=2)
 
 
-def energy(x, y):
+def energy(xx, xy, yy):
     """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| without bias: 0 on average for equal distributions."""
-    n, m = len(x), len(y)
-    return 2 * distances(x, y).mean() - distances(x, x).sum() / (n * (n - 1)) - distances(y, y).sum() / (m * (m - 1))
+    n, m = xy.shape
+    return 2 * xy.mean() - xx.sum() / (n * (n - 1)) - yy.sum() / (m * (m - 1))
 
 
-def recall(x, y, k=5):
+def recall(xx, xy, k=5):
     """Share of the real y that lies within some x's distance to its k-th neighbour (arXiv 1904.06991, eq. 1-2)."""
-    radius = np.sort(distances(x, x), 1)[:, k]
-    return (distances(y, x) <= radius).any(1).mean()
+    radius = np.sort(xx, 1)[:, k]
+    return (xy <= radius[:, None]).any(0).mean()
 
 
-def vendi(x):
+def vendi(xx):
     """Effective number of distinct clips: the exponential of the entropy of a Gaussian kernel's spectrum (arXiv 2210.02410)."""
-    p = np.linalg.eigvalsh(np.exp(-distances(x, x) ** 2 / 2) / len(x)).clip(1e-12)
+    p = np.linalg.eigvalsh(np.exp(-xx**2 / 2) / len(xx)).clip(1e-12)
     return np.exp(-(p * np.log(p)).sum())
 
 
@@ -245,15 +247,16 @@ def paired(a, b, real, others, draws=200):
     flips = int(only_a + only_b)
     p = min(1.0, 2 * sum(comb(flips, i) for i in range(min(only_a, only_b) + 1)) / 2**flips)
     rng, (x, y, z) = stream(0, "val", 0), (some.features[:n] / unit for some in (a, b, others[0]))
-    gaps = {"energy": [], "recall": []}
+    pairs, gaps = [distances(*two) for two in ((x, x), (x, z), (y, y), (y, z), (z, z))], {"energy": [], "recall": []}
     for _ in range(draws):
         i = rng.integers(n, size=n)
-        gaps["energy"].append(energy(x[i], z[i]) - energy(y[i], z[i]))
-        gaps["recall"].append(recall(x[i], z[i]) - recall(y[i], z[i]))
+        xx, xz, yy, yz, zz = (d[np.ix_(i, i)] for d in pairs)
+        gaps["energy"].append(energy(xx, xz, zz) - energy(yy, yz, zz))
+        gaps["recall"].append(recall(xx, xz) - recall(yy, yz))
     intervals = {name: [round(float(q), 3) for q in np.quantile(gap, (0.025, 0.975))] for name, gap in gaps.items()}
     return {"only the first right": int(only_a), "only the second right": int(only_b), "McNemar p": round(float(p), 3)} | intervals
 
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
-    parallel.close()
+    parallel.leave()

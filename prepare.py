@@ -352,4 +352,4 @@ def spec_of(cfg, coder):
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
-    parallel.close()
+    parallel.leave()

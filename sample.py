@@ -145,4 +145,4 @@ def draw(net, noises, text, null, how):
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
-    parallel.close()
+    parallel.leave()

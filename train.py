@@ -16,6 +16,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -226,7 +227,7 @@ def main(cfg):
             forward = flops(config, micros[0].x0.shape[1:], micros[0].text.shape[1], metadata, cfg.dense_ends)
             tokens = math.prod(micros[0].x0.shape[2:]) // math.prod(config.patch)
             sparse = {} if metadata is None else {"sparsity": metadata.sparsity}
-            log(step + 1, **seen | {"lr": lr, "skipped": counts["skipped"]}, **sparse, samples_per_s=cfg.batch / seen["seconds"],
+            log(step + 1, epoch=data.epoch_of(step + 1), **seen | {"lr": lr, "skipped": counts["skipped"]}, **sparse, samples_per_s=cfg.batch / seen["seconds"],
                 tokens_per_s=cfg.batch * tokens / seen["seconds"],
                 **log.speed((2 if frozen else 3) * forward * cfg.batch / world.size / seen["seconds"], world.device, precision))
             clock = dict.fromkeys(clock, 0.0)
@@ -396,9 +397,8 @@ def validate(bind, data, cfg, world):
 @torch.no_grad()
 def sample(bind, data, cfg, world):
     """Latents (n, C, F, H, W), normalised, of fixed prompts and noise: captions of the dataset, held-out ones first."""
-    ids = (data.held_out + [i for i in range(data.count) if i not in set(data.held_out)])
-    shape = data.shape_of(ids[0])
-    ids = [i for i in ids if data.shape_of(i) == shape][:cfg.samples]
+    shape = data.shape_of(data.held_out[0] if data.held_out else 0)
+    ids = list(islice((int(i) for i in chain(data.held_out, data.train) if data.shape_of(i) == shape), cfg.samples))
     per_rank = math.ceil(len(ids) / world.data_size)            # equal, for ranks that share weights forward in step
     row, (net, _) = DEFAULTS[cfg.model], bind(shape)
     latents = torch.zeros(per_rank * world.data_size, *shape, device=world.device)
@@ -431,4 +431,4 @@ def show(latents, captions, step, data, cfg, world, log):
 
 if __name__ == "__main__":
     main(tyro.cli(Config))
-    parallel.close()
+    parallel.leave()

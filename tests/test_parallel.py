@@ -1,6 +1,8 @@
 """One spawn of four gloo ranks walks through every mesh and writes down what it got; tests compare it with one rank."""
 import os
 import socket
+import subprocess
+import sys
 import zlib
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -11,6 +13,7 @@ from torch import multiprocessing, nn
 
 import parallel
 from attention import attention, build_metadata
+from conftest import ROOT
 from model import LOCAL, DiT, ModelConfig, Seq, add_lora
 
 # Rows that nothing divides: ffn has 27; modulations have 1, so that some ranks hold none.
@@ -333,6 +336,12 @@ def test_five_shapes_compile_to_one_graph_each_for_all_blocks():
             with torch.no_grad():
                 net(*inputs)
         assert counted["unique_graphs"] - before == 10
+
+
+def test_a_run_leaves_with_what_it_printed_and_past_what_python_would_tidy_up():
+    code = "import atexit, parallel; parallel.init('cpu'); atexit.register(print, 'tidied'); print('done'); parallel.leave()"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "done\n")
 
 
 def test_one_fp32_process_is_left_unwrapped():

@@ -1,4 +1,5 @@
 """What a run would take: counted on meta tensors and held against real ones; and every recipe, down to its figures."""
+import gc
 import os
 import re
 import subprocess
@@ -40,9 +41,12 @@ def blank(remat=False, lora=False):
 
 def allocated(run):
     """Bytes that every allocation of run() takes, and every release gives back, by torch's profiler."""
+    gc.collect()            # an earlier test's net, tied in cycles, is not to be given back in between
+    gc.disable()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = run()        # what it returns lives until all is seen
     sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    gc.enable()
     del kept
     return sizes
 
