@@ -1,11 +1,11 @@
 """Distil a video diffusion transformer into a few-step student by distribution matching (DMD2, arXiv 2405.14867).
 
-    python distill.py --teacher=out/train                                         the built-in shapes, on a laptop
+    python distill.py --teacher=out/train                                       the built-in shapes, on a laptop
     torchrun --nproc_per_node=8 distill.py --teacher=PATH --model=wan-1.3b --data=DIR --shard=-1
 
-The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher, with
-guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's gradient.
-No discriminator, no real clips. The same command again resumes, exactly. Imports model, attention and every leaf.
+The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
+with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
+gradient. No discriminator, no real clips. The same command again resumes, exactly. Imports model and every leaf.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
@@ -33,8 +33,8 @@ from attention import attention, build_metadata
 from data import Latents, check_batch, normal, stratified, stream
 from log import Log, budget, room
 from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial
-from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, rollout, sample_t,
-                  to_x0, train_step, unfold)
+from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, rollout,
+                  sample_t, to_x0, train_step, unfold)
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Config:
 
     # the student's sampler
     student_steps: int = 4                                # K forwards per video
-    shift: float | None = None                            # of its times S(i / K); 4 steps at shift 5: 1 .9375 .8333 .625
+    shift: float | None = None                            # of its times S(i / K): 1 .9375 .8333 .625 at shift 5
     times: tuple[float, ...] = ()                         # the times themselves, descending from 1
-    start: Literal["noise", "data"] = "noise"             # rollouts start from pure noise, or from noised clips of the dataset
+    start: Literal["noise", "data"] = "noise"             # of a rollout: pure noise, or a noised clip of the dataset
 
     # what it learns from
-    guidance: float | None = None                         # the teacher's scale s of u + s (c - u); the student needs none
+    guidance: float | None = None                         # the teacher's s of u + s (c - u); the student needs none
     score_shift: float | None = None                      # shift of the times at which teacher and critic are asked
 
     # optimizers
@@ -66,7 +66,7 @@ class Config:
     student_lr: float | None = None                       # learning rate of the student
     critic_lr: float | None = None                        # learning rate of the critic
     ema: float | None = None                              # decay of the student's averaged weights, which are sampled
-    lora_rank: int = 0                                    # student and critic are adapters of the teacher, of that rank; 0 = whole nets
+    lora_rank: int = 0                                    # student and critic are adapters of that rank; 0 = nets
     lora_alpha: float | None = None                       # their scale is alpha / rank; None = rank
 
     # the student's sparse attention; teacher and critic are dense
@@ -77,7 +77,7 @@ class Config:
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
     precision: Literal["fp32", "bf16"] | None = None      # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
-    shard: int = 1                                        # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
+    shard: int = 1                                        # ranks that hold one copy of the parameters; -1 = all
     sp: int = 1                                           # ranks that share one sample's tokens
     compile: bool | None = None                           # compile each block; None = on cuda
     remat: bool = False                                   # recompute activations in backward, attention excepted
@@ -88,13 +88,13 @@ class Config:
     save_every: int | None = None                         # steps between checkpoints; 0 = only at the end
     keep: int = 3                                         # newest checkpoints that stay
     samples: int = 4                                      # prompts at each validation, each under 4 noises
-    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents are written as .npy
+    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
 
     # the run
     resume: str | None = None                             # checkpoint to go on from; None = the newest valid one in out
     allow: tuple[str, ...] = ()                           # flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # ranks, and GB of each if elsewhere: print what it takes, stop
+    dry_run: tuple[int, ...] = ()                         # ranks, and GB of each: print what it takes, and stop
 
 
 class Row(NamedTuple):
@@ -114,14 +114,15 @@ class Row(NamedTuple):
     clip: float             # largest global gradient norm, of each net; 0 = any
 
 
-DEFAULTS = {  #         steps  batch  student_lr  critic_lr   ema  shift  score_shift  guidance  log  val  save  decay  clip
-    "tiny":       Row(    500,    16,       3e-4,      1e-3, 0.95,   5.0,         4.0,     1.25,   1, 250,  250,  0.00, 10.0),
-    "wan-1.3b":   Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
-    "wan2.2-5b":  Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
-    "wan-14b":    Row(   3000,    64,       2e-6,      4e-7, 0.99,   5.0,         5.0,      4.0,   1, 100,  100,  0.01, 10.0),
+DEFAULTS = {  #      steps batch student_lr critic_lr   ema shift score_shift guidance log  val save decay  clip
+    "tiny":      Row(  500,   16,      3e-4,     1e-3, 0.95,  5.0,        4.0,    1.25,  1, 250, 250, 0.00, 10.0),
+    "wan-1.3b":  Row( 3000,   64,      2e-6,     4e-7, 0.99,  5.0,        5.0,    4.0,   1, 100, 100, 0.01, 10.0),
+    "wan2.2-5b": Row( 3000,   64,      2e-6,     4e-7, 0.99,  5.0,        5.0,    4.0,   1, 100, 100, 0.01, 10.0),
+    "wan-14b":   Row( 3000,   64,      2e-6,     4e-7, 0.99,  5.0,        5.0,    4.0,   1, 100, 100, 0.01, 10.0),
 }
-FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
-        "device", "compile", "remat", "samples", "vae", "dry_run"}     # flags that may change on resume: they do not alter the run
+# flags that may change on resume: they do not alter the run
+FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
+        "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 SKIPS = 20      # updates of a net skipped in a row, for gradients that are not finite, after which a run has failed
 SEEDS = 4       # noises per prompt at validation, to see how far the clips of one prompt differ
 
@@ -161,11 +162,11 @@ def main(cfg):
         say = print if main_rank else lambda *_: None
         base = ckpt.base_of(cfg.teacher, source)
         found, saved = find(cfg, data, base, agree, say, world)
-        codec.load(how["codec"], vae=main_rank and cfg.vae or None)      # what does not fit is not left to the first validation
+        codec.load(how["codec"], vae=main_rank and cfg.vae or None)     # to fail here, not at a validation
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         if saved and saved["step"] >= cfg.steps:
-            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= adds, --out= starts another")
 
     # three nets of one make, all starting as the teacher; with LoRA one net, of which student and critic are adapters
     adapters = ("student", "critic") if cfg.lora_rank else ()
@@ -179,13 +180,15 @@ def main(cfg):
         new = {name: rows.pop(name) for name in slots if ".lora." in name}
         with door():
             ckpt.fill(rows, source)
-        ckpt.fill(new, lambda name, shape, first, last: initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last])
+        ckpt.fill(new, lambda name, shape, first, last:
+                  initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last])
         return net
 
     def learner(role, lr):
         net = teacher if adapters else build(trainable=True)
         rows = {name: r for name, r in parallel.local_rows(net).items() if not adapters or f".lora.{role}." in name}
-        return Trained(partial(net, lora=role if adapters else None), rows, *adamw(rows, (0.0, 0.999), row.weight_decay), lr,
+        opt, opt_rows = adamw(rows, (0.0, 0.999), row.weight_decay)
+        return Trained(partial(net, lora=role if adapters else None), rows, opt, opt_rows, lr,
                        parallel.sync(net), partial(parallel.grad_norm, net, rows, world))
 
     teacher = build(trainable=bool(adapters))
@@ -194,7 +197,8 @@ def main(cfg):
     params = [p for p, _, _ in student.rows.values()]
     ema = [p.clone() for p in params]
     state = ({f"net.{n}": r for n, r in student.rows.items()} | {f"opt.{n}": r for n, r in student.state.items()}
-             | {f"critic.{n}": r for n, r in critic.rows.items()} | {f"critic_opt.{n}": r for n, r in critic.state.items()}
+             | {f"critic.{n}": r for n, r in critic.rows.items()}
+             | {f"critic_opt.{n}": r for n, r in critic.state.items()}
              | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, student.rows.items())}
              | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
     start, run_id = 0, None
@@ -203,7 +207,6 @@ def main(cfg):
         ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
         start, counts, run_id = saved["step"], saved["meta"]["counts"], saved["meta"]["wandb"]
 
-    say(f"{'resumed from ' + str(found) if found else cfg.out}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items() if v not in (None, ()))}")
     log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
     meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "wandb": log.run_id,
             "counts": counts, "sampling": how}
@@ -226,13 +229,13 @@ def main(cfg):
         if step > start and (last or stopping or due(step, cfg.save_every)):
             ckpt.save(cfg.out, step, state, meta, rank=world.rank, world=world.size, agree=agree, keep=cfg.keep)
         if last or stopping:
-            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}" + ("" if last else "; the same command goes on"))
+            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}{'' if last else '; the same command goes on'}")
             break
 
         # the student now and then; the critic always, on what the student has become
         began, seen = time.perf_counter(), {}
         for role in who(step, cfg.student_every):
-            me, exit = learners[role], counts[role] % len(cfg.times)    # the exit is the same on all ranks, each as often
+            me, exit = learners[role], counts[role] % len(cfg.times)    # the same exit on all ranks, each as often
             waiting = time.perf_counter()
             micros = draws(role, step)
             clock["data_wait"] += time.perf_counter() - waiting
@@ -242,7 +245,7 @@ def main(cfg):
                 counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
                 log.say(f"step {step}: the {role}'s gradient norm is {measured['grad_norm']:.3g}, update skipped")
                 if counts["in_a_row"] == SKIPS:
-                    raise RuntimeError(f"{SKIPS} updates in a row were not finite; the last good checkpoint is in {cfg.out}/ckpt")
+                    raise RuntimeError(f"{SKIPS} updates in a row were not finite; {cfg.out}/ckpt has the last good one")
             else:
                 counts[role], counts["in_a_row"] = counts[role] + 1, 0
                 if role == "student":
@@ -268,7 +271,7 @@ def who(step, student_every):
 
 
 class Ahead:
-    """draws(role, step) -> [Draw], made by a thread while the update before it runs; stride: steps between a role's updates."""
+    """draws(role, step) -> [Draw], made by a thread while the update before runs; stride: steps between a role's."""
 
     def __init__(self, draw, stride):
         self.draw, self.stride, self.thread, self.next = draw, stride, ThreadPoolExecutor(1), {}
@@ -280,7 +283,7 @@ class Ahead:
 
 
 def draw(data, cfg, role, step):
-    """This rank's draws for one update -> [Draw], a pure function of role, step and each sample's slot in the global batch."""
+    """This rank's draws for one update -> [Draw], a pure function of role, step and each sample's slot in the batch."""
     sizes = np.array([len(ids) for ids in data.buckets])
     bucket = int(stream(cfg.seed, f"{role}_prompt", step, cfg.batch).choice(len(sizes), p=sizes / sizes.sum()))
     ids, shape, K = data.buckets[bucket], data.shapes[bucket], len(cfg.times)
@@ -303,7 +306,7 @@ def draw(data, cfg, role, step):
 
 
 def loss_of(role, exit, nets, micro, cfg, device):
-    """The student's or the critic's loss of one micro-batch: the student's clips from its sampler's step number `exit`."""
+    """The student's or the critic's loss of one micro-batch, on the student's x0 at its sampler's step `exit`."""
     text, null, z, e, u, *noises = (x.to(device, non_blocking=True) for x in (*micro[:5], *micro.noises))
     student, critic, teacher = nets(z.shape)
     t = sample_t(u, "uniform", cfg.score_shift, (0.02, 0.98))
@@ -321,8 +324,8 @@ def loss_of(role, exit, nets, micro, cfg, device):
 def cost(role, exit, nets, micro, cfg):
     """FLOPs of one sample's part in an update, by what the nets need, without recompute."""
     student, critic, _ = nets(micro.z.shape)
-    sparse, dense = (flops(MODELS[cfg.model], micro.z.shape[1:], micro.text.shape[1], net.keywords["metadata"], net.keywords["dense_ends"])
-                     for net in (student, critic))
+    forward = partial(flops, MODELS[cfg.model], micro.z.shape[1:], micro.text.shape[1])
+    sparse, dense = (forward(net.keywords["metadata"], net.keywords["dense_ends"]) for net in (student, critic))
     rolled = exit if cfg.start == "noise" else 0        # forwards before the one at the exit
     learning = 2 if cfg.lora_rank else 3                # a forward and its backward, in forwards
     if role == "critic":
@@ -331,7 +334,10 @@ def cost(role, exit, nets, micro, cfg):
 
 
 def binder(student, critic, teacher, cfg, world):
-    """-> nets(shape) -> the three as the losses see them, net(x_t, t, text), for latents (…, F, H, W): the student may be sparse."""
+    """-> nets(shape) -> the three as the losses see them, net(x_t, t, text), for latents (…, F, H, W).
+
+    The student may be sparse; critic and teacher are dense.
+    """
     @cache
     def sequence(length):
         return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
@@ -340,8 +346,8 @@ def binder(student, critic, teacher, cfg, world):
         tokens = tuple(n // p for n, p in zip(shape[-3:], MODELS[cfg.model].patch))
         metadata = cfg.window and build_metadata(tokens, cfg.tile, cfg.window, device=world.device)
         seq = sequence(math.prod(tokens))
-        dense = dict(metadata=None, dense_ends=0, seq=seq)
-        return (partial(student, metadata=metadata, dense_ends=cfg.dense_ends, seq=seq), partial(critic, **dense), partial(teacher, **dense))
+        return (partial(student, metadata=metadata, dense_ends=cfg.dense_ends, seq=seq),
+                *(partial(net, metadata=None, dense_ends=0, seq=seq) for net in (critic, teacher)))
 
     return nets
 
@@ -388,13 +394,13 @@ def resolve(cfg):
     cfg = replace(cfg, **{name: row[name] for name in row.keys() & asdict(cfg).keys()} | given)
     cfg = replace(cfg, times=cfg.times or tuple(grid(cfg.student_steps, cfg.shift)))
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
-        raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, which is noise, and descend, all above 0")
+        raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, noise, and descend, all above 0")
     if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
-        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, and perhaps GB of each")
+        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, log_every=1, val_every=0, save_every=0, keep=1,
-                          samples=0, dense_ends=0, lora_rank=0).items():
+    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, log_every=1, val_every=0, save_every=0,
+                          keep=1, samples=0, dense_ends=0, lora_rank=0).items():
         if asdict(cfg)[name] < low:
             raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
     if cfg.window is None and cfg.dense_ends:
@@ -414,14 +420,17 @@ def fit(cfg, data, source):
                          f"--model={cfg.model} takes {config.channels} and {config.text_dim}")
     how = source.manifest["meta"]["sampling"] if source.manifest else made | {"steps": 50, "shift": cfg.shift}
     if how["text"]["length"] != made["text"]["length"]:
-        raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, {cfg.teacher} was trained with {how['text']['length']}")
+        raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, "
+                         f"{cfg.teacher} was trained with {how['text']['length']}")
     if cfg.start == "data" and (not made["mean"] or (how["mean"], how["std"]) != (made["mean"], made["std"])):
-        raise ValueError(f"--start=data: {cfg.data} has no latents, or normalises them otherwise than {cfg.teacher}'s dataset did")
-    mean, std = (how[name] or made["codec"].get(name) for name in ("mean", "std"))      # prompts alone: Wan's VAE knows them
+        raise ValueError(f"--start=data: {cfg.data} has no latents, or normalises them otherwise than "
+                         f"{cfg.teacher}'s dataset did")
+    mean, std = (how[name] or made["codec"].get(name) for name in ("mean", "std"))  # of prompts alone: the VAE's own
     if not mean:
-        raise ValueError(f"{cfg.data} holds prompts alone, and {cfg.teacher} does not say how its latents are normalised")
-    return {"model": cfg.model, "codec": how["codec"], "mean": mean, "std": std, "fps": how["fps"], "shapes": data.shapes,
-            "text": how["text"], "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
+        raise ValueError(f"{cfg.data} holds prompts alone, and {cfg.teacher} does not say how to normalise its latents")
+    return {"model": cfg.model, "codec": how["codec"], "mean": mean, "std": std, "fps": how["fps"],
+            "shapes": data.shapes, "text": how["text"],
+            "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
             "sampler": "rollout", "times": cfg.times, "shift": cfg.shift, "guidance": 1.0}, (how["steps"], how["shift"])
 
 
@@ -493,7 +502,10 @@ def due(step, every):
 
 @torch.no_grad()
 def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
-    """Few-step clips of fixed prompts beside the teacher's (goal, made once), and what critic and guided teacher make of them -> goal."""
+    """Shows few-step clips of fixed prompts beside the teacher's (goal, made once) -> goal.
+
+    Also what critic and guided teacher make of them half in noise: the two x0 whose difference the student follows.
+    """
     def few_steps(z, text, null, noises):
         student, _, _ = nets(z.shape)
         return rollout(student, z, text, cfg.times, noises, len(cfg.times) - 1)
@@ -506,7 +518,6 @@ def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
     goal = clips(many_steps, data, cfg, world)[0] if goal is None else goal
     log(step, **likeness(drawn, goal))
 
-    # inside: the two x0 whose difference the student follows, of its clips half in noise
     x0 = drawn[::SEEDS]
     _, critic, teacher = nets(x0.shape)
     e = torch.stack([normal(stream(cfg.seed, "val", 0, i), x0.shape[1:]) for i in range(len(x0))]).to(x0)
@@ -521,9 +532,9 @@ def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
 
 @torch.no_grad()
 def clips(sampler, data, cfg, world):
-    """Latents (n, C, F, H, W), normalised, of fixed prompts under SEEDS noises each, the prompts' text, and their captions.
+    """Latents (n, C, F, H, W), normalised, of fixed prompts under SEEDS noises each; the prompts' text; their captions.
 
-    sampler(z, text, null, noises) -> x0. Data ranks sample a part each, equally many: those that share weights stay in step.
+    sampler(z, text, null, noises) -> x0. Data ranks sample a part each, equally many: that keeps sharded ranks in step.
     """
     shape = data.shape_of(0)
     ids = list(islice((i for i in range(data.count) if data.shape_of(i) == shape), cfg.samples))
@@ -548,7 +559,8 @@ def likeness(student, teacher):
     def motion(x):
         return x.diff(dim=2).abs().mean()
 
-    return {f"val_{name}": of(student) / of(teacher) for name, of in dict(diversity=diversity, motion=motion, std=torch.std).items()}
+    figures = dict(diversity=diversity, motion=motion, std=torch.std)
+    return {f"val_{name}": of(student) / of(teacher) for name, of in figures.items()}
 
 
 def show(step, kind, rows, captions, how, cfg, log, device):

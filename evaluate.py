@@ -1,7 +1,7 @@
 """How well are the captions followed, and how much of the data's variety is left? Measured on the built-in shapes.
 
     python evaluate.py --ckpt=out/train --guidance 1 2                a trained model at two guidance scales
-    python evaluate.py --ckpt=out/distill --teacher=out/train         a student, its teacher, and the teacher in its sampler
+    python evaluate.py --ckpt=out/distill --teacher=out/train         a student, its teacher, that in its sampler
 
 Every system draws the same captions from the same noise, next to real clips through the codec (the ceiling) and to real
 clips under another's caption (chance). Accuracy is read back from pixels by shapes.judge; the rest compares features of
@@ -35,6 +35,7 @@ from step import euler, grid, rollout
 
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
+NEAREST = 5             # recall: a clip reaches as far as its 5th neighbour
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Config:
     seed: int = 0                                         # of noise and real clips
     batch: int = 50                                       # clips sampled at once
     device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
-    out: str | None = None                                # JSON of all figures; None = evaluate.json beside the checkpoints
+    out: str | None = None                                # JSON of all figures; None = evaluate.json in the run
 
 
 def main(cfg):
@@ -58,10 +59,11 @@ def main(cfg):
         world = parallel.init(cfg.device)
         student, teacher = load(cfg.ckpt), cfg.teacher and load(cfg.teacher)
         how = student.manifest["meta"]["sampling"]
-        if cfg.n < 2 or cfg.batch < 1 or how["codec"]["name"] != "dct":
-            raise ValueError(f"--n={cfg.n} --batch={cfg.batch}, codec {how['codec']['name']}: the judge reads 2 or more clips of "
-                             "the built-in shapes, made by the dct codec")
-        systems = [(name, saved, ckpt.model_of(saved, cfg.weights), how) for name, saved, how in plan(student, teacher, cfg)]
+        if cfg.n <= NEAREST or cfg.batch < 1 or how["codec"]["name"] != "dct":
+            raise ValueError(f"--n={cfg.n} --batch={cfg.batch}, codec {how['codec']['name']}: the judge reads more "
+                             f"than {NEAREST} clips of the built-in shapes, made by the dct codec")
+        systems = [(name, saved, ckpt.model_of(saved, cfg.weights), how)
+                   for name, saved, how in plan(student, teacher, cfg)]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(cfg.n)]
@@ -81,11 +83,13 @@ def main(cfg):
     print(f"{cfg.n} clips each" + " " * 17 + "".join(f"{name:>11}" for name in names))
     for system, row in table.items():
         print(f"{system:<28}" + "".join(f"{row[name]:11.3f}" for name in names))
-    pairs = {f"{a} against {b}": paired(clips[a], clips[b], real, others) for a in list(clips)[:1] for b in list(clips)[1:]}
+    first, *rest = clips
+    pairs = {f"{first} against {name}": paired(clips[first], clips[name], real, others) for name in rest}
     for pair, seen in pairs.items():
         print(f"{pair}: {seen}")
     out = Path(cfg.out) if cfg.out else folder(cfg.ckpt) / "evaluate.json"
-    out.write_text(json.dumps({"flags": asdict(cfg), "step": student.manifest["step"], "table": table, "paired": pairs}, indent=1) + "\n")
+    told = {"flags": asdict(cfg), "step": student.manifest["step"], "table": table, "paired": pairs}
+    out.write_text(json.dumps(told, indent=1) + "\n")
     print(f"written to {out}")
 
 
@@ -120,7 +124,8 @@ def plan(student, teacher, cfg):
         if teacher:
             own = teacher.manifest["meta"]["sampling"]
             systems += [(f"teacher, {own['steps']} steps, s={own['guidance']:g}", teacher, own),
-                        (f"teacher, {few}, undistilled", teacher, how | {name: own[name] for name in ("window", "dense_ends")})]
+                        (f"teacher, {few}, undistilled", teacher,
+                         how | {name: own[name] for name in ("window", "dense_ends")})]
         return systems
     if teacher:
         raise ValueError(f"{cfg.ckpt} is no distilled student, so --teacher={cfg.teacher} is not its teacher")
@@ -142,12 +147,13 @@ def real_clips(coder, how, captions, seed, i):
     """The i-th set of clips of these captions, from seeds that no dataset has -> normalised latents."""
     (_, F, H, W), (f, h, w) = how["shapes"][0], coder.stride
     mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
-    return torch.stack([(coder.encode(clip(stream(seed, "val", i, slot), (H * h, W * w), (F - 1) * f + 1, caption)[0]) - mean) / std
-                        for slot, caption in enumerate(captions)])
+    size, frames = (H * h, W * w), (F - 1) * f + 1
+    videos = (clip(stream(seed, "val", i, slot), size, frames, caption)[0] for slot, caption in enumerate(captions))
+    return torch.stack([(coder.encode(video) - mean) / std for video in videos])
 
 
 def sampled(saved, source, how, coder, captions, cfg, world):
-    """What a checkpoint shows for these captions, clip i from the noise i of all systems -> normalised latents, kept on disk."""
+    """What a checkpoint shows for these captions, clip i from noise i -> normalised latents, which are kept on disk."""
     key = zlib.crc32(json.dumps([how, saved.manifest["crc32"], cfg.weights, captions, cfg.seed]).encode())
     file = Path(saved.origin).parent.parent / "evaluate" / f"{key:08x}.npy"
     if file.exists():
@@ -164,8 +170,8 @@ def sampled(saved, source, how, coder, captions, cfg, world):
     net = partial(net, metadata=metadata, dense_ends=how["dense_ends"])
     latents = []
     for places in tqdm(torch.arange(len(captions)).split(cfg.batch), desc="sampling", leave=False, disable=None):
-        noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()]).to(world.device)
-                  for k in range(len(how.get("times", "1")))]
+        noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()])
+                  .to(world.device) for k in range(len(how.get("times", "1")))]
         words, null = text[places].to(world.device), saved.tensor("null").to(world.device).expand(len(places), -1, -1)
         with torch.no_grad():
             if "times" in how:
@@ -183,7 +189,8 @@ def measure(latents, coder, how, captions, n):
     mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
     videos = [coder.decode(z * std + mean) for z in latents]
     seen = [judge(video) for video in videos[:n]]
-    return Clips(latents, seen, np.array([verdict(s, c) for s, c in zip(seen, captions)]), np.array([features(v) for v in videos]))
+    right = [verdict(s, c) for s, c in zip(seen, captions)]
+    return Clips(latents, seen, np.array(right), np.array([features(video) for video in videos]))
 
 
 def verdict(seen, caption):
@@ -204,7 +211,8 @@ def figures(clips, real, others):
             "direction": clips.right[:, 2].mean(), "energy": np.mean([energy(xx, xy, yy) for xy, yy in pairs]),
             "recall": np.mean([recall(xx, xy) for xy, _ in pairs]), "vendi": vendi(xx),
             "diversity": spread(clips.features[n:] / unit) / spread(real.features[n:] / unit),
-            "std": (clips.latents.std() / real.latents.std()).item(), "motion": motion(clips.latents) / motion(real.latents)}
+            "std": (clips.latents.std() / real.latents.std()).item(),
+            "motion": motion(clips.latents) / motion(real.latents)}
 
 
 def distances(x, y):
@@ -218,14 +226,14 @@ def energy(xx, xy, yy):
     return 2 * xy.mean() - xx.sum() / (n * (n - 1)) - yy.sum() / (m * (m - 1))
 
 
-def recall(xx, xy, k=5):
+def recall(xx, xy, k=NEAREST):
     """Share of the real y that lies within some x's distance to its k-th neighbour (arXiv 1904.06991, eq. 1-2)."""
     radius = np.sort(xx, 1)[:, k]
     return (xy <= radius[:, None]).any(0).mean()
 
 
 def vendi(xx):
-    """Effective number of distinct clips: the exponential of the entropy of a Gaussian kernel's spectrum (arXiv 2210.02410)."""
+    """Effective number of distinct clips: exp of the entropy of a Gaussian kernel's spectrum (arXiv 2210.02410)."""
     p = np.linalg.eigvalsh(np.exp(-xx**2 / 2) / len(xx)).clip(1e-12)
     return np.exp(-(p * np.log(p)).sum())
 
@@ -241,7 +249,7 @@ def motion(latents):
 
 
 def paired(a, b, real, others, draws=200):
-    """a against b on the same captions and noises: McNemar's exact p for joint accuracy, 95 % bootstrap intervals of a - b."""
+    """a against b on the same captions and noises: McNemar's exact p of joint, 95 % bootstrap intervals of a - b."""
     n, unit = len(a.right), real.features.std(0)
     only_a, only_b = (a.right.all(1) & ~b.right.all(1)).sum(), (b.right.all(1) & ~a.right.all(1)).sum()
     flips = int(only_a + only_b)
@@ -254,7 +262,8 @@ def paired(a, b, real, others, draws=200):
         gaps["energy"].append(energy(xx, xz, zz) - energy(yy, yz, zz))
         gaps["recall"].append(recall(xx, xz) - recall(yy, yz))
     intervals = {name: [round(float(q), 3) for q in np.quantile(gap, (0.025, 0.975))] for name, gap in gaps.items()}
-    return {"only the first right": int(only_a), "only the second right": int(only_b), "McNemar p": round(float(p), 3)} | intervals
+    return intervals | {"only the first right": int(only_a), "only the second right": int(only_b),
+                        "McNemar p": round(float(p), 3)}
 
 
 if __name__ == "__main__":

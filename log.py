@@ -58,6 +58,8 @@ class Log:
         if sys.stdout.isatty() and sys.stderr.isatty() and os.get_terminal_size().columns:
             form = "{n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
             self.bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
+        given = ", ".join(f"{name} {value}" for name, value in config.items() if value not in (None, ()))
+        self.say(f"{out}{f', on from step {step}' if step else ''}: {given}")
         self.began = self.drawn = time.monotonic()
         self.cost = 0.0     # seconds that the last curves took
 

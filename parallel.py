@@ -82,7 +82,8 @@ def imagine(size, shard=1, sp=1):
     choices = [n for n in range(1, size + 1) if size % n == 0]
     for flag, n, also in (("shard", shard, " or -1 (all)"), ("sp", sp, "")):
         if n not in choices and not (flag == "shard" and n == -1):
-            raise ValueError(f"--{flag}={n} does not divide {size} processes: choose {', '.join(map(str, choices))}{also}")
+            choices = ", ".join(map(str, choices))
+            raise ValueError(f"--{flag}={n} does not divide {size} processes: choose {choices}{also}")
     return World(0, size, torch.device("meta"), torch.arange(size).view(-1, size if shard == -1 else shard), sp, None)
 
 
@@ -153,9 +154,11 @@ def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
         fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for module, policy in [*((m, fp32) for m in net.islands()), *((m, mixed) for m in net.blocks), (net, mixed)]:
-            fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=world.mesh.size(1) > 1, ignored_params=plain)
+            fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=plain,
+                        reshard_after_forward=world.mesh.size(1) > 1)
         net.register_forward_hook(reshard_after_inference)
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # a Linear's 3-D output; never written to
+        # a Linear's 3-D output, which is never written to
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     return net.to_empty(device=world.device)
 
 
@@ -266,7 +269,8 @@ def mean(values, world):
     if world.size > 1:
         dist.all_reduce(numbers)
     means = (numbers / world.size).split([part.numel() for part in parts])
-    return {name: m.view(v.shape).to(v) if torch.is_tensor(v) else m.item() for (name, v), m in zip(values.items(), means)}
+    return {name: m.view(v.shape).to(v) if torch.is_tensor(v) else m.item()
+            for (name, v), m in zip(values.items(), means)}
 
 
 def agree(ok, world):

@@ -120,7 +120,8 @@ def main(cfg):
         size = sum(file["size"] for file in manifest["files"].values())
         say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB" + f"; {skipped} {kind} skipped, named above" * (skipped > 0))
         if fidelity:
-            say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, the first {len(fidelity)} clips' median")
+            say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, "
+                f"the first {len(fidelity)} clips' median")
     parallel.agree(True, world)
 
 

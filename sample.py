@@ -34,7 +34,7 @@ class Config:
     weights: Literal["ema", "net"] = "ema"                # averaged weights, or those of the last update
     prompts: tuple[str, ...] = ()                         # what to show, each in quotes
     file: str | None = None                               # more prompts, one per line
-    negative: str | None = None                           # what guidance leads away from; None = the null text of training
+    negative: str | None = None                           # what guidance leads away from; None = training's null
     n: int = 1                                            # videos per prompt
     out: str = "out/samples"                              # folder of the videos
     seed: int = 0                                         # of the noise; video i has the same noise in every run
@@ -47,7 +47,7 @@ class Config:
     batch: int = 8                                        # videos sampled at once
     device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
     precision: Literal["fp32", "bf16"] | None = None      # None = bf16 on cuda, fp32 on cpu
-    vae: str | None = None                                # folder or hub id of the Wan VAE, for a checkpoint of such latents
+    vae: str | None = None                                # folder or hub id of the Wan VAE, for latents of it
     text: str | None = None                               # the same of the UMT5 text encoder
 
 
@@ -57,7 +57,8 @@ def main(cfg):
         prompts = list(cfg.prompts) + (Path(cfg.file).read_text().splitlines() if cfg.file else [])
         prompts = [p for p in prompts if p.strip()]
         if not prompts or min(cfg.n, cfg.batch) < 1:
-            raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: give --prompts \"…\" or --file, and 1 or more")
+            raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: give --prompts \"…\" or --file, "
+                             "and 1 or more of each")
         saved = ckpt.stored(ckpt.latest(cfg.ckpt) or cfg.ckpt)
         how = sampling(saved.manifest["meta"]["sampling"], cfg)
         coder = codec.load(how["codec"], vae=cfg.vae, text=cfg.text, device=world.device)
@@ -81,8 +82,8 @@ def main(cfg):
     videos, captions = [], [prompt for prompt in prompts for _ in range(cfg.n)]
     for places in tqdm(torch.arange(len(captions)).split(cfg.batch), unit="batch", disable=None):
         some = text[places // cfg.n].to(world.device)
-        noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()]).to(world.device)
-                  for k in range(len(how.get("times", ())) or 1)]
+        noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()])
+                  .to(world.device) for k in range(len(how.get("times", "1")))]
         with torch.no_grad():
             x0 = draw(net, noises, some, null.to(world.device).expand_as(some), how)
         for i, z in zip(places.tolist(), x0.cpu() * std + mean):
@@ -104,10 +105,12 @@ def door():
 
 
 def sampling(how, cfg):
-    """The checkpoint's sampling block with what the flags change; a distilled student keeps the times it was trained for."""
-    given = {name: value for name, value in dict(steps=cfg.steps, guidance=cfg.guidance, shift=cfg.shift).items() if value is not None}
+    """The checkpoint's sampling block with what the flags change; a student keeps the times it was trained for."""
+    given = dict(steps=cfg.steps, guidance=cfg.guidance, shift=cfg.shift)
+    given = {name: value for name, value in given.items() if value is not None}
     if "times" in how and given:
-        raise ValueError(f"{cfg.ckpt} is a student distilled for times {how['times']} without guidance: {', '.join(given)} cannot be chosen")
+        raise ValueError(f"{cfg.ckpt} is a student distilled for times {how['times']} without guidance: "
+                         f"{', '.join(given)} cannot be chosen")
     if cfg.negative and how["guidance"] == 1:
         raise ValueError("--negative does nothing without guidance")
     return how | given
@@ -132,7 +135,8 @@ def latent_shape(coder, how, cfg):
     f, h, w = cfg.size
     steps = [s * p for s, p in zip(strides, patch)]
     if (f - 1) % strides[0] or h % steps[1] or w % steps[2] or min(cfg.size) < 1:
-        raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, height of {steps[1]}, width of {steps[2]}")
+        raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, height of {steps[1]}, "
+                         f"width of {steps[2]}")
     return (coder.spec["channels"], (f - 1) // strides[0] + 1, h // strides[1], w // strides[2])
 
 

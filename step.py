@@ -67,7 +67,7 @@ def guided(net, x_t, t, text, null, scale):
 
 
 def grid(steps, shift):
-    """K descending times S(i / K), i = K .. 1, from 1 towards 0; the sampler's last step lands on 0, which is not listed."""
+    """K descending times S(i / K), i = K .. 1, from 1 on; the sampler's last step lands on 0, which is not listed."""
     return [shifted(i / steps, shift) for i in range(steps, 0, -1)]
 
 
@@ -102,7 +102,7 @@ def rollout(net, z, text, times, noises, exit):
 
 
 def by_t(values, t):
-    """values (B,) summed and counted per fifth of t (B,): (2, BINS), which stays right under averaging; `unfold` divides."""
+    """values (B,) summed and counted per fifth of t (B,): (2, BINS), right under averaging too; `unfold` divides."""
     t = t if t.ndim == 1 else t.mean(1)
     bins = (t * BINS).long().clamp(max=BINS - 1)
     sums = torch.stack([values.detach().float(), torch.ones_like(values, dtype=torch.float32)])
@@ -191,11 +191,13 @@ def adamw(rows, betas, weight_decay):
     can be read into it. Norms, biases and modulations are not decayed (arXiv 1711.05101 decays all; DiTs do not).
     """
     decayed = {n: len(shape) >= 2 and not n.endswith("modulation") for n, (_, _, shape) in rows.items()}
-    groups = [{"params": [rows[n][0] for n in rows if decayed[n] == d], "weight_decay": weight_decay * d} for d in (True, False)]
+    groups = [{"params": [rows[n][0] for n in rows if decayed[n] == d], "weight_decay": weight_decay * d}
+              for d in (True, False)]
     opt = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=True)
     state = {}
     for name, (p, first, shape) in rows.items():
-        s = opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        s = opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p)}
         state |= {f"{name}.step": (s["step"], 0, ()), f"{name}.exp_avg": (s["exp_avg"], first, shape),
                   f"{name}.exp_avg_sq": (s["exp_avg_sq"], first, shape)}
     return opt, state

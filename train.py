@@ -1,6 +1,6 @@
 """Train a Wan-class video diffusion transformer by flow matching, from a folder of latents.
 
-    python prepare.py && python train.py                                          the built-in moving shapes, on a laptop
+    python prepare.py && python train.py                                        the built-in moving shapes, on a laptop
     torchrun --nproc_per_node=8 train.py --model=wan-1.3b --data=DIR --init=PATH --shard=-1
 
 The same command again resumes, exactly. Reads top to bottom: flags, setup, the loop, validation.
@@ -36,13 +36,13 @@ from step import (BINS, adamw, ema_update, ema_weights, euler, flow_loss, grid, 
 
 @dataclass(frozen=True)
 class Config:
-    """Train a video diffusion transformer. A flag whose default is None takes the value of the model's row in DEFAULTS."""
+    """Train a video diffusion transformer. A flag whose default is None takes the model's value in DEFAULTS."""
 
     # what
     model: Literal[tuple(MODELS)] = "tiny"                # size, a row of model.MODELS
     data: str = "data/shapes"                             # folder that prepare.py wrote
     out: str = "out/train"                                # the run's folder: log, curves, samples, checkpoints
-    init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run of ours; None = random
+    init: str | None = None                               # weights of Wan, diffusers, ComfyUI or ours; None = random
     seed: int = 0                                         # of every random number of the run
 
     # optimizer
@@ -53,8 +53,8 @@ class Config:
     warmup: int | None = None                             # updates of linear warm-up
     schedule: Literal["constant", "cosine", "linear"] | None = None  # of the learning rate after the warm-up
     decay_steps: int | None = None                        # updates until the schedule reaches 0; None = steps
-    ema: float | None = None                              # decay of the averaged weights, which are validated and sampled
-    lora_rank: int = 0                                    # train adapters of that rank, of --init's blocks alone; 0 = all weights
+    ema: float | None = None                              # decay of the averaged weights, those that are sampled
+    lora_rank: int = 0                                    # train adapters of that rank of --init's blocks; 0 = all
     lora_alpha: float | None = None                       # their scale is alpha / rank; None = rank
 
     # objective
@@ -65,34 +65,34 @@ class Config:
     # sparse attention
     window: tuple[int, int, int] | None = None            # tiles seen along frames, rows, columns; None = dense
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens per tile
-    window_steps: int = 0                                 # updates over which the window shrinks from dense; 0 = at once
+    window_steps: int = 0                                 # updates in which it shrinks from dense; 0 = at once
     dense_ends: int = 0                                   # first and last blocks that stay dense
 
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
     precision: Literal["fp32", "bf16"] | None = None      # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
-    shard: int = 1                                        # ranks that hold one copy of the parameters; 1 = data parallel, -1 = all
+    shard: int = 1                                        # ranks that hold one copy of the parameters; -1 = all
     sp: int = 1                                           # ranks that share one sample's tokens
     compile: bool | None = None                           # compile each block; None = on cuda
     remat: bool = False                                   # recompute activations in backward, attention excepted
 
     # now and then
     log_every: int = 10                                   # updates per line of log.jsonl; 0 = none
-    val_every: int | None = None                          # updates between validations, with videos; 0 = only at the end
-    save_every: int | None = None                         # updates between checkpoints; 0 = only at the end
+    val_every: int | None = None                          # updates between validations, with videos; 0 = at the end
+    save_every: int | None = None                         # updates between checkpoints; 0 = at the end
     keep: int = 3                                         # newest checkpoints that stay
 
     # validation
     val: int = 16                                         # samples held out, at most 5 % of the dataset
     samples: int = 8                                      # videos sampled at each validation
     guidance: float | None = None                         # scale s of u + s (c - u); 1 = none
-    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents are written as .npy
+    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
 
     # the run
     resume: str | None = None                             # checkpoint to go on from; None = the newest valid one in out
     allow: tuple[str, ...] = ()                           # flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # ranks, and GB of each if elsewhere: print what it takes, stop
+    dry_run: tuple[int, ...] = ()                         # ranks, and GB of each: print what it takes, and stop
 
 
 class Row(NamedTuple):
@@ -114,14 +114,15 @@ class Row(NamedTuple):
     sample_shift: float     # of their time grid
 
 
-DEFAULTS = {  #         steps  batch    lr  warmup    schedule    ema  shift  guidance   val  save  beta2  decay  clip  sample
-    "tiny":       Row(   5500,    16, 8e-3,    100,   "cosine", 0.995,   2.0,      2.0, 1500, 1500,  0.99,  0.01,  1.0, 50, 1.0),
-    "wan-1.3b":   Row(   5000,    64, 1e-5,    100, "constant", 0.999,   3.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 3.0),
-    "wan2.2-5b":  Row(   5000,    64, 1e-5,    100, "constant", 0.999,   5.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 5.0),
-    "wan-14b":    Row(   5000,    64, 1e-5,    100, "constant", 0.999,   5.0,      5.0,  250,  250, 0.999,  0.01,  1.0, 50, 5.0),
+DEFAULTS = {  #      steps batch    lr warmup    schedule    ema shift guidance   val  save  beta2 decay clip sample
+    "tiny":      Row( 5500,   16, 8e-3,   100,   "cosine", 0.995,  2.0,     2.0, 1500, 1500,  0.99, 0.01, 1.0, 50, 1.0),
+    "wan-1.3b":  Row( 5000,   64, 1e-5,   100, "constant", 0.999,  3.0,     5.0,  250,  250, 0.999, 0.01, 1.0, 50, 3.0),
+    "wan2.2-5b": Row( 5000,   64, 1e-5,   100, "constant", 0.999,  5.0,     5.0,  250,  250, 0.999, 0.01, 1.0, 50, 5.0),
+    "wan-14b":   Row( 5000,   64, 1e-5,   100, "constant", 0.999,  5.0,     5.0,  250,  250, 0.999, 0.01, 1.0, 50, 5.0),
 }
-FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch", "shard", "sp",
-        "device", "compile", "remat", "samples", "vae", "dry_run"}     # flags that may change on resume: they do not alter the run
+# flags that may change on resume: they do not alter the run
+FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
+        "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 SKIPS = 20      # updates skipped in a row, for gradients that are not finite, after which a run has failed
 STRATA = 10     # noise levels at which each held-out sample is validated
 
@@ -132,27 +133,28 @@ def main(cfg):
         if cfg.dry_run:
             raise SystemExit(plan(cfg))
         row, world = DEFAULTS[cfg.model], parallel.init(cfg.device, cfg.shard, cfg.sp)
-        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch or cfg.batch // world.data_size or 1,
-                       rank=world.data_rank, world=world.data_size, val=cfg.val, pin=world.device.type == "cuda")
+        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
+                       world=world.data_size, val=cfg.val, pin=world.device.type == "cuda")
         config = fit(MODELS[cfg.model], cfg, data)
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
         found, saved = find(cfg, data, agree, say, world)
         source = ckpt.weights(cfg.init) if cfg.init and (cfg.lora_rank or not found) else None
-        base = ckpt.base_of(cfg.init, source) if cfg.lora_rank else {"path": None, "crc32": None}   # what adapters adapt
+        base = ckpt.base_of(cfg.init, source) if cfg.lora_rank else {"path": None, "crc32": None}   # of the adapters
         if saved and saved["meta"]["base"]["crc32"] != base["crc32"]:
             raise ValueError(f"{found} did not adapt what --init={cfg.init} holds")
-        codec.load(data.manifest["codec"], vae=main_rank and cfg.vae or None)     # what does not fit is not left to the first validation
+        codec.load(data.manifest["codec"], vae=main_rank and cfg.vae or None)   # to fail here, not at a validation
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+        compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         if saved and saved["step"] >= cfg.steps:
-            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= goes on, --out= starts another")
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= adds, --out= starts another")
 
     # the net, its average, its optimizer; then their values
     net = blank(cfg)
-    compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
-    parallel.prepare(net, world, precision=precision, compile=compiled, shapes=len(data.shapes) * (1 + (cfg.window is not None) * 8))
+    parallel.prepare(net, world, precision=precision, compile=compiled,
+                     shapes=len(data.shapes) * (1 + (cfg.window is not None) * 8))
     rows = parallel.local_rows(net)
-    frozen = {name: rows.pop(name) for name, p in net.named_parameters() if not p.requires_grad}    # with LoRA all but the adapter
+    frozen = {n: rows.pop(n) for n, p in net.named_parameters() if not p.requires_grad}     # LoRA: all but the adapter
     params = [p for p, _, _ in rows.values()]
     ema = [torch.zeros_like(p) for p in params]
     opt, opt_rows = adamw(rows, (0.9, row.beta2), row.weight_decay)
@@ -167,20 +169,19 @@ def main(cfg):
         start, counts, run_id = saved["step"], saved["meta"]["counts"], saved["meta"]["wandb"]
     else:
         slots = {name: i for i, name in enumerate(rows)}
-        random = lambda name, shape, first, last: initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last]
         if frozen or not source:
-            ckpt.fill(rows, random)
+            ckpt.fill(rows, lambda name, shape, first, last:
+                      initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last])
         torch._foreach_copy_(ema, params)
         start, counts, run_id = 0, {"updates": 0, "skipped": 0, "in_a_row": 0}, None
 
     sync, norm = parallel.sync(net), partial(parallel.grad_norm, net, rows, world)
-    say(f"{'resumed from ' + str(found) if found else cfg.out}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items() if v not in (None, ()))}")
     log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "wandb": log.run_id, "counts": counts,
-            "sampling": {"model": cfg.model, "codec": data.manifest["codec"], "mean": data.manifest["mean"], "std": data.manifest["std"],
-                         "fps": data.manifest["fps"], "text": data.manifest["text"], "shapes": data.shapes, "sampler": "euler",
-                         "steps": row.sample_steps, "shift": row.sample_shift, "guidance": cfg.guidance,
-                         "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends}}
+    sampling = {name: data.manifest[name] for name in ("codec", "mean", "std", "fps", "text")} | {
+        "model": cfg.model, "shapes": data.shapes, "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
+        "sampler": "euler", "steps": row.sample_steps, "shift": row.sample_shift, "guidance": cfg.guidance}
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "wandb": log.run_id,
+            "counts": counts, "sampling": sampling}
 
     bind = binder(net, cfg, world)
     stop = []
@@ -200,7 +201,7 @@ def main(cfg):
         if step > start and (last or stopping or due(step, cfg.save_every)):
             ckpt.save(cfg.out, step, state, meta, rank=world.rank, world=world.size, agree=agree, keep=cfg.keep)
         if last or stopping:
-            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}" + ("" if last else "; the same command goes on"))
+            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}{'' if last else '; the same command goes on'}")
             break
 
         # one update
@@ -209,12 +210,14 @@ def main(cfg):
         clock["data_wait"] += time.perf_counter() - began
         bound, metadata = bind(micros[0].x0.shape, step)
         lr = lr_at(step, lr=cfg.lr, warmup=cfg.warmup, decay_steps=cfg.decay_steps, schedule=cfg.schedule)
-        seen = train_step(opt, [partial(loss_of, bound, micro, cfg, world.device) for micro in micros], lr=lr, clip=row.clip, sync=sync, norm=norm)
+        losses = [partial(loss_of, bound, micro, cfg, world.device) for micro in micros]
+        seen = train_step(opt, losses, lr=lr, clip=row.clip, sync=sync, norm=norm)
         if seen["skipped"]:
             counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
-            log.say(f"step {step}: gradient norm {seen['grad_norm']:.3g}, update skipped; samples {[i for m in micros for i in m.ids]}")
+            log.say(f"step {step}: gradient norm {seen['grad_norm']:.3g}, update skipped; "
+                    f"samples {[i for micro in micros for i in micro.ids]}")
             if counts["in_a_row"] == SKIPS:
-                raise RuntimeError(f"{SKIPS} updates in a row were not finite; the last good checkpoint is in {cfg.out}/ckpt")
+                raise RuntimeError(f"{SKIPS} updates in a row were not finite; {cfg.out}/ckpt has the last good one")
         else:
             counts["updates"], counts["in_a_row"] = counts["updates"] + 1, 0
             ema_update(ema, params, cfg.ema, counts["updates"])
@@ -222,14 +225,15 @@ def main(cfg):
 
         # one line
         if due(step + 1, cfg.log_every):
-            steps_timed = min(cfg.log_every, step + 1 - start)
-            seen = unfold(parallel.mean(seen | {name: total / steps_timed for name, total in clock.items()}, world))
+            timed = min(cfg.log_every, step + 1 - start)
+            seen = unfold(parallel.mean(seen | {name: total / timed for name, total in clock.items()}, world))
+            rate = cfg.batch / seen["seconds"]
             forward = flops(config, micros[0].x0.shape[1:], micros[0].text.shape[1], metadata, cfg.dense_ends)
             tokens = math.prod(micros[0].x0.shape[2:]) // math.prod(config.patch)
             sparse = {} if metadata is None else {"sparsity": metadata.sparsity}
-            log(step + 1, epoch=data.epoch_of(step + 1), **seen | {"lr": lr, "skipped": counts["skipped"]}, **sparse, samples_per_s=cfg.batch / seen["seconds"],
-                tokens_per_s=cfg.batch * tokens / seen["seconds"],
-                **log.speed((2 if frozen else 3) * forward * cfg.batch / world.size / seen["seconds"], world.device, precision))
+            log(step + 1, **seen | {"lr": lr, "epoch": data.epoch_of(step + 1), "skipped": counts["skipped"]}, **sparse,
+                samples_per_s=rate, tokens_per_s=rate * tokens,
+                **log.speed((2 if frozen else 3) * forward * rate / world.size, world.device, precision))
             clock = dict.fromkeys(clock, 0.0)
     log.close()
 
@@ -251,7 +255,7 @@ def loss_of(net, micro, cfg, device):
 
 
 def binder(net, cfg, world):
-    """-> bind(shape, step) -> (net(x_t, t, text) as the losses see it for latents (…, F, H, W), its attention's metadata)."""
+    """-> bind(shape, step) -> (net(x_t, t, text) as the losses see it for latents (…, F, H, W), its metadata)."""
     adapter = net.adapters[0] if net.adapters else None
 
     @cache
@@ -261,13 +265,14 @@ def binder(net, cfg, world):
     def bind(shape, step):
         tokens = tuple(n // p for n, p in zip(shape[-3:], net.config.patch))
         metadata = cfg.window and build_metadata(tokens, cfg.tile, window_at(step, cfg, tokens), device=world.device)
-        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, lora=adapter, seq=sequence(math.prod(tokens))), metadata
+        seq = sequence(math.prod(tokens))
+        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, lora=adapter, seq=seq), metadata
 
     return bind
 
 
 def window_at(step, cfg, tokens):
-    """Tiles seen per axis at update `step`: from all of them to cfg.window, in equal parts over cfg.window_steps updates."""
+    """Tiles seen per axis at update `step`: from all of them to cfg.window, in equal parts over cfg.window_steps."""
     done = min(1.0, step / cfg.window_steps) if cfg.window_steps else 1.0
     tiles = [math.ceil(n / size) for n, size in zip(tokens, cfg.tile)]
     return tuple(round(n + (min(w, n) - n) * done) for n, w in zip(tiles, cfg.window))
@@ -300,11 +305,11 @@ def resolve(cfg):
     if cfg.lora_rank and cfg.lora_alpha is None:
         cfg = replace(cfg, lora_alpha=float(cfg.lora_rank))
     if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
-        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, and perhaps GB of each")
+        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(steps=1, batch=1, lr=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1, val=0, samples=0,
-                          window_steps=0, dense_ends=0, lora_rank=0).items():
+    for name, low in dict(steps=1, batch=1, lr=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1, val=0,
+                          samples=0, window_steps=0, dense_ends=0, lora_rank=0).items():
         if asdict(cfg)[name] < low:
             raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
@@ -378,8 +383,10 @@ def due(step, every):
 
 @torch.no_grad()
 def validate(bind, data, cfg, world):
-    """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or training samples where there are none."""
-    ids, name = (data.held_out, "val_loss") if data.held_out else (list(range(min(cfg.val or 16, data.count))), "train_set_loss")
+    """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none."""
+    ids, name = data.held_out, "val_loss"
+    if not ids:
+        ids, name = range(min(cfg.val or 16, data.count)), "train_set_loss"
     total = torch.zeros(2, BINS, device=world.device)
     for i in range(world.data_rank, math.ceil(len(ids) / world.data_size) * world.data_size, world.data_size):
         j = i % len(ids)        # every rank forwards equally often, the repeated samples not counted
@@ -413,7 +420,7 @@ def sample(bind, data, cfg, world):
 
 
 def show(latents, captions, step, data, cfg, world, log):
-    """Videos of the sampled latents into the run's folder; the latents themselves where there is no VAE to decode them."""
+    """Videos of the sampled latents into the run's folder; the latents themselves where no VAE is given."""
     if world.rank > 0:
         return
     mean, std = (torch.tensor(data.manifest[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))

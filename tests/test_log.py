@@ -88,13 +88,14 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
 
 
 def test_a_pipe_gets_plain_lines_with_progress_and_the_time_left(tmp_path, capsys):
-    log = Log(tmp_path, {}, steps=100)
+    log = Log(tmp_path, {"lr": 0.1, "init": None}, step=20, steps=100)
     log(50, loss=0.123456, loss_by_t0=1.0, seconds=1.0)
     log(100, val_loss=math.nan)
     log.say("done")
     log(100, likeness=0.5)
     out, err = capsys.readouterr()
-    first, second, third, fourth = out.splitlines()
+    opening, first, second, third, fourth = out.splitlines()
+    assert opening == f"{tmp_path}, on from step 20: lr 0.1"
     assert first.startswith("step  50/100  loss 0.1235  eta 0:0") and "\r" not in out and err == ""
     assert second == "step 100/100  val_loss not finite" and third == "done" and fourth.endswith("likeness 0.5")
 
@@ -110,7 +111,7 @@ def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch, capsys):
     log.tick(100)
     log.close()
     out, err = capsys.readouterr()
-    assert out == "a video\n" and "step" not in err
+    assert out.splitlines()[1:] == ["a video"] and "step" not in err
     assert all(part in err for part in ("20/100", "50/100", "loss 0.5  lr 0.001", "100/100")) and err.count("\n") == 1
 
 

@@ -122,7 +122,7 @@ def test_a_run_killed_without_warning_goes_on_from_its_last_save(data, whole, tm
         log.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')     # what a later step had logged, and half a line
     again = shell(1, "train.py", *as_flags(cfg))
     printed, _ = again.communicate(timeout=200)
-    assert again.returncode == 0 and "resumed from" in printed, printed
+    assert again.returncode == 0 and "on from step" in printed, printed
     mine, theirs = state(tmp_path / "run"), state(whole)
     assert all(torch.allclose(mine[n], theirs[n], atol=1e-5) for n in theirs)     # one thread there, two here: not the same bits
     assert [line["step"] for line in log_of(tmp_path / "run")] == list(range(9))
