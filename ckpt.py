@@ -103,6 +103,22 @@ def latest(out, *, rank=0, world=1, agree=bool, report=print):
     return None
 
 
+def found(out, resume, *, rank=0, world=1, agree=bool, report=print):
+    """The checkpoint that a run in `out` goes on from, and its manifest: its own newest, else `resume`, else None, None.
+
+    So a run begun from another's checkpoint goes on by the same command too. ValueError for a `resume` of its own that is
+    not the newest: what came after would be lost.
+    """
+    if resume:
+        read_manifest(resume)       # wrong is wrong, needed or not
+    own = latest(out, rank=rank, world=world, agree=agree, report=report)
+    if own and resume and Path(resume).resolve() != own.resolve() and Path(resume).resolve().parent == own.resolve().parent:
+        raise ValueError(f"--resume={resume}: {out} has gone on to {own.name}. --out= goes on from it in another folder, "
+                         "or remove what is newer")
+    path = own or resume
+    return path, path and verify(path, rank=rank, world=world, agree=agree)
+
+
 def verify(path, *, rank=0, world=1, agree=bool):
     """The manifest of a checkpoint whose files all have the size and CRC32 they were saved with.
 

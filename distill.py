@@ -91,7 +91,7 @@ class Config:
     vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
 
     # the run
-    resume: str | None = None                             # checkpoint to go on from; None = the newest valid one in out
+    resume: str | None = None                             # checkpoint that begins a run in a new folder
     allow: tuple[str, ...] = ()                           # flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
     dry_run: tuple[int, ...] = ()                         # ranks, and GB of each: print what it takes, and stop
@@ -201,15 +201,13 @@ def main(cfg):
              | {f"critic_opt.{n}": r for n, r in critic.state.items()}
              | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, student.rows.items())}
              | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
-    start, run_id = 0, None
-    counts = {"student": 0, "critic": 0, "skipped": 0, "in_a_row": 0}
+    start, counts = 0, {"student": 0, "critic": 0, "skipped": 0, "in_a_row": 0}
     if found:
         ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
-        start, counts, run_id = saved["step"], saved["meta"]["counts"], saved["meta"]["wandb"]
+        start, counts = saved["step"], saved["meta"]["counts"]
 
-    log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "wandb": log.run_id,
-            "counts": counts, "sampling": how}
+    log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb)
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "counts": counts, "sampling": how}
 
     nets = binder(student.net, critic.net, teacher, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
@@ -436,8 +434,7 @@ def fit(cfg, data, source):
 
 def find(cfg, data, base, agree, say, world):
     """The checkpoint to go on from and its manifest, or None, None for a new run; refuses a run of other flags."""
-    path = cfg.resume or ckpt.latest(cfg.out, rank=world.rank, world=world.size, agree=agree, report=say)
-    saved = ckpt.verify(path, rank=world.rank, world=world.size, agree=agree) if path else None
+    path, saved = ckpt.found(cfg.out, cfg.resume, rank=world.rank, world=world.size, agree=agree, report=say)
     config = Path(cfg.out, "config.json")
     if not saved and not config.exists():
         return None, None

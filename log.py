@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -38,28 +39,33 @@ PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "av", "tyro", "
 class Log:
     """log(step, loss=…, lr=…) writes numbers or tensors measured after `step` updates; None stands for one not finite.
 
-    step, steps: the update that the run starts from, and its last. wandb off|online|offline, in the run `run_id` if
-    given; keep log.run_id in the checkpoint. Raises RuntimeError where wandb is to be online without a login.
+    step, steps: the update that the run starts from, and its last. wandb off|online|offline, in the folder's own wandb
+    run if it had one. Raises RuntimeError where wandb is to be online without a login.
     """
 
-    def __init__(self, out, config, *, step=0, steps, main=True, wandb="off", run_id=None):
-        self.out, self.start, self.steps, self.main, self.run_id = Path(out), step, steps, main, run_id
+    def __init__(self, out, config, *, step=0, steps, main=True, wandb="off"):
+        self.out, self.start, self.steps, self.main = Path(out), step, steps, main
         if not main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json.tmp").write_text(json.dumps({"flags": config} | circumstances(), indent=1) + "\n")
-        (self.out / "config.json.tmp").replace(self.out / "config.json")
+        file = self.out / "config.json"
+        before = json.loads(file.read_text()) if file.exists() else {}
+        self.wandb = None if wandb == "off" else start_wandb(self.out, config, wandb, before.get("wandb"))
+        now = {"flags": config, "wandb": self.wandb.id if self.wandb else before.get("wandb")} | circumstances()
+        file.with_suffix(".tmp").write_text(json.dumps(now, indent=1) + "\n")
+        file.with_suffix(".tmp").replace(file)
         (self.out / "log.jsonl").touch()
         self.jsonl = open(self.out / "log.jsonl", "r+b")
         self.entries, self.tail = cut_back(self.jsonl, step)
-        self.wandb = None if wandb == "off" else start_wandb(self.out, config, wandb, run_id)
-        self.run_id = self.wandb.id if self.wandb else run_id
         self.bar, self.shown = None, {}
         if sys.stdout.isatty() and sys.stderr.isatty() and os.get_terminal_size().columns:
             form = "{n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
             self.bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
         given = ", ".join(f"{name} {value}" for name, value in config.items() if value not in (None, ()))
         self.say(f"{out}{f', on from step {step}' if step else ''}: {given}")
+        then = before.get("sources", now["sources"])
+        if changed := [name for name in sorted(then | now["sources"]) if then.get(name) != now["sources"].get(name)]:
+            self.say(f"changed since the run was last started: {', '.join(changed)}")
         self.began = self.drawn = time.monotonic()
         self.cost = 0.0     # seconds that the last curves took
 
@@ -206,7 +212,8 @@ def budget(title, held, activations, checkpoint, most, there, ways):
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 def circumstances():
-    """Commit, versions, threads and command of this process."""
+    """Commit, CRC32 of the sources, versions, threads and command of this process."""
+    sources = {path.name: zlib.crc32(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))}
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                          cwd=Path(__file__).parent, capture_output=True, text=True)
     versions = {"python": sys.version.split()[0]}
@@ -215,6 +222,7 @@ def circumstances():
             versions[name] = version(name)
     return {
         "commit": git.stdout.strip() or None,
+        "sources": sources,
         "versions": versions,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -89,7 +89,7 @@ class Config:
     vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
 
     # the run
-    resume: str | None = None                             # checkpoint to go on from; None = the newest valid one in out
+    resume: str | None = None                             # checkpoint that begins a run in a new folder
     allow: tuple[str, ...] = ()                           # flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
     dry_run: tuple[int, ...] = ()                         # ranks, and GB of each: print what it takes, and stop
@@ -166,22 +166,21 @@ def main(cfg):
             ckpt.fill(frozen or rows, source)
     if found:
         ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
-        start, counts, run_id = saved["step"], saved["meta"]["counts"], saved["meta"]["wandb"]
+        start, counts = saved["step"], saved["meta"]["counts"]
     else:
         slots = {name: i for i, name in enumerate(rows)}
         if frozen or not source:
             ckpt.fill(rows, lambda name, shape, first, last:
                       initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last])
         torch._foreach_copy_(ema, params)
-        start, counts, run_id = 0, {"updates": 0, "skipped": 0, "in_a_row": 0}, None
+        start, counts = 0, {"updates": 0, "skipped": 0, "in_a_row": 0}
 
     sync, norm = parallel.sync(net), partial(parallel.grad_norm, net, rows, world)
-    log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb, run_id=run_id)
+    log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb)
     sampling = {name: data.manifest[name] for name in ("codec", "mean", "std", "fps", "text")} | {
         "model": cfg.model, "shapes": data.shapes, "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
         "sampler": "euler", "steps": row.sample_steps, "shift": row.sample_shift, "guidance": cfg.guidance}
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "wandb": log.run_id,
-            "counts": counts, "sampling": sampling}
+    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "counts": counts, "sampling": sampling}
 
     bind = binder(net, cfg, world)
     stop = []
@@ -331,8 +330,7 @@ def fit(config, cfg, data):
 
 def find(cfg, data, agree, say, world):
     """The checkpoint to go on from and its manifest, or None, None for a new run; refuses a run of other flags."""
-    path = cfg.resume or ckpt.latest(cfg.out, rank=world.rank, world=world.size, agree=agree, report=say)
-    saved = ckpt.verify(path, rank=world.rank, world=world.size, agree=agree) if path else None
+    path, saved = ckpt.found(cfg.out, cfg.resume, rank=world.rank, world=world.size, agree=agree, report=say)
     config = Path(cfg.out, "config.json")
     if not saved and not config.exists():
         return None, None

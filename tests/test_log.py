@@ -171,17 +171,28 @@ def test_wandb_offline_records_and_its_id_goes_on(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"\0" * 100)
     log.video(10, tmp_path / "clip.mp4", ["a red circle"])
     log.close()
-    again = Log(tmp_path, {"lr": 1e-3}, step=10, steps=20, wandb="offline", run_id=log.run_id)
+    again = Log(tmp_path, {"lr": 1e-3}, step=10, steps=20, wandb="offline")
     again(20, loss=math.nan)
     again.close()
-    assert again.run_id == log.run_id and log.run_id
-    assert {path.name.rsplit("-", 1)[-1] for path in (tmp_path / "wandb").glob("offline-run-*")} == {log.run_id}
+    name = json.loads((tmp_path / "config.json").read_text())["wandb"]
+    assert {path.name.rsplit("-", 1)[-1] for path in (tmp_path / "wandb").glob("offline-run-*")} == {name}
 
 
 def test_the_id_of_a_wandb_run_outlives_a_resume_without_wandb(tmp_path):
-    log = Log(tmp_path, {}, steps=20, run_id="abc")
-    assert log.run_id == "abc"
+    (tmp_path / "config.json").write_text('{"flags": {}, "wandb": "abc"}')
+    Log(tmp_path, {}, steps=20).close()
+    assert json.loads((tmp_path / "config.json").read_text())["wandb"] == "abc"
 
+
+def test_sources_that_changed_since_the_last_start_are_named(tmp_path, capsys, monkeypatch):
+    Log(tmp_path, {}, steps=20).close()
+    Log(tmp_path, {}, step=10, steps=20).close()
+    assert "changed since" not in capsys.readouterr().out
+    before = json.loads((tmp_path / "config.json").read_text())
+    before["sources"] |= {"step.py": 0, "gone.py": 1}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    Log(tmp_path, {}, step=10, steps=20).close()
+    assert "changed since the run was last started: gone.py, step.py" in capsys.readouterr().out
 
 def test_wandb_online_without_a_login_is_an_error_and_never_a_question(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")

@@ -292,6 +292,19 @@ def test_a_folder_of_another_run_is_refused_and_left_alone_and_a_finished_one_sa
     assert "is finished" in capsys.readouterr().out and log_of(whole) == before
 
 
+def test_a_run_begun_from_anothers_checkpoint_goes_on_by_the_same_command(data, whole, tmp_path, capsys):
+    cfg = config(data, tmp_path / "run", resume=str(whole / "ckpt/step_0000003"))
+    run(train.main, replace(cfg, steps=5))
+    run(train.main, cfg)                                # from its own step 5, not from 3 again
+    assert "on from step 5" in capsys.readouterr().out and same(state(tmp_path / "run"), state(whole))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [4, 5, 6, 7, 8]
+    before = (tmp_path / "run/log.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        run(train.main, replace(cfg, resume=str(tmp_path / "run/ckpt/step_0000005")))
+    assert "has gone on to step_0000008" in capsys.readouterr().err
+    assert (tmp_path / "run/log.jsonl").read_bytes() == before
+
+
 def test_an_unknown_flag_and_a_wrong_type_exit_2_and_name_what_is_accepted():
     for flags, said in ((["--guidence=3"], "guidance"), (["--steps=many"], "many"), (["--schedule=wavy"], "cosine")):
         process = shell(1, "train.py", *flags)
