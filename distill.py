@@ -33,8 +33,8 @@ from attention import attention, build_metadata
 from data import Latents, check_batch, normal, stratified, stream
 from log import Log, budget, room
 from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial
-from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, rollout,
-                  sample_t, to_x0, train_step, unfold)
+from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, lr_at,
+                  rollout, sample_t, to_x0, train_step, unfold)
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ class Config:
 
     # optimizers
     steps: int | None = None                              # critic updates in all
-    student_every: int = 5                                # critic updates per student update
+    student_every: int | None = None                      # critic updates per student update
     batch: int | None = None                              # samples per update of either net, over all ranks
     micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
     student_lr: float | None = None                       # learning rate of the student
     critic_lr: float | None = None                        # learning rate of the critic
+    schedule: Literal["constant", "cosine", "linear"] | None = None  # of both: it falls to 0 at the last step, or does not
     ema: float | None = None                              # decay of the student's averaged weights, which are sampled
     lora_rank: int = 0                                    # student and critic are adapters of that rank; 0 = nets
     lora_alpha: float | None = None                       # their scale is alpha / rank; None = rank
@@ -101,8 +102,10 @@ class Row(NamedTuple):
     """What a model's runs take unless flags say otherwise; the last two have no flags: edit them here."""
     steps: int
     batch: int
+    student_every: int
     student_lr: float
     critic_lr: float
+    schedule: str
     ema: float
     shift: float
     score_shift: float
@@ -114,11 +117,11 @@ class Row(NamedTuple):
     clip: float             # largest global gradient norm, of each net; 0 = any
 
 
-DEFAULTS = {  #      steps batch student_lr critic_lr   ema shift score_shift guidance log  val save decay  clip
-    "tiny":      Row(  500,   16,      3e-4,     1e-3, 0.95,  5.0,        4.0,    1.25,  1, 250, 250, 0.00, 10.0),
-    "wan-1.3b":  Row( 3000,   64,      2e-6,     4e-7, 0.99,  5.0,        5.0,    4.0,   1, 100, 100, 0.01, 10.0),
-    "wan2.2-5b": Row( 3000,   64,      2e-6,     4e-7, 0.99,  5.0,        5.0,    4.0,   1, 100, 100, 0.01, 10.0),
-    "wan-14b":   Row( 3000,   64,      2e-6,     4e-7, 0.99,  5.0,        5.0,    4.0,   1, 100, 100, 0.01, 10.0),
+DEFAULTS = {  #     steps batch every student_lr critic_lr    schedule   ema shift score_shift guidance log  val save decay clip
+    "tiny":      Row(  800,   16,   10,     3e-4,     1e-3,   "cosine", 0.95,  5.0,      4.0,    1.25,  1, 400, 400, 0.00, 10),
+    "wan-1.3b":  Row( 3000,   64,    5,     2e-6,     4e-7, "constant", 0.99,  5.0,      5.0,    4.0,   1, 100, 100, 0.01, 10),
+    "wan2.2-5b": Row( 3000,   64,    5,     2e-6,     4e-7, "constant", 0.99,  5.0,      5.0,    4.0,   1, 100, 100, 0.01, 10),
+    "wan-14b":   Row( 3000,   64,    5,     2e-6,     4e-7, "constant", 0.99,  5.0,      5.0,    4.0,   1, 100, 100, 0.01, 10),
 }
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
@@ -238,7 +241,8 @@ def main(cfg):
             micros = draws(role, step)
             clock["data_wait"] += time.perf_counter() - waiting
             losses = [partial(loss_of, role, exit, nets, micro, cfg, world.device) for micro in micros]
-            measured = train_step(me.opt, losses, lr=me.lr, clip=row.clip, sync=me.sync, norm=me.norm)
+            lr = lr_at(step, lr=me.lr, warmup=0, decay_steps=cfg.steps, schedule=cfg.schedule)
+            measured = train_step(me.opt, losses, lr=lr, clip=row.clip, sync=me.sync, norm=me.norm) | {"lr": lr}
             if measured.pop("skipped"):
                 counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
                 log.say(f"step {step}: the {role}'s gradient norm is {measured['grad_norm']:.3g}, update skipped")
@@ -440,8 +444,9 @@ def find(cfg, data, base, agree, say, world):
         return None, None
     then = saved["meta"]["config"] if saved else json.loads(config.read_text())["flags"]
     now = json.loads(json.dumps(asdict(cfg)))
+    free = FREE if cfg.schedule == "constant" else FREE - {"steps"}     # the learning rates fall to 0 at the last
     differ = [f"--{name}={now[name]} (was {then.get(name)})" for name in now
-              if name not in FREE and name not in cfg.allow and now[name] != then.get(name)]
+              if name not in free and name not in cfg.allow and now[name] != then.get(name)]
     if saved and saved["meta"]["dataset"] != data.manifest["crc32"] and "data" not in cfg.allow:
         differ.append(f"--data={cfg.data} (is another dataset now)")
     if saved and saved["meta"]["base"]["crc32"] != base["crc32"] and "teacher" not in cfg.allow:

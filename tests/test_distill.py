@@ -35,7 +35,8 @@ def teacher(data, tmp_path_factory):
 
 
 def config(data, teacher, out, **flags):
-    base = dict(data=data, teacher=teacher, out=str(out), steps=8, student_every=2, batch=4, log_every=1, val_every=4, save_every=3, samples=2)
+    base = dict(data=data, teacher=teacher, out=str(out), steps=8, student_every=2, batch=4, schedule="constant", log_every=1, val_every=4,
+                save_every=3, samples=2)
     return distill.Config(**base | flags)
 
 
@@ -158,6 +159,18 @@ def test_every_draw_belongs_to_a_role_a_step_and_a_slot(data):
 
 def vars_of(draw):
     return draw._asdict()
+
+
+def test_both_learning_rates_fall_to_0_at_the_last_step_which_then_is_no_free_flag(data, teacher, tmp_path, monkeypatch, capsys):
+    used, original = [], distill.train_step
+    monkeypatch.setattr(distill, "train_step", lambda *a, **more: used.append(more["lr"]) or original(*a, **more))
+    cfg = config(data, teacher, tmp_path / "run", steps=4, student_every=2, student_lr=4e-4, critic_lr=1e-3, schedule="linear", samples=0)
+    run(distill.main, cfg)
+    assert used == pytest.approx([1e-3, 3e-4, 7.5e-4, 5e-4, 1e-4, 2.5e-4])     # critic; student, critic; critic; student, critic
+    assert log_of(tmp_path / "run")[-1]["student_lr"] == pytest.approx(1e-4)
+    with pytest.raises(SystemExit):
+        run(distill.main, replace(cfg, steps=8))
+    assert "--steps=8 (was 4)" in capsys.readouterr().err
 
 
 def test_accumulation_is_the_large_batch(data, teacher, whole, tmp_path):
