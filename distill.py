@@ -56,6 +56,7 @@ class Config:
 
     # what it learns from
     guidance: float | None = None                         # the teacher's s of u + s (c - u); the student needs none
+    guidance_interval: tuple[float, float] | None = None  # t from and to which the teacher is guided (arXiv 2404.07724)
     score_shift: float | None = None                      # shift of the times at which teacher and critic are asked
 
     # optimizers
@@ -84,7 +85,6 @@ class Config:
     remat: bool = False                                   # recompute activations in backward, attention excepted
 
     # now and then
-    log_every: int | None = None                          # student updates per line of log.jsonl
     val_every: int | None = None                          # steps between videos and their figures; 0 = only at the end
     save_every: int | None = None                         # steps between checkpoints; 0 = only at the end
     keep: int = 3                                         # newest checkpoints that stay
@@ -110,21 +110,21 @@ class Row(NamedTuple):
     shift: float
     score_shift: float
     guidance: float
-    log_every: int
+    guidance_interval: tuple
     val_every: int
     save_every: int
     weight_decay: float     # of matrices; norms, biases and modulations are never decayed
     clip: float             # largest global gradient norm, of each net; 0 = any
 
 
-DEFAULTS = {  #     steps batch every student_lr critic_lr    schedule   ema shift score_shift guidance log  val save decay clip
-    "tiny":      Row(  800,   16,   10,     3e-4,     1e-3,   "cosine", 0.95,  5.0,      4.0,    1.25,  1, 400, 400, 0.00, 10),
-    "wan-1.3b":  Row( 3000,   64,    5,     2e-6,     4e-7, "constant", 0.99,  5.0,      5.0,    4.0,   1, 100, 100, 0.01, 10),
-    "wan2.2-5b": Row( 3000,   64,    5,     2e-6,     4e-7, "constant", 0.99,  5.0,      5.0,    4.0,   1, 100, 100, 0.01, 10),
-    "wan-14b":   Row( 3000,   64,    5,     2e-6,     4e-7, "constant", 0.99,  5.0,      5.0,    4.0,   1, 100, 100, 0.01, 10),
+DEFAULTS = {  # steps batch every  lr of both    schedule   ema shift score_shift guidance, in   val save decay clip
+    "tiny":      Row(1000,   16, 10, 3e-4, 1e-3,   "cosine", 0.95,  5.0,  4.0, 1.75, (0.6, 0.95), 500, 500, 0.00, 10),
+    "wan-1.3b":  Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0,  (0.0, 1.0),  100, 100, 0.01, 10),
+    "wan2.2-5b": Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0,  (0.0, 1.0),  100, 100, 0.01, 10),
+    "wan-14b":   Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0,  (0.0, 1.0),  100, 100, 0.01, 10),
 }
 # flags that may change on resume: they do not alter the run
-FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
+FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 SKIPS = 20      # updates of a net skipped in a row, for gradients that are not finite, after which a run has failed
 SEEDS = 4       # noises per prompt at validation, to see how far the clips of one prompt differ
@@ -257,8 +257,8 @@ def main(cfg):
         clock["seconds"] += time.perf_counter() - began
 
         # one line, at a step that updated both
-        if due(step + 1, cfg.log_every * cfg.student_every):
-            timed = min(cfg.log_every * cfg.student_every, step + 1 - start)
+        if due(step + 1, cfg.student_every):
+            timed = min(cfg.student_every, step + 1 - start)
             seen = unfold(parallel.mean(seen | {name: total / timed for name, total in clock.items()}, world))
             rate = seen.pop("flops") / seen["seconds"] / world.size
             log(step + 1, **seen, skipped=counts["skipped"], student_updates=counts["student"],
@@ -320,7 +320,13 @@ def loss_of(role, exit, nets, micro, cfg, device):
             x0 = rollout(student, z, text, cfg.times, noises, exit)
     if role == "critic":
         return flow_loss(critic, x0, text, t, e)
-    return dmd_loss(x0, teacher, critic, text, null.expand_as(text), t, e, cfg.guidance)
+    return dmd_loss(x0, teacher, critic, text, null.expand_as(text), t, e, scale_at(t, cfg))
+
+
+def scale_at(t, cfg):
+    """The teacher's guidance at each t (B,): a scale per sample, or the number 1 where there is none at any t."""
+    low, high = cfg.guidance_interval
+    return 1 if cfg.guidance == 1 else torch.where((low <= t) & (t <= high), cfg.guidance, 1.0)
 
 
 def cost(role, exit, nets, micro, cfg):
@@ -397,11 +403,13 @@ def resolve(cfg):
     cfg = replace(cfg, times=cfg.times or tuple(grid(cfg.student_steps, cfg.shift)))
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
         raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, noise, and descend, all above 0")
+    if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
+        raise ValueError(f"--guidance_interval {' '.join(map(str, cfg.guidance_interval))}: from a low t to a high, in [0, 1]")
     if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
         raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, log_every=1, val_every=0, save_every=0,
+    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, val_every=0, save_every=0,
                           keep=1, samples=0, dense_ends=0, lora_rank=0).items():
         if asdict(cfg)[name] < low:
             raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
@@ -525,7 +533,7 @@ def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
     e = torch.stack([normal(stream(cfg.seed, "val", 0, i), x0.shape[1:]) for i in range(len(x0))]).to(x0)
     t, null = x0.new_full((len(x0),), 0.5), data.null.to(x0).expand_as(text)
     x_t = add_noise(x0, e, t)
-    f, r = (to_x0(x_t, v, t) for v in (critic(x_t, t, text), guided(teacher, x_t, t, text, null, cfg.guidance)[0]))
+    f, r = (to_x0(x_t, v, t) for v in (critic(x_t, t, text), guided(teacher, x_t, t, text, null, scale_at(t, cfg))[0]))
     if world.rank == 0:
         show(step, "samples", [x0, goal[::SEEDS]], captions, how, cfg, log, world.device)
         show(step, "inside", [x0, f, r], captions, how, cfg, log, world.device)

@@ -54,13 +54,14 @@ def sample_t(u, density="uniform", shift=1.0, clamp=(0.0, 1.0)):
 def guided(net, x_t, t, text, null, scale):
     """Velocity with classifier-free guidance, u + s (c - u), and the conditional c alone (arXiv 2207.12598).
 
-    null is the unconditional text, text-shaped. s = 1 is no guidance and costs one forward instead of two.
+    null is the unconditional text, text-shaped; scale a number, or (B,) for a scale per sample. The number 1 is no guidance
+    and costs one forward instead of two.
     """
     c = net(x_t, t, text)
-    if scale == 1:
+    if not torch.is_tensor(scale) and scale == 1:
         return c, c
     u = net(x_t, t, null)
-    return u + scale * (c - u), c
+    return u + (over(scale) if torch.is_tensor(scale) else scale) * (c - u), c
 
 
 # ---- samplers -------------------------------------------------------------------------------------------------------

@@ -35,8 +35,7 @@ def teacher(data, tmp_path_factory):
 
 
 def config(data, teacher, out, **flags):
-    base = dict(data=data, teacher=teacher, out=str(out), steps=8, student_every=2, batch=4, schedule="constant", log_every=1, val_every=4,
-                save_every=3, samples=2)
+    base = dict(data=data, teacher=teacher, out=str(out), steps=8, student_every=2, batch=4, schedule="constant", val_every=4, save_every=3, samples=2)
     return distill.Config(**base | flags)
 
 
@@ -114,7 +113,7 @@ def test_each_net_is_updated_on_its_clock_from_the_students_own_clips(data, teac
     losses = [event[0] for event in seen if event[0] in ("dmd_loss", "flow_loss")]
     assert losses == (["flow_loss"] * 4 + ["dmd_loss", "flow_loss"]) * 8       # student first in the 5th step, critic always
     assert [event[1] for event in seen if event[0] == "ema_update"] == list(range(1, 9))     # with the student, never else
-    exits = {"dmd_loss": [], "flow_loss": []}
+    exits, guided = {"dmd_loss": [], "flow_loss": []}, set()
     for rolled, loss in zip(seen, seen[1:]):
         if loss[0] in exits:
             name, net, exit, enabled, has_graph, times, x0 = rolled
@@ -127,9 +126,13 @@ def test_each_net_is_updated_on_its_clock_from_the_students_own_clips(data, teac
                 assert loss[1].func is not net.func                         # the critic, not the student
             else:
                 teacher_net, critic_net = loss[1].func, loss[2].func
-                assert len({teacher_net, critic_net, net.func}) == 3 and loss[4] == 1.25
+                assert len({teacher_net, critic_net, net.func}) == 3
+                inside = (0.6 <= t) & (t <= 0.95)               # where alone the teacher is guided
+                assert torch.equal(loss[4], torch.where(inside, 1.75, 1.0))
+                guided |= set(inside.tolist())
                 assert not any(p.requires_grad for p in teacher_net.parameters())
                 assert all(p.grad is None for n in (teacher_net, critic_net) for p in n.parameters())
+    assert guided == {True, False}
     assert exits["dmd_loss"] == [0, 1, 2, 3] * 2 and exits["flow_loss"] == [0, 1, 2, 3] * 10     # each net's own count, stratified
 
 
@@ -223,7 +226,8 @@ def adapters(data, teacher, tmp_path_factory):
 
 
 def test_three_roles_are_one_set_of_weights_and_begin_as_one(data, teacher, adapters, tmp_path, monkeypatch):
-    seen = spied(monkeypatch, config(data, teacher, tmp_path / "run", steps=2, student_every=1, val_every=0, samples=0, lora_rank=4))
+    seen = spied(monkeypatch, config(data, teacher, tmp_path / "run", steps=2, student_every=1, val_every=0, samples=0, lora_rank=4,
+                                     guidance_interval=(0.0, 1.0)))
     calls = [event for event in seen if event[0] in ("rollout", "dmd_loss", "flow_loss")]
     nets = {}
     for name, *what in calls:
@@ -282,6 +286,7 @@ REFUSED = [
     (dict(batch=3, micro_batch=2), "batch"),
     (dict(student_every=0), "student_every"),
     (dict(dense_ends=1), "--window, which is not given"),
+    (dict(guidance_interval=(0.9, 0.5)), "--guidance_interval 0.9 0.5"),
     (dict(lora_rank=-1), "below 0"),
     (dict(lora_alpha=4.0), "needs --lora_rank"),
 ]

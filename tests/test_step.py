@@ -87,6 +87,8 @@ def test_guidance_is_u_plus_s_times_c_minus_u():
     assert guided(net, None, None, c, u, 4.0)[0] == 9 and guided(net, None, None, c, u, 4.0)[1] == 3
     calls = []
     assert guided(lambda x, t, text: calls.append(text) or text, None, None, c, u, 1.0)[0] == 3 and calls == [c]
+    c, u = torch.full((3, 1, 1, 1, 1), 3.0), torch.full((3, 1, 1, 1, 1), 1.0)      # a scale per sample
+    assert guided(net, None, None, c, u, torch.tensor([1.0, 2.0, 4.0]))[0].flatten().tolist() == [3, 5, 9]
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
