@@ -99,7 +99,7 @@ class Config:
 
 
 class Row(NamedTuple):
-    """What a model's runs take unless flags say otherwise; the last two have no flags: edit them here."""
+    """What a model's runs take unless flags say otherwise; the last three have no flags: edit them here."""
     steps: int
     batch: int
     student_every: int
@@ -113,15 +113,16 @@ class Row(NamedTuple):
     guidance_interval: tuple
     val_every: int
     save_every: int
+    rescale: float          # share of the contrast that guidance adds which is taken back
     weight_decay: float     # of matrices; norms, biases and modulations are never decayed
     clip: float             # largest global gradient norm, of each net; 0 = any
 
 
-DEFAULTS = {  # steps batch every  lr of both    schedule   ema shift score_shift guidance, in   val save decay clip
-    "tiny":      Row(1000,   16, 10, 3e-4, 1e-3,   "cosine", 0.95,  5.0,  4.0, 1.75, (0.6, 0.95), 500, 500, 0.00, 10),
-    "wan-1.3b":  Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0,  (0.0, 1.0),  100, 100, 0.01, 10),
-    "wan2.2-5b": Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0,  (0.0, 1.0),  100, 100, 0.01, 10),
-    "wan-14b":   Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0,  (0.0, 1.0),  100, 100, 0.01, 10),
+DEFAULTS = {  # steps batch every  lr of both    schedule   ema shift score guidance, in   val save rescale decay clip
+    "tiny":      Row(1000,   16, 10, 3e-4, 1e-3,   "cosine", 0.95,  4.0,  4.0, 2.0, (0.6, 0.95), 500, 500, 1.0, 0.00, 10),
+    "wan-1.3b":  Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0, (0.0, 1.0),  100, 100, 0.0, 0.01, 10),
+    "wan2.2-5b": Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0, (0.0, 1.0),  100, 100, 0.0, 0.01, 10),
+    "wan-14b":   Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0, (0.0, 1.0),  100, 100, 0.0, 0.01, 10),
 }
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
@@ -320,7 +321,7 @@ def loss_of(role, exit, nets, micro, cfg, device):
             x0 = rollout(student, z, text, cfg.times, noises, exit)
     if role == "critic":
         return flow_loss(critic, x0, text, t, e)
-    return dmd_loss(x0, teacher, critic, text, null.expand_as(text), t, e, scale_at(t, cfg))
+    return dmd_loss(x0, teacher, critic, text, null.expand_as(text), t, e, scale_at(t, cfg), DEFAULTS[cfg.model].rescale)
 
 
 def scale_at(t, cfg):

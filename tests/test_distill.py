@@ -35,7 +35,7 @@ def teacher(data, tmp_path_factory):
 
 
 def config(data, teacher, out, **flags):
-    base = dict(data=data, teacher=teacher, out=str(out), steps=8, student_every=2, batch=4, schedule="constant", val_every=4, save_every=3, samples=2)
+    base = dict(data=data, teacher=teacher, out=str(out), steps=8, student_every=2, batch=4, schedule="constant", shift=5.0, val_every=4, save_every=3, samples=2)
     return distill.Config(**base | flags)
 
 
@@ -128,7 +128,7 @@ def test_each_net_is_updated_on_its_clock_from_the_students_own_clips(data, teac
                 teacher_net, critic_net = loss[1].func, loss[2].func
                 assert len({teacher_net, critic_net, net.func}) == 3
                 inside = (0.6 <= t) & (t <= 0.95)               # where alone the teacher is guided
-                assert torch.equal(loss[4], torch.where(inside, 1.75, 1.0))
+                assert torch.equal(loss[4], torch.where(inside, 2.0, 1.0))
                 guided |= set(inside.tolist())
                 assert not any(p.requires_grad for p in teacher_net.parameters())
                 assert all(p.grad is None for n in (teacher_net, critic_net) for p in n.parameters())

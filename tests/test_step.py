@@ -144,6 +144,19 @@ def test_the_same_net_as_teacher_and_critic_gives_no_gradient_and_guidance_is_th
     assert unfold(seen)["matching_by_t4"] == 0
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_rescale_takes_back_the_contrast_that_guidance_adds_sample_by_sample(rescale):
+    x0, f, c, u = (randn(2, 3, 1, 2, 2, seed=s, dtype=torch.float64).requires_grad_(s == 0) for s in range(4))
+    net = lambda x, t, text: (x - text) / t.view(-1, 1, 1, 1, 1)  # noqa: E731
+    t, e = torch.tensor([0.3, 0.8], dtype=torch.float64), torch.zeros_like(x0)
+    dmd_loss(x0, net, lambda x, t, text: net(x, t, f), c, u, t, e, 3.0, rescale)[0].backward()
+    for i in range(2):
+        r = u[i] + 3 * (c[i] - u[i])
+        r = (1 - rescale) * r + rescale * r * c[i].std() / r.std()
+        wanted = (f[i] - r) / (x0[i] - r).abs().mean() / x0.numel()
+        assert torch.allclose(x0.grad[i], wanted.detach(), rtol=1e-9, atol=1e-12)
+
+
 # ---- samplers
 
 
