@@ -119,7 +119,7 @@ class Row(NamedTuple):
 
 
 DEFAULTS = {  # steps batch every  lr of both    schedule   ema shift score guidance, in   val save rescale decay clip
-    "tiny":      Row(1000,   16, 10, 3e-4, 1e-3,   "cosine", 0.95,  4.0,  4.0, 2.0, (0.6, 0.95), 500, 500, 1.0, 0.00, 10),
+    "tiny":      Row(1000,   16, 10, 3e-4, 1e-3,   "cosine", 0.95,  4.0,  4.0, 2.0, (0.6, 0.97), 500, 500, 0.6, 0.00, 10),
     "wan-1.3b":  Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0, (0.0, 1.0),  100, 100, 0.0, 0.01, 10),
     "wan2.2-5b": Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0, (0.0, 1.0),  100, 100, 0.0, 0.01, 10),
     "wan-14b":   Row(3000,   64,  5, 2e-6, 4e-7, "constant", 0.99,  5.0,  5.0, 4.0, (0.0, 1.0),  100, 100, 0.0, 0.01, 10),
