@@ -5,7 +5,8 @@
 
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
-gradient. No discriminator, no real clips. The same command again resumes, exactly. Imports model and every leaf.
+gradient. No discriminator, no real clips. The same command again resumes, exactly.
+Imports model, attention and every leaf.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
