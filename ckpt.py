@@ -103,11 +103,13 @@ def latest(out, *, rank=0, world=1, agree=bool, report=print):
     return None
 
 
-def found(out, resume, *, rank=0, world=1, agree=bool, report=print):
+def found(out, resume, flags, free, inputs, *, rank=0, world=1, agree=bool, report=print):
     """The checkpoint that a run in `out` goes on from, and its manifest: its own newest, else `resume`, else None, None.
 
-    So a run begun from another's checkpoint goes on by the same command too. ValueError for a `resume` of its own that is
-    not the newest: what came after would be lost.
+    So a run begun from another's checkpoint goes on by the same command too. flags and inputs, {flag: CRC32 of what it
+    names}, are what the run keeps in its meta as "config" and "inputs"; what is named may have moved. ValueError where they
+    differ from what is found, the free ones apart, and for a `resume` of its own that is not the newest: what came after
+    would be lost.
     """
     if resume:
         read_manifest(resume)       # wrong is wrong, needed or not
@@ -116,7 +118,21 @@ def found(out, resume, *, rank=0, world=1, agree=bool, report=print):
         raise ValueError(f"--resume={resume}: {out} has gone on to {own.name}. --out= goes on from it in another folder, "
                          "or remove what is newer")
     path = own or resume
-    return path, path and verify(path, rank=rank, world=world, agree=agree)
+    saved = path and verify(path, rank=rank, world=world, agree=agree)
+    begun = Path(out) / "config.json"       # the log's, of a run that has saved nothing yet
+    if not saved and not begun.exists():
+        return None, None
+    then = saved["meta"]["config"] if saved else read_json(begun)["flags"]
+    held = saved["meta"]["inputs"] if saved else {}
+    now, known = json.loads(json.dumps(flags)), inputs.keys() & held.keys()
+    differ = [f"--{name}={value} (was {then.get(name)})" for name, value in now.items()
+              if name not in known | free and value != then.get(name)]
+    differ += [f"--{name}={now[name]} (is not what {then[name]} was)" for name in sorted(known - free)
+               if inputs[name] != held[name]]
+    if differ:
+        raise ValueError(f"{path or begun} is of a run with other flags: {', '.join(differ)}. "
+                         "--out= starts another run, --allow NAME ... goes on with the new values")
+    return path, saved
 
 
 def verify(path, *, rank=0, world=1, agree=bool):

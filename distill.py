@@ -10,7 +10,6 @@ Imports model, attention and every leaf.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
-import json
 import math
 import signal
 import sys
@@ -34,7 +33,7 @@ from attention import attention, build_metadata
 from data import Latents, check_batch, normal, stratified, stream
 from log import Log, budget, room
 from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial
-from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, lr_at,
+from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided_x0, lr_at,
                   rollout, sample_t, to_x0, train_step, unfold)
 
 
@@ -166,12 +165,16 @@ def main(cfg):
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
         base = ckpt.base_of(cfg.teacher, source)
-        found, saved = find(cfg, data, base, agree, say, world)
+        inputs = {"data": data.manifest["crc32"], "teacher": base["crc32"]}
+        free = FREE if cfg.schedule == "constant" else FREE - {"steps"}     # the learning rates fall to 0 at the last
+        found, saved = ckpt.found(cfg.out, cfg.resume, asdict(cfg), free | {*cfg.allow}, inputs,
+                                  rank=world.rank, world=world.size, agree=agree, report=say)
         codec.load(how["codec"], vae=main_rank and cfg.vae or None)     # to fail here, not at a validation
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         if saved and saved["step"] >= cfg.steps:
-            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= adds, --out= starts another")
+            adds = "--steps= adds, " if "steps" in free else ""
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: {adds}--out= starts another")
 
     # three nets of one make, all starting as the teacher; with LoRA one net, of which student and critic are adapters
     adapters = ("student", "critic") if cfg.lora_rank else ()
@@ -212,7 +215,7 @@ def main(cfg):
         start, counts = saved["step"], saved["meta"]["counts"]
 
     log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb)
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "counts": counts, "sampling": how}
+    meta = {"config": asdict(cfg), "inputs": inputs, "base": base, "counts": counts, "sampling": how}
 
     nets = binder(student.net, critic.net, teacher, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
@@ -406,7 +409,8 @@ def resolve(cfg):
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
         raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, noise, and descend, all above 0")
     if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
-        raise ValueError(f"--guidance_interval {' '.join(map(str, cfg.guidance_interval))}: from a low t to a high, in [0, 1]")
+        interval = " ".join(map(str, cfg.guidance_interval))
+        raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
     if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
         raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
@@ -444,27 +448,6 @@ def fit(cfg, data, source):
             "shapes": data.shapes, "text": how["text"],
             "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
             "sampler": "rollout", "times": cfg.times, "shift": cfg.shift, "guidance": 1.0}, (how["steps"], how["shift"])
-
-
-def find(cfg, data, base, agree, say, world):
-    """The checkpoint to go on from and its manifest, or None, None for a new run; refuses a run of other flags."""
-    path, saved = ckpt.found(cfg.out, cfg.resume, rank=world.rank, world=world.size, agree=agree, report=say)
-    config = Path(cfg.out, "config.json")
-    if not saved and not config.exists():
-        return None, None
-    then = saved["meta"]["config"] if saved else json.loads(config.read_text())["flags"]
-    now = json.loads(json.dumps(asdict(cfg)))
-    free = FREE if cfg.schedule == "constant" else FREE - {"steps"}     # the learning rates fall to 0 at the last
-    differ = [f"--{name}={now[name]} (was {then.get(name)})" for name in now
-              if name not in free and name not in cfg.allow and now[name] != then.get(name)]
-    if saved and saved["meta"]["dataset"] != data.manifest["crc32"] and "data" not in cfg.allow:
-        differ.append(f"--data={cfg.data} (is another dataset now)")
-    if saved and saved["meta"]["base"]["crc32"] != base["crc32"] and "teacher" not in cfg.allow:
-        differ.append(f"--teacher={cfg.teacher} (is another teacher now)")
-    if differ:
-        raise ValueError(f"{path or config} is of a run with other flags: {', '.join(differ)}. "
-                         f"--out= starts another run, --allow NAME ... goes on with the new values")
-    return path, saved
 
 
 def plan(cfg, source):
@@ -535,7 +518,8 @@ def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
     e = torch.stack([normal(stream(cfg.seed, "val", 0, i), x0.shape[1:]) for i in range(len(x0))]).to(x0)
     t, null = x0.new_full((len(x0),), 0.5), data.null.to(x0).expand_as(text)
     x_t = add_noise(x0, e, t)
-    f, r = (to_x0(x_t, v, t) for v in (critic(x_t, t, text), guided(teacher, x_t, t, text, null, scale_at(t, cfg))[0]))
+    f = to_x0(x_t, critic(x_t, t, text), t)
+    r, _ = guided_x0(teacher, x_t, t, text, null, scale_at(t, cfg), DEFAULTS[cfg.model].rescale)
     if world.rank == 0:
         show(step, "samples", [x0, goal[::SEEDS]], captions, how, cfg, log, world.device)
         show(step, "inside", [x0, f, r], captions, how, cfg, log, world.device)

@@ -64,6 +64,18 @@ def guided(net, x_t, t, text, null, scale):
     return u + (over(scale) if torch.is_tensor(scale) else scale) * (c - u), c
 
 
+def guided_x0(net, x_t, t, text, null, scale, rescale=0.0):
+    """The x0 that `guided` leads to, and the conditional one alone.
+
+    rescale in [0, 1] takes back the contrast that guidance adds: all of it at 1, where the first has the second's std
+    (arXiv 2305.08891, eq. 15-16).
+    """
+    r, c = (to_x0(x_t, v, t) for v in guided(net, x_t, t, text, null, scale))
+    if rescale:
+        r = r * over(1 - rescale + rescale * c.flatten(1).std(1) / r.flatten(1).std(1))
+    return r, c
+
+
 # ---- samplers -------------------------------------------------------------------------------------------------------
 
 
@@ -139,15 +151,12 @@ def dmd_loss(x0, teacher, critic, text, null, t, e, scale, rescale=0.0):
 
     f and r are the critic's and the guided teacher's x0 at the re-noised x0, n = mean|x0 - r| of each sample, ≥ 1e-5.
     f - r = (f - c) - (s - 1)(c - u): the matching part and the guidance part, measured apart (arXiv 2511.22677).
-    rescale in [0, 1] takes back the contrast that guidance adds: all of it at 1, where r has c's std (arXiv 2305.08891,
-    eq. 15-16).
+    rescale: see guided_x0.
     """
     with torch.no_grad():
         x_t = add_noise(x0, e, t)
         f = to_x0(x_t, critic(x_t, t, text), t)
-        r, c = (to_x0(x_t, v, t) for v in guided(teacher, x_t, t, text, null, scale))
-        if rescale:
-            r = r * over(1 - rescale + rescale * c.flatten(1).std(1) / r.flatten(1).std(1))
+        r, c = guided_x0(teacher, x_t, t, text, null, scale, rescale)
         n = (x0 - r).abs().flatten(1).mean(1).clamp_min(1e-5)
         grad = (f - r) / n.view(-1, 1, 1, 1, 1)
         matching, guidance = (f - c).flatten(1), (r - c).flatten(1)

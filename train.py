@@ -8,7 +8,6 @@ Imports model, attention and every leaf.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
-import json
 import math
 import signal
 import sys
@@ -138,16 +137,17 @@ def main(cfg):
         config = fit(MODELS[cfg.model], cfg, data)
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
-        found, saved = find(cfg, data, agree, say, world)
+        base = ckpt.base_of(cfg.init, ckpt.weights(cfg.init)) if cfg.lora_rank else {"path": None, "crc32": None}
+        inputs = {"data": data.manifest["crc32"]} | ({"init": base["crc32"]} if cfg.lora_rank else {})
+        found, saved = ckpt.found(cfg.out, cfg.resume, asdict(cfg), FREE | {*cfg.allow}, inputs,
+                                  rank=world.rank, world=world.size, agree=agree, report=say)
         source = ckpt.weights(cfg.init) if cfg.init and (cfg.lora_rank or not found) else None
-        base = ckpt.base_of(cfg.init, source) if cfg.lora_rank else {"path": None, "crc32": None}   # of the adapters
-        if saved and saved["meta"]["base"]["crc32"] != base["crc32"]:
-            raise ValueError(f"{found} did not adapt what --init={cfg.init} holds")
         codec.load(data.manifest["codec"], vae=main_rank and cfg.vae or None)   # to fail here, not at a validation
         precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         if saved and saved["step"] >= cfg.steps:
-            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: --steps= adds, --out= starts another")
+            adds = "--steps= adds, " if cfg.schedule == "constant" else ""
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: {adds}--out= starts another")
 
     # the net, its average, its optimizer; then their values
     net = blank(cfg)
@@ -180,7 +180,7 @@ def main(cfg):
     sampling = {name: data.manifest[name] for name in ("codec", "mean", "std", "fps", "text")} | {
         "model": cfg.model, "shapes": data.shapes, "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
         "sampler": "euler", "steps": row.sample_steps, "shift": row.sample_shift, "guidance": cfg.guidance}
-    meta = {"config": asdict(cfg), "dataset": data.manifest["crc32"], "base": base, "counts": counts, "sampling": sampling}
+    meta = {"config": asdict(cfg), "inputs": inputs, "base": base, "counts": counts, "sampling": sampling}
 
     bind = binder(net, cfg, world)
     stop = []
@@ -326,24 +326,6 @@ def fit(config, cfg, data):
         raise ValueError(f"{cfg.data} has {channels} channels and text of width {width}; --model={cfg.model} takes "
                          f"{config.channels} and {config.text_dim}; {fitting} would fit")
     return config
-
-
-def find(cfg, data, agree, say, world):
-    """The checkpoint to go on from and its manifest, or None, None for a new run; refuses a run of other flags."""
-    path, saved = ckpt.found(cfg.out, cfg.resume, rank=world.rank, world=world.size, agree=agree, report=say)
-    config = Path(cfg.out, "config.json")
-    if not saved and not config.exists():
-        return None, None
-    then = saved["meta"]["config"] if saved else json.loads(config.read_text())["flags"]
-    now = json.loads(json.dumps(asdict(cfg)))
-    differ = [f"--{name}={now[name]} (was {then.get(name)})" for name in now
-              if name not in FREE and name not in cfg.allow and now[name] != then.get(name)]
-    if saved and saved["meta"]["dataset"] != data.manifest["crc32"] and "data" not in cfg.allow:
-        differ.append(f"--data={cfg.data} (is another dataset)")
-    if differ:
-        raise ValueError(f"{path or config} is of a run with other flags: {', '.join(differ)}. "
-                         f"--out= starts another run, --allow NAME ... goes on with the new values")
-    return path, saved
 
 
 def plan(cfg):

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -301,11 +302,13 @@ def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, teache
 
 def test_another_teacher_on_resume_and_a_student_as_teacher_are_refused(data, teacher, whole, tmp_path, capsys):
     run(train.main, train.Config(data=data, out=str(tmp_path / "other"), steps=2, batch=4, val_every=0, samples=0))
-    for flags, said in ((dict(teacher=str(tmp_path / "other"), allow=("teacher",)), None), (dict(teacher=str(tmp_path / "other")), "is another teacher")):
-        if said:
-            with pytest.raises(SystemExit):
-                run(distill.main, config(data, out=whole, **flags))
-            assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(distill.main, config(data, str(tmp_path / "other"), whole))
+    assert "other (is not what" in capsys.readouterr().err
+    subprocess.run(["cp", "-r", teacher, tmp_path / "moved"], check=True)
+    for other in (config(data, str(tmp_path / "moved"), whole), config(data, str(tmp_path / "other"), whole, allow=("teacher",))):
+        run(distill.main, other)
+        assert "is finished" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(distill.main, config(data, str(whole), tmp_path / "run"))
     assert "itself a few-step student" in capsys.readouterr().err

@@ -216,11 +216,12 @@ def test_an_adapter_is_refused_another_base_on_resume(data, whole, tmp_path, cap
     subprocess.run(["cp", "-r", whole, base], check=True)
     run(train.main, adapting(data, base, tmp_path / "run", steps=1))
     run(train.main, config(data, base, steps=9))        # the base goes on
-    for flags, said in ((dict(), "did not adapt what --init"), (dict(init=str(whole)), "--init="), (dict(lora_rank=2), "--lora_rank=2 (was 4)"),
-                        (dict(init=str(whole / "ckpt/step_0000006"), allow=("init",)), "did not adapt what --init")):
+    for flags, said in ((dict(), "is not what"), (dict(init=str(whole / "ckpt/step_0000006")), "is not what"), (dict(lora_rank=2), "--lora_rank=2 (was 4)")):
         with pytest.raises(SystemExit):
             run(train.main, adapting(data, base, tmp_path / "run", **flags))
         assert said in capsys.readouterr().err
+    run(train.main, adapting(data, whole, tmp_path / "run", steps=2))       # the same weights elsewhere
+    assert "on from step 1" in capsys.readouterr().out
 
 
 def test_what_is_sampled_exported_and_started_from_is_the_base_with_its_adapter(data, whole, lora, tmp_path):
