@@ -93,13 +93,19 @@ def load(path, want, *, rank=0, world=1, agree=bool):
 
 
 def latest(out, *, rank=0, world=1, agree=bool, report=print):
-    """The newest valid checkpoint of a run's folder, or None. A damaged one is reported and the one before it taken."""
-    for path in reversed(steps(out).values()):
+    """The newest valid checkpoint of a run's folder, or None without any.
+
+    A damaged one is reported and the one before it taken; ValueError if all are.
+    """
+    there = list(steps(out).values())
+    for path in reversed(there):
         try:
             verify(path, rank=rank, world=world, agree=agree)
             return path
         except (OSError, ValueError) as error:
-            report(f"{path} is damaged, trying the one before it: {error}")
+            report(f"{path} is damaged, looking for one before it: {error}")
+    if there:
+        raise ValueError(f"every checkpoint of {out} is damaged: --out= starts another run")
     return None
 
 
@@ -115,22 +121,21 @@ def found(out, resume, flags, free, inputs, *, rank=0, world=1, agree=bool, repo
         read_manifest(resume)       # wrong is wrong, needed or not
     own = latest(out, rank=rank, world=world, agree=agree, report=report)
     if own and resume and Path(resume).resolve() != own.resolve() and Path(resume).resolve().parent == own.resolve().parent:
+        verify(resume, rank=rank, world=world, agree=agree)     # newer than that, it is damaged
         raise ValueError(f"--resume={resume}: {out} has gone on to {own.name}. --out= goes on from it in another folder, "
                          "or remove what is newer")
     path = own or resume
-    saved = path and verify(path, rank=rank, world=world, agree=agree)
-    begun = Path(out) / "config.json"       # the log's, of a run that has saved nothing yet
-    if not saved and not begun.exists():
+    if not path:
         return None, None
-    then = saved["meta"]["config"] if saved else read_json(begun)["flags"]
-    held = saved["meta"]["inputs"] if saved else {}
+    saved = verify(path, rank=rank, world=world, agree=agree)
+    then, held = saved["meta"]["config"], saved["meta"]["inputs"]
     now, known = json.loads(json.dumps(flags)), inputs.keys() & held.keys()
     differ = [f"--{name}={value} (was {then.get(name)})" for name, value in now.items()
               if name not in known | free and value != then.get(name)]
     differ += [f"--{name}={now[name]} (is not what {then[name]} was)" for name in sorted(known - free)
                if inputs[name] != held[name]]
     if differ:
-        raise ValueError(f"{path or begun} is of a run with other flags: {', '.join(differ)}. "
+        raise ValueError(f"{path} is of a run with other flags: {', '.join(differ)}. "
                          "--out= starts another run, --allow NAME ... goes on with the new values")
     return path, saved
 

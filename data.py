@@ -327,6 +327,8 @@ def raw(tensor):
 
 def check_batch(batch, micro_batch, world):
     """A batch that world x micro_batch does not divide is refused, naming those that work."""
+    if micro_batch < 1:
+        raise ValueError(f"--micro_batch={micro_batch} is below 1")
     unit = world * micro_batch
     if batch < 1 or batch % unit:
         micro = [f"--micro_batch={n}" for n in range(1, batch + 1) if batch % (world * n) == 0]

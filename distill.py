@@ -31,8 +31,8 @@ import codec
 import parallel
 from attention import attention, build_metadata
 from data import Latents, check_batch, normal, stratified, stream
-from log import Log, budget, room
-from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial
+from log import Log, budget, check_wandb, room
+from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial, token_grid
 from step import (add_noise, adamw, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided_x0, lr_at,
                   rollout, sample_t, to_x0, train_step, unfold)
 
@@ -49,7 +49,7 @@ class Config:
     seed: int = 0                                         # of every random number of the run
 
     # the student's sampler
-    student_steps: int = 4                                # K forwards per video
+    student_steps: int = 4                                # K forwards per video; of --times, as many as they are
     shift: float | None = None                            # of its times S(i / K): 1 .9375 .8333 .625 at shift 5
     times: tuple[float, ...] = ()                         # the times themselves, descending from 1
     start: Literal["noise", "data"] = "noise"             # of a rollout: pure noise, or a noised clip of the dataset
@@ -71,8 +71,8 @@ class Config:
     lora_rank: int = 0                                    # student and critic are adapters of that rank; 0 = nets
     lora_alpha: float | None = None                       # their scale is alpha / rank; None = rank
 
-    # the student's sparse attention; teacher and critic are dense
-    window: tuple[int, int, int] | None = None            # tiles seen along frames, rows, columns; None = dense
+    # the student's sparse attention; teacher and critic attend as the teacher was trained
+    window: tuple[int, int, int] | None = None            # tiles seen along frames, rows, columns; None = the teacher's
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens per tile
     dense_ends: int = 0                                   # first and last blocks that stay dense
 
@@ -159,9 +159,10 @@ def main(cfg):
             raise SystemExit(plan(cfg, source))
         row = DEFAULTS[cfg.model]
         world = parallel.init(cfg.device, cfg.shard, cfg.sp)
+        cfg = replace(cfg, precision=cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32"))
         data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
                        world=world.data_size, pin=world.device.type == "cuda")
-        how, teacher_grid = fit(cfg, data, source)
+        how, own = fit(cfg, data, source)       # sampling blocks: the student's, the teacher's
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
         base = ckpt.base_of(cfg.teacher, source)
@@ -170,18 +171,18 @@ def main(cfg):
         found, saved = ckpt.found(cfg.out, cfg.resume, asdict(cfg), free | {*cfg.allow}, inputs,
                                   rank=world.rank, world=world.size, agree=agree, report=say)
         codec.load(how["codec"], vae=main_rank and cfg.vae or None)     # to fail here, not at a validation
-        precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+        check_wandb(main_rank and cfg.wandb)
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         if saved and saved["step"] >= cfg.steps:
-            adds = "--steps= adds, " if "steps" in free else ""
-            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: {adds}--out= starts another")
+            more = "--steps=N" if "steps" in free else "--steps=N --allow steps"
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: {more} adds, --out= starts another")
 
     # three nets of one make, all starting as the teacher; with LoRA one net, of which student and critic are adapters
     adapters = ("student", "critic") if cfg.lora_rank else ()
 
     def build(trainable):
         net = blank(cfg)
-        parallel.prepare(net, world, precision=precision, compile=compiled, trainable=trainable,
+        parallel.prepare(net, world, precision=cfg.precision, compile=compiled, trainable=trainable,
                          shapes=2 * (1 + len(adapters)) * len(data.shapes))
         rows = parallel.local_rows(net)
         slots = {name: i for i, name in enumerate(rows)}
@@ -209,15 +210,16 @@ def main(cfg):
              | {f"critic_opt.{n}": r for n, r in critic.state.items()}
              | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, student.rows.items())}
              | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
-    start, counts = 0, {"student": 0, "critic": 0, "skipped": 0, "in_a_row": 0}
+    start, counts = 0, {"student": 0, "critic": 0, "skipped": 0, "in_a_row": {"student": 0, "critic": 0}}
     if found:
-        ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
+        with door():
+            ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
         start, counts = saved["step"], saved["meta"]["counts"]
 
     log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb)
     meta = {"config": asdict(cfg), "inputs": inputs, "base": base, "counts": counts, "sampling": how}
 
-    nets = binder(student.net, critic.net, teacher, cfg, world)
+    nets = binder(student.net, critic.net, teacher, own, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):      # finish the step, save, go; asked twice, go at once
@@ -230,7 +232,7 @@ def main(cfg):
         last, fresh = step == cfg.steps, step > start or step == 0
         if fresh and cfg.samples and (last or due(step, cfg.val_every)):
             with ema_weights(params, ema):
-                goal = validate(step, nets, goal, teacher_grid, data, how, cfg, log, world)
+                goal = validate(step, nets, goal, own, data, how, cfg, log, world)
         stopping = not agree(not stop)
         if step > start and (last or stopping or due(step, cfg.save_every)):
             ckpt.save(cfg.out, step, state, meta, rank=world.rank, world=world.size, agree=agree, keep=cfg.keep)
@@ -249,12 +251,14 @@ def main(cfg):
             lr = lr_at(step, lr=me.lr, warmup=0, decay_steps=cfg.steps, schedule=cfg.schedule)
             measured = train_step(me.opt, losses, lr=lr, clip=row.clip, sync=me.sync, norm=me.norm) | {"lr": lr}
             if measured.pop("skipped"):
-                counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
+                counts["skipped"] += 1
+                counts["in_a_row"][role] += 1
                 log.say(f"step {step}: the {role}'s gradient norm is {measured['grad_norm']:.3g}, update skipped")
-                if counts["in_a_row"] == SKIPS:
+                if counts["in_a_row"][role] == SKIPS:
                     raise RuntimeError(f"{SKIPS} updates in a row were not finite; {cfg.out}/ckpt has the last good one")
             else:
-                counts[role], counts["in_a_row"] = counts[role] + 1, 0
+                counts[role] += 1
+                counts["in_a_row"][role] = 0
                 if role == "student":
                     ema_update(ema, params, cfg.ema, counts["student"])
             clock["flops"] += cfg.batch * cost(role, exit, nets, micros[0], cfg)
@@ -267,7 +271,7 @@ def main(cfg):
             seen = unfold(parallel.mean(seen | {name: total / timed for name, total in clock.items()}, world))
             rate = seen.pop("flops") / seen["seconds"] / world.size
             log(step + 1, **seen, skipped=counts["skipped"], student_updates=counts["student"],
-                samples_per_s=cfg.batch / seen["seconds"], **log.speed(rate, world.device, precision))
+                samples_per_s=cfg.batch / seen["seconds"], **log.speed(rate, world.device, cfg.precision))
             clock = dict.fromkeys(clock, 0.0)
     log.close()
 
@@ -338,29 +342,33 @@ def cost(role, exit, nets, micro, cfg):
     """FLOPs of one sample's part in an update, by what the nets need, without recompute."""
     student, critic, _ = nets(micro.z.shape)
     forward = partial(flops, MODELS[cfg.model], micro.z.shape[1:], micro.text.shape[1])
-    sparse, dense = (forward(net.keywords["metadata"], net.keywords["dense_ends"]) for net in (student, critic))
+    few, own = (forward(net.keywords["metadata"], net.keywords["dense_ends"]) for net in (student, critic))
     rolled = exit if cfg.start == "noise" else 0        # forwards before the one at the exit
     learning = 2 if cfg.lora_rank else 3                # a forward and its backward, in forwards
     if role == "critic":
-        return sparse * (rolled + 1) + dense * learning
-    return sparse * (rolled + learning) + dense * (2 + (cfg.guidance != 1))
+        return few * (rolled + 1) + own * learning
+    return few * (rolled + learning) + own * (2 + (cfg.guidance != 1))
 
 
-def binder(student, critic, teacher, cfg, world):
+def binder(student, critic, teacher, own, cfg, world):
     """-> nets(shape) -> the three as the losses see them, net(x_t, t, text), for latents (…, F, H, W).
 
-    The student may be sparse; critic and teacher are dense.
+    The student attends as its flags say; the teacher as its own sampling block does, and the critic, born of it, too.
     """
     @cache
     def sequence(length):
         return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
 
     def nets(shape):
-        tokens = tuple(n // p for n, p in zip(shape[-3:], MODELS[cfg.model].patch))
-        metadata = cfg.window and build_metadata(tokens, cfg.tile, cfg.window, device=world.device)
+        tokens = token_grid(MODELS[cfg.model], shape)
         seq = sequence(math.prod(tokens))
-        return (partial(student, metadata=metadata, dense_ends=cfg.dense_ends, seq=seq),
-                *(partial(net, metadata=None, dense_ends=0, seq=seq) for net in (critic, teacher)))
+
+        def bound(net, tile, window, dense_ends):
+            metadata = window and build_metadata(tokens, tuple(tile), tuple(window), device=world.device)
+            return partial(net, metadata=metadata, dense_ends=dense_ends, seq=seq)
+
+        return (bound(student, cfg.tile, cfg.window, cfg.dense_ends),
+                *(bound(net, own["tile"], own["window"], own["dense_ends"]) for net in (critic, teacher)))
 
     return nets
 
@@ -402,10 +410,25 @@ def resolve(cfg):
     if own and "times" in own:
         raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
     cfg = replace(cfg, model=cfg.model or own["model"])
+    if own and own["window"] and not cfg.window:    # born of a sparse teacher, the student is as sparse
+        cfg = replace(cfg, window=tuple(own["window"]), tile=tuple(own["tile"]), dense_ends=own["dense_ends"])
+    if cfg.times and cfg.shift is not None:
+        raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
     given = {name: value for name, value in asdict(cfg).items() if value is not None}
     row = DEFAULTS[cfg.model]._asdict()
     cfg = replace(cfg, **{name: row[name] for name in row.keys() & asdict(cfg).keys()} | given)
+    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, guidance=0, ema=0, val_every=0, save_every=0,
+                          keep=1, samples=0, dense_ends=0, lora_rank=0).items():
+        if not low <= asdict(cfg)[name] < math.inf:
+            raise ValueError(f"--{name}={asdict(cfg)[name]} is not {low} or more")
+    for name in ("shift", "score_shift", "student_lr", "critic_lr"):
+        if not 0 < asdict(cfg)[name] < math.inf:
+            raise ValueError(f"--{name}={asdict(cfg)[name]} is not above 0")
+    if cfg.ema >= 1 or cfg.steps < cfg.student_every:
+        raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
+                         "never change")
     cfg = replace(cfg, times=cfg.times or tuple(grid(cfg.student_steps, cfg.shift)))
+    cfg = replace(cfg, student_steps=len(cfg.times))
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
         raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, noise, and descend, all above 0")
     if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
@@ -415,10 +438,6 @@ def resolve(cfg):
         raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(student_steps=1, steps=1, student_every=1, batch=1, val_every=0, save_every=0,
-                          keep=1, samples=0, dense_ends=0, lora_rank=0).items():
-        if asdict(cfg)[name] < low:
-            raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
     if cfg.lora_alpha is not None and not (cfg.lora_rank and cfg.lora_alpha > 0):
@@ -429,25 +448,30 @@ def resolve(cfg):
 
 
 def fit(cfg, data, source):
-    """The sampling block of the student, if dataset and teacher fit each other and the model; ValueError if not."""
+    """The sampling blocks of student and teacher, if dataset and teacher fit each other and the model; else ValueError."""
     config, made = MODELS[cfg.model], data.manifest
     if (data.shapes[0][0], made["text"]["width"]) != (config.channels, config.text_dim):
         raise ValueError(f"{cfg.data} has {data.shapes[0][0]} channels and text of width {made['text']['width']}; "
                          f"--model={cfg.model} takes {config.channels} and {config.text_dim}")
-    how = source.manifest["meta"]["sampling"] if source.manifest else made | {"steps": 50, "shift": cfg.shift}
+    how = source.manifest["meta"]["sampling"] if source.manifest else made | {
+        "steps": 50, "shift": cfg.shift, "window": None, "tile": cfg.tile, "dense_ends": 0}
     if how["text"]["length"] != made["text"]["length"]:
         raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, "
                          f"{cfg.teacher} was trained with {how['text']['length']}")
     if cfg.start == "data" and (not made["mean"] or (how["mean"], how["std"]) != (made["mean"], made["std"])):
         raise ValueError(f"--start=data: {cfg.data} has no latents, or normalises them otherwise than "
                          f"{cfg.teacher}'s dataset did")
+    if config.heads % cfg.sp:
+        raise ValueError(f"--sp={cfg.sp} does not divide the {config.heads} heads of --model={cfg.model}")
+    for tokens in [token_grid(config, shape) for shape in data.shapes]:
+        cfg.window and build_metadata(tokens, cfg.tile, cfg.window)
     mean, std = (how[name] or made["codec"].get(name) for name in ("mean", "std"))  # of prompts alone: the VAE's own
     if not mean:
         raise ValueError(f"{cfg.data} holds prompts alone, and {cfg.teacher} does not say how to normalise its latents")
     return {"model": cfg.model, "codec": how["codec"], "mean": mean, "std": std, "fps": how["fps"],
             "shapes": data.shapes, "text": how["text"],
             "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
-            "sampler": "rollout", "times": cfg.times, "shift": cfg.shift, "guidance": 1.0}, (how["steps"], how["shift"])
+            "sampler": "rollout", "times": cfg.times, "shift": cfg.shift, "guidance": 1.0}, how
 
 
 def plan(cfg, source):
@@ -474,7 +498,7 @@ def plan(cfg, source):
             "their optimizers": 4 * one, "average of the student": one, "gathered copies": gathered}
 
     def most(shape):
-        tokens = math.prod(shape[1:]) // math.prod(MODELS[cfg.model].patch)
+        tokens = math.prod(token_grid(MODELS[cfg.model], shape))
         seq = LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, tokens, world))
         bound = partial(net, lora="student" if cfg.lora_rank else None, seq=seq)
         return activations(bound, (micro, *shape), length, precision)[1]
@@ -496,10 +520,11 @@ def due(step, every):
 
 
 @torch.no_grad()
-def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
+def validate(step, nets, goal, own, data, how, cfg, log, world):
     """Shows few-step clips of fixed prompts beside the teacher's (goal, made once) -> goal.
 
-    Also what critic and guided teacher make of them half in noise: the two x0 whose difference the student follows.
+    Also what critic and guided teacher make of them amid the guided noise levels: the x0 whose difference the student
+    follows.
     """
     def few_steps(z, text, null, noises):
         student, _, _ = nets(z.shape)
@@ -507,7 +532,7 @@ def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
 
     def many_steps(z, text, null, noises):
         _, _, teacher = nets(z.shape)
-        return euler(teacher, z, text, grid(*teacher_grid), null, cfg.guidance)
+        return euler(teacher, z, text, grid(own["steps"], own["shift"]), null, cfg.guidance)
 
     drawn, text, captions = clips(few_steps, data, cfg, world)
     goal = clips(many_steps, data, cfg, world)[0] if goal is None else goal
@@ -516,7 +541,7 @@ def validate(step, nets, goal, teacher_grid, data, how, cfg, log, world):
     x0 = drawn[::SEEDS]
     _, critic, teacher = nets(x0.shape)
     e = torch.stack([normal(stream(cfg.seed, "val", 0, i), x0.shape[1:]) for i in range(len(x0))]).to(x0)
-    t, null = x0.new_full((len(x0),), 0.5), data.null.to(x0).expand_as(text)
+    t, null = x0.new_full((len(x0),), sum(cfg.guidance_interval) / 2), data.null.to(x0).expand_as(text)
     x_t = add_noise(x0, e, t)
     f = to_x0(x_t, critic(x_t, t, text), t)
     r, _ = guided_x0(teacher, x_t, t, text, null, scale_at(t, cfg), DEFAULTS[cfg.model].rescale)

@@ -29,7 +29,7 @@ import codec
 import parallel
 from attention import build_metadata
 from data import normal, stream
-from model import MODELS, DiT
+from model import MODELS, DiT, token_grid
 from shapes import CAPTIONS, clip, features, judge
 from step import euler, grid, rollout
 
@@ -59,9 +59,9 @@ def main(cfg):
         world = parallel.init(cfg.device)
         student, teacher = load(cfg.ckpt), cfg.teacher and load(cfg.teacher)
         how = student.manifest["meta"]["sampling"]
-        if cfg.n <= NEAREST or cfg.batch < 1 or how["codec"]["name"] != "dct":
-            raise ValueError(f"--n={cfg.n} --batch={cfg.batch}, codec {how['codec']['name']}: the judge reads more "
-                             f"than {NEAREST} clips of the built-in shapes, made by the dct codec")
+        if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or how["codec"]["name"] != "dct":
+            raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {how['codec']['name']}: the judge reads "
+                             f"more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
         systems = [(name, saved, ckpt.model_of(saved, cfg.weights), how)
                    for name, saved, how in plan(student, teacher, cfg)]
 
@@ -122,10 +122,13 @@ def plan(student, teacher, cfg):
         few = f"{len(how['times'])} steps"
         systems = [(f"student, {few}", student, how)]
         if teacher:
+            base = student.manifest["meta"]["base"]
+            if teacher.manifest["crc32"] != base["crc32"]:
+                raise ValueError(f"{cfg.teacher} is not what {cfg.ckpt} was distilled from: that was {base['path']}")
             own = teacher.manifest["meta"]["sampling"]
             systems += [(f"teacher, {own['steps']} steps, s={own['guidance']:g}", teacher, own),
                         (f"teacher, {few}, undistilled", teacher,
-                         how | {name: own[name] for name in ("window", "dense_ends")})]
+                         how | {name: own[name] for name in ("window", "tile", "dense_ends")})]
         return systems
     if teacher:
         raise ValueError(f"{cfg.ckpt} is no distilled student, so --teacher={cfg.teacher} is not its teacher")
@@ -165,7 +168,7 @@ def sampled(saved, source, how, coder, captions, cfg, world):
     shape, text = tuple(how["shapes"][0]), torch.zeros(len(captions), how["text"]["length"], how["text"]["width"])
     for padded, row in zip(text, coder.embed(captions)):
         padded[:len(row)] = row
-    tokens = tuple(n // p for n, p in zip(shape[1:], net.config.patch))
+    tokens = token_grid(net.config, shape)
     metadata = how["window"] and build_metadata(tokens, tuple(how["tile"]), tuple(how["window"]), device=world.device)
     net = partial(net, metadata=metadata, dense_ends=how["dense_ends"])
     latents = []
@@ -180,7 +183,8 @@ def sampled(saved, source, how, coder, captions, cfg, world):
                 x0 = euler(net, noises[0], words, grid(how["steps"], how["shift"]), null, how["guidance"])
         latents.append(x0.cpu())
     file.parent.mkdir(exist_ok=True)
-    np.save(file, torch.cat(latents).numpy())
+    np.save(file.with_suffix(".tmp.npy"), torch.cat(latents).numpy())
+    file.with_suffix(".tmp.npy").replace(file)
     return torch.cat(latents)
 
 
@@ -249,7 +253,11 @@ def motion(latents):
 
 
 def paired(a, b, real, others, draws=200):
-    """a against b on the same captions and noises: McNemar's exact p of joint, 95 % bootstrap intervals of a - b."""
+    """a against b on the same captions and noises: McNemar's exact p of joint, 95 % intervals of a - b in energy and recall.
+
+    The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and hold
+    no clip twice, which recall would take for a neighbour.
+    """
     n, unit = len(a.right), real.features.std(0)
     only_a, only_b = (a.right.all(1) & ~b.right.all(1)).sum(), (b.right.all(1) & ~a.right.all(1)).sum()
     flips = int(only_a + only_b)
@@ -257,7 +265,7 @@ def paired(a, b, real, others, draws=200):
     rng, (x, y, z) = stream(0, "val", 0), (some.features[:n] / unit for some in (a, b, others[0]))
     pairs, gaps = [distances(*two) for two in ((x, x), (x, z), (y, y), (y, z), (z, z))], {"energy": [], "recall": []}
     for _ in range(draws):
-        i = rng.integers(n, size=n)
+        i = rng.permutation(n)[:n // 2]
         xx, xz, yy, yz, zz = (d[np.ix_(i, i)] for d in pairs)
         gaps["energy"].append(energy(xx, xz, zz) - energy(yy, yz, zz))
         gaps["recall"].append(recall(xx, xz) - recall(yy, yz))

@@ -40,7 +40,7 @@ class Log:
     """log(step, loss=…, lr=…) writes numbers or tensors measured after `step` updates; None stands for one not finite.
 
     step, steps: the update that the run starts from, and its last. wandb off|online|offline, in the folder's own wandb
-    run if it had one. Raises RuntimeError where wandb is to be online without a login.
+    run if it had one; see check_wandb.
     """
 
     def __init__(self, out, config, *, step=0, steps, main=True, wandb="off"):
@@ -63,8 +63,7 @@ class Log:
             self.bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
         given = ", ".join(f"{name} {value}" for name, value in config.items() if value not in (None, ()))
         self.say(f"{out}{f', on from step {step}' if step else ''}: {given}")
-        then = before.get("sources", now["sources"])
-        if changed := [name for name in sorted(then | now["sources"]) if then.get(name) != now["sources"].get(name)]:
+        if before and (changed := changes(before, now)):
             self.say(f"changed since the run was last started: {', '.join(changed)}")
         self.began = self.drawn = time.monotonic()
         self.cost = 0.0     # seconds that the last curves took
@@ -230,6 +229,16 @@ def circumstances():
     }
 
 
+def changes(then, now):
+    """What differs between two runs' circumstances: sources by name, versions, threads and device with their values."""
+    def values(c):
+        return c["versions"] | {"threads": c["threads"], "device": c["device"]}
+
+    old, new, sources = values(then), values(now), then["sources"] | now["sources"]
+    return ([name for name in sorted(sources) if then["sources"].get(name) != now["sources"].get(name)]
+            + [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)])
+
+
 def cut_back(file, step):
     """Cuts off what a log (r+b) has of steps after `step`, and a line torn by a crash -> entries, start of the last."""
     entries, tail, end = [], 0, 0
@@ -247,11 +256,17 @@ def cut_back(file, step):
     return entries, tail
 
 
+def check_wandb(mode):
+    """RuntimeError where wandb is to be online and there is no login."""
+    if mode == "online":
+        import wandb
+        if not wandb.login(prompt=False):
+            raise RuntimeError("--wandb=online finds no login: `wandb login`, or WANDB_API_KEY=…, or --wandb=offline")
+
+
 def start_wandb(out, config, mode, run_id):
     """A wandb run, or the one called run_id again, with our step as the axis of every metric; it never asks."""
     import wandb
-    if mode == "online" and not wandb.login(prompt=False):
-        raise RuntimeError("--wandb=online finds no login: `wandb login`, or WANDB_API_KEY=…, or --wandb=offline")
     run = wandb.init(project="nanovideo", name=out.name, dir=out, config=config, mode=mode,
                      id=run_id, resume="allow", settings=wandb.Settings(console="off"))
     run.define_metric("step")

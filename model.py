@@ -276,10 +276,10 @@ class DiT(nn.Module):
 
     def door(self, x, t, text, metadata, lora):
         """The grid of tokens (F, H, W) of inputs that fit; ValueError for others."""
-        C, E, patch = self.config.channels, self.config.text_dim, self.config.patch
-        if x.ndim != 5 or x.shape[1] != C or any(n % p for n, p in zip(x.shape[2:], patch)):
-            raise ValueError(f"x is {tuple(x.shape)}: wants (B, {C}, F, H, W), F H W divisible by the patch {patch}")
-        grid = tuple(n // p for n, p in zip(x.shape[2:], patch))
+        C, E = self.config.channels, self.config.text_dim
+        if x.ndim != 5 or x.shape[1] != C:
+            raise ValueError(f"x is {tuple(x.shape)}: wants (B, {C}, F, H, W)")
+        grid = token_grid(self.config, x.shape)
         if t.shape not in ((len(x),), (len(x), grid[0])):
             raise ValueError(f"t is {tuple(t.shape)}: wants ({len(x)},) or ({len(x)}, {grid[0]})")
         if text.ndim != 3 or len(text) != len(x) or text.shape[2] != E:
@@ -289,6 +289,13 @@ class DiT(nn.Module):
         if lora is not None and lora not in self.adapters:
             raise ValueError(f"lora is {lora!r}: the model has {self.adapters or 'no adapters'}")
         return grid
+
+
+def token_grid(config, shape):
+    """The tokens (f, h, w) of latents (…, F, H, W); ValueError if patches do not divide them."""
+    if any(n % p for n, p in zip(shape[-3:], config.patch)):
+        raise ValueError(f"latents of {tuple(shape)}: their last three are to be divisible by the patch {config.patch}")
+    return tuple(n // p for n, p in zip(shape[-3:], config.patch))
 
 
 # ---- around the model -----------------------------------------------------------------------------------------------
@@ -322,7 +329,7 @@ def flops(config, shape, text_length, metadata=None, dense_ends=0):
     shape (C, F, H, W), t one number per sample; training costs three times as much. Adapters are not counted.
     """
     D, S = config.dim, text_length
-    L = math.prod(n // p for n, p in zip(shape[1:], config.patch))
+    L = math.prod(token_grid(config, shape))
     patch = config.channels * math.prod(config.patch)
     time = config.freq_dim * D + D * D + 6 * D * D
     text = S * (config.text_dim * D + D * D)

@@ -5,6 +5,7 @@ leaves.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
 """
+import math
 import re
 import sys
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import codec
 import parallel
 from attention import build_metadata
 from data import normal, stream
-from model import MODELS, DiT
+from model import MODELS, DiT, token_grid
 from step import euler, grid, rollout
 
 
@@ -72,7 +73,7 @@ def main(cfg):
     precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
     parallel.prepare(net, world, precision=precision, trainable=False)
     ckpt.fill(parallel.local_rows(net), source)
-    tokens = tuple(n // p for n, p in zip(shape[1:], net.config.patch))
+    tokens = token_grid(net.config, shape)
     metadata = how["window"] and build_metadata(tokens, tuple(how["tile"]), tuple(how["window"]), device=world.device)
     net = partial(net, metadata=metadata, dense_ends=how["dense_ends"])
 
@@ -111,9 +112,13 @@ def sampling(how, cfg):
     if "times" in how and given:
         raise ValueError(f"{cfg.ckpt} is a student distilled for times {how['times']} without guidance: "
                          f"{', '.join(given)} cannot be chosen")
+    how = how | given
+    if how.get("steps", 1) < 1 or not 0 < how["shift"] < math.inf or not 0 <= how["guidance"] < math.inf:
+        raise ValueError(f"--steps={how['steps']} --shift={how['shift']} --guidance={how['guidance']}: steps are 1 or more, "
+                         "the shift above 0, the guidance not below")
     if cfg.negative and how["guidance"] == 1:
         raise ValueError("--negative does nothing without guidance")
-    return how | given
+    return how
 
 
 def embed(coder, prompts, how):
@@ -130,7 +135,7 @@ def embed(coder, prompts, how):
 def latent_shape(coder, how, cfg):
     """(C, F, H, W) of the latents to sample."""
     if cfg.size is None:
-        return tuple(how["shapes"][0])
+        return tuple(max(how["shapes"], key=math.prod))
     strides, patch = coder.stride, MODELS[how["model"]].patch
     f, h, w = cfg.size
     steps = [s * p for s, p in zip(strides, patch)]

@@ -54,14 +54,16 @@ def sample_t(u, density="uniform", shift=1.0, clamp=(0.0, 1.0)):
 def guided(net, x_t, t, text, null, scale):
     """Velocity with classifier-free guidance, u + s (c - u), and the conditional c alone (arXiv 2207.12598).
 
-    null is the unconditional text, text-shaped; scale a number, or (B,) for a scale per sample. The number 1 is no guidance
-    and costs one forward instead of two.
+    null is the unconditional text, text-shaped; scale a number, or (B,) for a scale per sample, 1 for none. The number 1
+    costs one forward instead of two.
     """
     c = net(x_t, t, text)
     if not torch.is_tensor(scale) and scale == 1:
         return c, c
     u = net(x_t, t, null)
-    return u + (over(scale) if torch.is_tensor(scale) else scale) * (c - u), c
+    if not torch.is_tensor(scale):
+        return u + scale * (c - u), c
+    return torch.where(over(scale) == 1, c, u + over(scale) * (c - u)), c
 
 
 def guided_x0(net, x_t, t, text, null, scale, rescale=0.0):
@@ -114,11 +116,15 @@ def rollout(net, z, text, times, noises, exit):
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
 
 
-def by_t(values, t):
-    """values (B,) summed and counted per fifth of t (B,): (2, BINS), right under averaging too; `unfold` divides."""
+def by_t(values, t, of=True):
+    """values (B,), of some samples (B,) or all, summed and counted per fifth of t (B,): (2, BINS); `unfold` divides.
+
+    Such sums are right under averaging too.
+    """
     t = t if t.ndim == 1 else t.mean(1)
     bins = (t * BINS).long().clamp(max=BINS - 1)
-    sums = torch.stack([values.detach().float(), torch.ones_like(values, dtype=torch.float32)])
+    some = torch.ones_like(values, dtype=torch.float32) * of
+    sums = torch.stack([values.detach().float() * some, some])
     return torch.zeros(2, BINS, device=values.device).index_add_(1, bins, sums)
 
 
@@ -150,8 +156,8 @@ def dmd_loss(x0, teacher, critic, text, null, t, e, scale, rescale=0.0):
     """Distribution matching: a scalar whose gradient on x0 is (f - r) / (n · numel) (DMD, arXiv 2311.18828, eq. 7-8).
 
     f and r are the critic's and the guided teacher's x0 at the re-noised x0, n = mean|x0 - r| of each sample, ≥ 1e-5.
-    f - r = (f - c) - (s - 1)(c - u): the matching part and the guidance part, measured apart (arXiv 2511.22677).
-    rescale: see guided_x0.
+    f - r = (f - c) - (r - c): the matching part and the guidance part, (s - 1)(c - u) of x0 without rescale, measured apart
+    (arXiv 2511.22677); their cosine where there is guidance. scale, rescale: see guided_x0.
     """
     with torch.no_grad():
         x_t = add_noise(x0, e, t)
@@ -161,9 +167,9 @@ def dmd_loss(x0, teacher, critic, text, null, t, e, scale, rescale=0.0):
         grad = (f - r) / n.view(-1, 1, 1, 1, 1)
         matching, guidance = (f - c).flatten(1), (r - c).flatten(1)
         cosine = torch.nn.functional.cosine_similarity(matching, guidance, dim=1)
-        seen = {"loss": 0.5 * grad.square().mean(), "matching_by": by_t(matching.abs().mean(1), t),
-                "guidance_by": by_t(guidance.abs().mean(1), t), "cosine_by": by_t(cosine, t), "normaliser_by": by_t(n, t),
-                "x0_mean": x0.mean(), "x0_std": x0.std()}
+        seen = {"loss": 0.5 * grad.square().mean(), "x0_mean": x0.mean(), "x0_std": x0.std(),
+                "matching_by": by_t(matching.abs().mean(1), t), "guidance_by": by_t(guidance.abs().mean(1), t),
+                "cosine_by": by_t(cosine, t, guidance.any(1)), "normaliser_by": by_t(n, t)}
     return (grad * x0).mean(), seen
 
 

@@ -28,8 +28,8 @@ import codec
 import parallel
 from attention import attention, build_metadata
 from data import Latents, check_batch, normal, stream
-from log import Log, budget, room
-from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial
+from log import Log, budget, check_wandb, room
+from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial, token_grid
 from step import (BINS, adamw, ema_update, ema_weights, euler, flow_loss, grid, lr_at, sample_t, train_step, unfold)
 
 
@@ -132,6 +132,7 @@ def main(cfg):
         if cfg.dry_run:
             raise SystemExit(plan(cfg))
         row, world = DEFAULTS[cfg.model], parallel.init(cfg.device, cfg.shard, cfg.sp)
+        cfg = replace(cfg, precision=cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32"))
         data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
                        world=world.data_size, val=cfg.val, pin=world.device.type == "cuda")
         config = fit(MODELS[cfg.model], cfg, data)
@@ -143,15 +144,15 @@ def main(cfg):
                                   rank=world.rank, world=world.size, agree=agree, report=say)
         source = ckpt.weights(cfg.init) if cfg.init and (cfg.lora_rank or not found) else None
         codec.load(data.manifest["codec"], vae=main_rank and cfg.vae or None)   # to fail here, not at a validation
-        precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+        check_wandb(main_rank and cfg.wandb)
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
         if saved and saved["step"] >= cfg.steps:
-            adds = "--steps= adds, " if cfg.schedule == "constant" else ""
-            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: {adds}--out= starts another")
+            more = "--steps=N" if cfg.schedule == "constant" else "--steps=N --allow decay_steps"
+            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: {more} adds, --out= starts another")
 
     # the net, its average, its optimizer; then their values
     net = blank(cfg)
-    parallel.prepare(net, world, precision=precision, compile=compiled,
+    parallel.prepare(net, world, precision=cfg.precision, compile=compiled,
                      shapes=len(data.shapes) * (1 + (cfg.window is not None) * 8))
     rows = parallel.local_rows(net)
     frozen = {n: rows.pop(n) for n, p in net.named_parameters() if not p.requires_grad}     # LoRA: all but the adapter
@@ -165,7 +166,8 @@ def main(cfg):
         if source:
             ckpt.fill(frozen or rows, source)
     if found:
-        ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
+        with door():
+            ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
         start, counts = saved["step"], saved["meta"]["counts"]
     else:
         slots = {name: i for i, name in enumerate(rows)}
@@ -228,11 +230,11 @@ def main(cfg):
             seen = unfold(parallel.mean(seen | {name: total / timed for name, total in clock.items()}, world))
             rate = cfg.batch / seen["seconds"]
             forward = flops(config, micros[0].x0.shape[1:], micros[0].text.shape[1], metadata, cfg.dense_ends)
-            tokens = math.prod(micros[0].x0.shape[2:]) // math.prod(config.patch)
+            tokens = math.prod(token_grid(config, micros[0].x0.shape))
             sparse = {} if metadata is None else {"sparsity": metadata.sparsity}
             log(step + 1, **seen | {"lr": lr, "epoch": data.epoch_of(step + 1), "skipped": counts["skipped"]}, **sparse,
                 samples_per_s=rate, tokens_per_s=rate * tokens,
-                **log.speed((2 if frozen else 3) * forward * rate / world.size, world.device, precision))
+                **log.speed((2 if frozen else 3) * forward * rate / world.size, world.device, cfg.precision))
             clock = dict.fromkeys(clock, 0.0)
     log.close()
 
@@ -262,7 +264,7 @@ def binder(net, cfg, world):
         return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
 
     def bind(shape, step):
-        tokens = tuple(n // p for n, p in zip(shape[-3:], net.config.patch))
+        tokens = token_grid(net.config, shape)
         metadata = cfg.window and build_metadata(tokens, cfg.tile, window_at(step, cfg, tokens), device=world.device)
         seq = sequence(math.prod(tokens))
         return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, lora=adapter, seq=seq), metadata
@@ -307,10 +309,12 @@ def resolve(cfg):
         raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")
     if unknown := set(cfg.allow) - set(asdict(cfg)):
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(steps=1, batch=1, lr=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1, val=0,
-                          samples=0, window_steps=0, dense_ends=0, lora_rank=0).items():
-        if asdict(cfg)[name] < low:
-            raise ValueError(f"--{name}={asdict(cfg)[name]} is below {low}")
+    for name, low in dict(steps=1, batch=1, lr=0, guidance=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1,
+                          val=0, samples=0, window_steps=0, dense_ends=0, lora_rank=0).items():
+        if not low <= asdict(cfg)[name] < math.inf:
+            raise ValueError(f"--{name}={asdict(cfg)[name]} is not {low} or more")
+    if not 0 < cfg.shift < math.inf:
+        raise ValueError(f"--shift={cfg.shift} is not above 0")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
@@ -325,6 +329,10 @@ def fit(config, cfg, data):
         fitting = [name for name, c in MODELS.items() if (c.channels, c.text_dim) == (channels, width)] or "no model"
         raise ValueError(f"{cfg.data} has {channels} channels and text of width {width}; --model={cfg.model} takes "
                          f"{config.channels} and {config.text_dim}; {fitting} would fit")
+    if config.heads % cfg.sp:
+        raise ValueError(f"--sp={cfg.sp} does not divide the {config.heads} heads of --model={cfg.model}")
+    for tokens in [token_grid(config, shape) for shape in data.shapes]:
+        cfg.window and build_metadata(tokens, cfg.tile, cfg.window)
     return config
 
 

@@ -6,5 +6,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export LAUNCH=${LAUNCH:-torchrun --nnodes=${NODES:?how many machines} --nproc_per_node=8 --rdzv_backend=c10d
-    --rdzv_endpoint=${HEAD:?the name of one of them}:29500 --rdzv_id=nanovideo --shutdown-timeout=600}
+    --rdzv_endpoint=${HEAD:?the name of one of them}:29500 --rdzv_id=nanovideo}
 "$@"

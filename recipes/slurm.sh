@@ -9,6 +9,6 @@ set -euo pipefail
 if [ -z "${LAUNCH:-}" ]; then
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export LAUNCH="srun torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 --rdzv_backend=c10d
-        --rdzv_endpoint=$head:29500 --rdzv_id=$SLURM_JOB_ID --shutdown-timeout=600"
+        --rdzv_endpoint=$head:29500 --rdzv_id=$SLURM_JOB_ID"
 fi
 "$@"

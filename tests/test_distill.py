@@ -13,12 +13,14 @@ import torch
 import ckpt
 import distill
 import export
+import parallel
 import prepare
 import sample
 import train
 from data import Latents
+from model import MODELS, DiT
 from step import adamw, dmd_loss, ema_update, euler, flow_loss, grid, rollout, sample_t, train_step
-from test_train import as_flags, log_of, run, same, shell, state
+from test_train import as_flags, log_of, run, same, shell, signal_one_of_two, state
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,11 @@ def test_two_ranks_distil_as_one_does(data, teacher, whole, tmp_path):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-4), name
 
 
+def test_a_signal_to_one_of_two_ranks_stops_both_and_nothing_is_lost(data, teacher, tmp_path):
+    flags = as_flags(config(data, teacher, tmp_path / "run", steps=10**4, save_every=0, val_every=0, samples=0))
+    signal_one_of_two("distill.py", flags, tmp_path / "run")
+
+
 def spied(monkeypatch, cfg):
     """A run whose losses, rollouts and EMA tell what they were given, in order."""
     seen = []
@@ -138,7 +145,7 @@ def test_each_net_is_updated_on_its_clock_from_the_students_own_clips(data, teac
 
 
 def test_the_scores_times_are_shifted_once_and_drawn_per_slot(data, teacher, tmp_path, monkeypatch):
-    cfg = config(data, teacher, tmp_path / "run", steps=1, val_every=0, samples=0, score_shift=3.0)
+    cfg = config(data, teacher, tmp_path / "run", steps=1, student_every=1, val_every=0, samples=0, score_shift=3.0)
     seen = spied(monkeypatch, cfg)
     latents = Latents(data, seed=0, batch=4)
     _, cfg = distill.resolve(cfg)
@@ -167,9 +174,18 @@ def vars_of(draw):
 
 def test_both_learning_rates_fall_to_0_at_the_last_step_which_then_is_no_free_flag(data, teacher, tmp_path, monkeypatch, capsys):
     used, original = [], distill.train_step
-    monkeypatch.setattr(distill, "train_step", lambda *a, **more: used.append(more["lr"]) or original(*a, **more))
+
+    def interrupted(*args, lr, **more):
+        used.append(lr)
+        if len(used) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, lr=lr, **more)
+
+    monkeypatch.setattr(distill, "train_step", interrupted)
     cfg = config(data, teacher, tmp_path / "run", steps=4, student_every=2, student_lr=4e-4, critic_lr=1e-3, schedule="linear", samples=0)
-    run(distill.main, cfg)
+    for start in (0, 2):
+        run(distill.main, cfg)
+        assert f"step {start + 2} of 4 is saved" in capsys.readouterr().out
     assert used == pytest.approx([1e-3, 3e-4, 7.5e-4, 5e-4, 1e-4, 2.5e-4])     # critic; student, critic; critic; student, critic
     assert log_of(tmp_path / "run")[-1]["student_lr"] == pytest.approx(1e-4)
     with pytest.raises(SystemExit):
@@ -189,6 +205,50 @@ def test_the_student_starts_as_the_teacher_so_that_the_matching_part_is_zero(dat
     monkeypatch.setattr(distill, "dmd_loss", lambda *a: measured.append(original(*a)) or measured[-1])
     run(distill.main, config(data, teacher, tmp_path / "run", steps=1, student_every=1, val_every=0, samples=0))
     assert measured[0][1]["matching_by"][0].sum() == 0 and measured[0][1]["guidance_by"][0].sum() > 0
+
+
+def test_a_student_that_cannot_be_updated_fails_whatever_the_critic_does(data, teacher, tmp_path, monkeypatch):
+    original = distill.dmd_loss
+    monkeypatch.setattr(distill, "dmd_loss", lambda *a: (original(*a)[0] * math.nan, {}))
+    monkeypatch.setattr(distill, "SKIPS", 3)
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        run(distill.main, config(data, teacher, tmp_path / "run", val_every=0, samples=0))
+
+
+def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, teacher, whole, monkeypatch):
+    """The last validation's figures, made again from the checkpoints alone."""
+    few = distill.resolve(config(data, teacher, whole))[1]
+    how = ckpt.read_manifest(ckpt.latest(teacher))["meta"]["sampling"]
+    latents, saved = Latents(data, seed=0, batch=4), state(whole)
+
+    def net(role, held):
+        net = DiT(MODELS["tiny"])
+        net.load_state_dict({name: held[f"{role}.{name}"] for name in net.state_dict()})
+        return lambda x, t, text: net(x, t, text)
+
+    def student(z, text, null, noises):
+        return rollout(net("ema", saved), z, text, few.times, noises, 3)
+
+    def many_steps(z, text, null, noises):
+        return euler(net("ema", state(teacher)), z, text, grid(how["steps"], how["shift"]), null, 2.0)
+
+    def figures(cfg):
+        world = parallel.init("cpu")
+        return distill.likeness(*(distill.clips(sampler, latents, cfg, world)[0] for sampler in (student, many_steps)))
+
+    for name, value in run(figures, few).items():
+        assert log_of(whole)[-1][name] == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_a_teacher_that_learned_sparse_is_asked_sparse_and_so_are_critic_and_student(data, tmp_path, monkeypatch):
+    sparse = dict(window=(1, 1, 1), tile=(2, 2, 2), dense_ends=1)
+    run(train.main, train.Config(data=data, out=str(tmp_path / "t"), steps=2, batch=4, val_every=0, samples=0, **sparse))
+    cfg = config(data, str(tmp_path / "t"), tmp_path / "run", steps=2, val_every=0, samples=0)
+    for name, *what in spied(monkeypatch, cfg):
+        for net in [net for net in what[:2] if callable(net)]:
+            assert net.keywords["metadata"].tile == (2, 2, 2) and net.keywords["dense_ends"] == 1
+    how = ckpt.read_manifest(ckpt.latest(tmp_path / "run"))["meta"]["sampling"]
+    assert (how["window"], how["tile"], how["dense_ends"]) == ([1, 1, 1], [2, 2, 2], 1)
 
 
 def test_a_sparse_student_beside_dense_teacher_and_critic(data, teacher, tmp_path, monkeypatch):
@@ -282,19 +342,32 @@ def test_a_student_that_is_an_adapter_is_sampled_merged_and_exported_alone(teach
 REFUSED = [
     (dict(teacher="nowhere"), "nowhere"),
     (dict(model="wan-1.3b"), "--model=wan-1.3b, but"),
-    (dict(times=(1.0, 0.5, 0.7)), "descend"),
-    (dict(times=(0.9, 0.5)), "start at 1"),
+    (dict(times=(1.0, 0.5, 0.7), shift=None), "descend"),
+    (dict(times=(0.9, 0.5), shift=None), "start at 1"),
     (dict(batch=3, micro_batch=2), "batch"),
     (dict(student_every=0), "student_every"),
     (dict(dense_ends=1), "--window, which is not given"),
     (dict(guidance_interval=(0.9, 0.5)), "--guidance_interval 0.9 0.5"),
-    (dict(lora_rank=-1), "below 0"),
+    (dict(lora_rank=-1), "is not 0 or more"),
+    (dict(student_steps=0), "--student_steps=0 is not 1 or more"),
+    (dict(shift=0.0), "--shift=0.0 is not above 0"),
+    (dict(score_shift=-1.0), "--score_shift=-1.0 is not above 0"),
+    (dict(student_lr=-1.0), "--student_lr=-1.0"),
+    (dict(guidance=math.nan), "--guidance=nan"),
+    (dict(ema=1.0), "never change"),
+    (dict(steps=5, student_every=6), "never change"),
+    (dict(micro_batch=-2), "--micro_batch=-2 is below 1"),
+    (dict(times=(1.0, 0.5)), "--shift=5.0 does not apply"),
+    (dict(window=(0, 1, 1)), "window is .0, 1, 1."),
+    (dict(sp=3), "--sp=3"),
+    (dict(wandb="online"), "WANDB_API_KEY"),
     (dict(lora_alpha=4.0), "needs --lora_rank"),
 ]
 
 
 @pytest.mark.parametrize("flags, said", REFUSED, ids=[" ".join(f) for f, _ in REFUSED])
-def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, teacher, tmp_path, capsys, flags, said):
+def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, teacher, tmp_path, capsys, monkeypatch, flags, said):
+    monkeypatch.setattr("wandb.login", lambda **how: False)
     with pytest.raises(SystemExit) as refused:
         run(distill.main, replace(config(data, teacher, tmp_path / "run"), **flags))
     assert refused.value.code == 2 and re.search(said, capsys.readouterr().err) and not (tmp_path / "run").exists()
@@ -309,6 +382,10 @@ def test_another_teacher_on_resume_and_a_student_as_teacher_are_refused(data, te
     for other in (config(data, str(tmp_path / "moved"), whole), config(data, str(tmp_path / "other"), whole, allow=("teacher",))):
         run(distill.main, other)
         assert "is finished" in capsys.readouterr().out
+    run(prepare.main, prepare.Config(clips=61, out=str(tmp_path / "data")))
+    with pytest.raises(SystemExit):
+        run(distill.main, config(str(tmp_path / "data"), teacher, whole))
+    assert "data (is not what" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(distill.main, config(data, str(whole), tmp_path / "run"))
     assert "itself a few-step student" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs
     teacher, student = runs
     monkeypatch.setattr(evaluate, "PROMPTS", 2)
     monkeypatch.setattr(evaluate, "SEEDS", 2)
-    cfg = evaluate.Config(ckpt=student, teacher=teacher, n=8, device="cpu")
+    cfg = evaluate.Config(ckpt=student, teacher=teacher, n=12, device="cpu")
     run(evaluate.main, cfg)
     printed = capsys.readouterr().out
     told = json.loads((evaluate.Path(student) / "evaluate.json").read_text())
@@ -118,7 +118,7 @@ def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("flags, said", [(dict(guidance=(2.0,)), "is a student"), (dict(n=5), "--n=5"), (dict(ckpt="nowhere"), "nowhere")])
+@pytest.mark.parametrize("flags, said", [(dict(guidance=(2.0,)), "is a student"), (dict(n=10), "--n=10"), (dict(ckpt="nowhere"), "nowhere")])
 def test_what_cannot_be_measured_is_refused_in_a_line(runs, capsys, flags, said):
     with pytest.raises(SystemExit) as refused:
         run(evaluate.main, evaluate.Config(**dict(ckpt=runs[1], device="cpu") | flags))

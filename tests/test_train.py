@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them: exact resume, worlds of several ranks, sparse runs, refusals at the door."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -50,6 +51,19 @@ def shell(nproc, script, *flags, **more):
     launch = [sys.executable] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*launch, str(ROOT / script), *flags], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
+
+
+def signal_one_of_two(script, flags, out):
+    """Two ranks, one of which is told to end once both are at work: both end, and have saved the same step."""
+    both = shell(2, script, *flags)
+    deadline = time.time() + 200
+    while not (out.exists() and len(log_of(out)) > 2) and both.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    ranks = subprocess.run(["pgrep", "-P", str(both.pid), "-f", script], text=True, capture_output=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGTERM)
+    printed, _ = both.communicate(timeout=120)
+    assert both.returncode == 0 and "the same command goes on" in printed, printed
+    assert log_of(out)[-1]["step"] <= ckpt.read_manifest(ckpt.latest(out))["step"]
 
 
 def as_flags(cfg):
@@ -144,6 +158,11 @@ def test_two_ranks_save_and_one_and_four_go_on_with_the_same_stream(data, whole,
         for line in log_of(out):
             for name in {"loss", "grad_norm", "val_loss"} & line.keys() & want[line["step"]].keys():
                 assert line[name] == pytest.approx(want[line["step"]][name], rel=2e-4), (out, line["step"], name)
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_and_nothing_is_lost(data, tmp_path):
+    flags = as_flags(config(data, tmp_path / "run", steps=10**5, save_every=0, val_every=0, samples=0))
+    signal_one_of_two("train.py", flags, tmp_path / "run")
 
 
 def test_a_window_that_covers_the_grid_is_dense_and_a_shrinking_one_arrives(data, whole, tmp_path):
@@ -257,7 +276,14 @@ REFUSED = [  # flags, what the message says
     (dict(data="nowhere"), "prepare.py"),
     (dict(model="wan-1.3b"), "tiny"),
     (dict(text_dropout=1.5), "text_dropout"),
-    (dict(steps=0), "below 1"),
+    (dict(steps=0), "--steps=0 is not 1 or more"),
+    (dict(lr=math.nan), "--lr=nan"),
+    (dict(shift=-1.0), "--shift=-1.0 is not above 0"),
+    (dict(micro_batch=-2), "--micro_batch=-2 is below 1"),
+    (dict(window=(0, 1, 1)), "window is .0, 1, 1."),
+    (dict(window=(1, 1, 1), tile=(0, 2, 2)), "tile is .0, 2, 2."),
+    (dict(sp=3), "--sp=3"),
+    (dict(wandb="online"), "WANDB_API_KEY"),
     (dict(window_steps=5), "--window, which is not given"),
     (dict(resume="nowhere"), "nowhere"),
     (dict(init="nowhere"), "nowhere"),
@@ -265,15 +291,16 @@ REFUSED = [  # flags, what the message says
     (dict(shard=3), "shard"),
     (dict(device="cuda"), "GPU|CUDA|cuda"),
     (dict(lora_rank=4), "--lora_rank=4: .*--init"),
-    (dict(lora_rank=-1, init="x"), "below 0"),
+    (dict(lora_rank=-1, init="x"), "--lora_rank=-1 is not 0 or more"),
     (dict(lora_alpha=4.0), "needs --lora_rank"),
     (dict(lora_rank=4, lora_alpha=0.0, init="x"), "above 0"),
 ]
 
 
 @pytest.mark.parametrize("flags, said", REFUSED, ids=[" ".join(f) for f, _ in REFUSED])
-def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, tmp_path, capsys, flags, said):
+def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, tmp_path, capsys, monkeypatch, flags, said):
     import re
+    monkeypatch.setattr("wandb.login", lambda **how: False)
     cfg = config(data, tmp_path / "run")
     with pytest.raises(SystemExit) as refused:
         run(train.main, replace(cfg, **flags))
@@ -282,13 +309,17 @@ def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_another_run_is_refused_and_left_alone_and_a_finished_one_says_so(data, whole, capsys):
+def test_a_folder_of_another_run_is_refused_and_left_alone_and_a_finished_one_says_so(data, whole, tmp_path, capsys):
     before = log_of(whole)
     for flags, said in ((dict(lr=1e-3), "--lr=0.001 (was 0.008)"), (dict(seed=1), "--seed=1"), (dict(decay_steps=9), "--decay_steps=9")):
         with pytest.raises(SystemExit):
             run(train.main, replace(config(data, whole), **flags))
         message = capsys.readouterr().err
         assert said in message and "--out=" in message and "--allow" in message
+    run(prepare.main, prepare.Config(clips=61, out=str(tmp_path / "data")))
+    with pytest.raises(SystemExit):
+        run(train.main, config(str(tmp_path / "data"), whole))
+    assert "data (is not what" in capsys.readouterr().err
     run(train.main, config(data, whole))
     assert "is finished" in capsys.readouterr().out and log_of(whole) == before
 
