@@ -166,6 +166,24 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path):
     assert ckpt.latest(tmp_path, report=lambda _: None) == before
 
 
+def test_a_run_never_starts_again_over_its_damaged_checkpoints_nor_passes_over_the_one_that_is_asked_for(tmp_path):
+    def found(**more):
+        return ckpt.found(tmp_path, flags={"lr": 1}, free=set(), inputs={}, report=lambda _: None, **more)
+
+    for step in (1, 2):
+        ckpt.save(tmp_path, step, shard(state(step)), {"config": {"lr": 1}, "inputs": {}})
+    first, second = ckpt.steps(tmp_path).values()
+    with pytest.raises(ValueError, match="has gone on to step_0000002"):
+        found(resume=first)
+    (second / "rank_00000.pt").unlink()
+    assert found(resume=None)[0] == first == found(resume=first)[0]
+    with pytest.raises(ValueError, match="rank_00000.pt is missing"):
+        found(resume=second)
+    (first / "rank_00000.pt").unlink()
+    with pytest.raises(ValueError, match="every checkpoint of .* is damaged"):
+        found(resume=None)
+
+
 def test_all_ranks_fall_back_when_only_one_of_them_sees_the_damage(tmp_path):
     full = state()
     paths = [on_ranks(2, lambda rank, agree: ckpt.save(

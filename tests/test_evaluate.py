@@ -78,7 +78,7 @@ def test_figures_of_real_clips_are_the_unit_and_joint_wants_all_three_right():
     assert loud["std"] == pytest.approx(3) and loud["motion"] == pytest.approx(3) and loud["diversity"] == pytest.approx(2)
 
 
-def test_pairs_are_told_apart_by_mcnemar_and_by_bootstrap():
+def test_pairs_are_told_apart_by_mcnemar_and_by_halves():
     n = 40
     a_right, b_right = np.ones((n, 3), bool), np.ones((n, 3), bool)
     a_right[:1, 0], b_right[1:6, 2] = False, False      # one that b alone has right, five that a alone has
@@ -118,10 +118,12 @@ def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("flags, said", [(dict(guidance=(2.0,)), "is a student"), (dict(n=10), "--n=10"), (dict(ckpt="nowhere"), "nowhere")])
+@pytest.mark.parametrize("flags, said", [(dict(guidance=(2.0,)), "is a student"), (dict(n=10), "--n=10"), (dict(ckpt="nowhere"), "nowhere"),
+                                         (dict(steps=(0,)), "--steps .0,"), (dict(teacher="self"), "is not what")])
 def test_what_cannot_be_measured_is_refused_in_a_line(runs, capsys, flags, said):
     with pytest.raises(SystemExit) as refused:
-        run(evaluate.main, evaluate.Config(**dict(ckpt=runs[1], device="cpu") | flags))
+        teacher = flags.get("teacher") and runs[1]
+        run(evaluate.main, evaluate.Config(**dict(ckpt=runs[1], device="cpu") | flags | {"teacher": teacher}))
     assert refused.value.code == 2 and re.search(said, capsys.readouterr().err)
 
 

@@ -56,8 +56,8 @@ def shell(nproc, script, *flags, **more):
 def signal_one_of_two(script, flags, out):
     """Two ranks, one of which is told to end once both are at work: both end, and have saved the same step."""
     both = shell(2, script, *flags)
-    deadline = time.time() + 200
-    while not (out.exists() and len(log_of(out)) > 2) and both.poll() is None and time.time() < deadline:
+    deadline, log = time.time() + 200, out / "log.jsonl"
+    while not (log.exists() and log.read_bytes().count(b"\n") > 2) and both.poll() is None and time.time() < deadline:
         time.sleep(0.1)
     ranks = subprocess.run(["pgrep", "-P", str(both.pid), "-f", script], text=True, capture_output=True).stdout.split()
     os.kill(int(ranks[1]), signal.SIGTERM)
@@ -357,12 +357,19 @@ def test_sampling_needs_the_checkpoint_alone_and_repeats_itself(whole, tmp_path,
 
 
 @pytest.mark.parametrize("flags, said", [(dict(prompts=()), "prompts"), (dict(prompts=("one two three four five six seven eight",)), "words|tokens"),
-                                         (dict(ckpt="nowhere"), "nowhere"), (dict(size=(16, 32, 32)), "--size 16"), (dict(vae="x"), "vae")])
+                                         (dict(ckpt="nowhere"), "nowhere"), (dict(size=(16, 32, 32)), "--size 16"), (dict(vae="x"), "vae"),
+                                         (dict(steps=0), "--steps=0"), (dict(shift=0.0), "--shift=0.0"),
+                                         (dict(guidance=1.0, negative="a"), "--negative does nothing")])
 def test_sampling_refuses_what_it_cannot_do(whole, tmp_path, capsys, flags, said):
     import re
     with pytest.raises(SystemExit) as refused:
         run(sample.main, replace(sample.Config(ckpt=str(whole), prompts=("a",), out=str(tmp_path / "s")), **flags))
     assert refused.value.code == 2 and re.search(said, capsys.readouterr().err) and not (tmp_path / "s").exists()
+
+
+def test_the_largest_bucket_is_sampled_unless_a_size_is_given():
+    how = {"model": "tiny", "shapes": [[24, 5, 8, 8], [24, 5, 16, 8]]}
+    assert sample.latent_shape(None, how, sample.Config()) == (24, 5, 16, 8)
 
 
 def test_a_flipped_sample_of_the_dataset_stops_the_run_by_name(data, tmp_path):
