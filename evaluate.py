@@ -60,8 +60,8 @@ def main(cfg):
         student, teacher = load(cfg.ckpt), cfg.teacher and load(cfg.teacher)
         how = student.manifest["meta"]["sampling"]
         if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or how["codec"]["name"] != "dct":
-            raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {how['codec']['name']}: the judge reads "
-                             f"more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
+            raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {how['codec']['name']}: the judge "
+                             f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
         systems = [(name, saved, ckpt.model_of(saved, cfg.weights), how)
                    for name, saved, how in plan(student, teacher, cfg)]
 
@@ -253,7 +253,7 @@ def motion(latents):
 
 
 def paired(a, b, real, others, draws=200):
-    """a against b on the same captions and noises: McNemar's exact p of joint, 95 % intervals of a - b in energy and recall.
+    """a against b on the same captions and noises: McNemar's exact p of joint, 95 % intervals of a - b in the others.
 
     The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and hold
     no clip twice, which recall would take for a neighbour.

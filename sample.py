@@ -114,8 +114,8 @@ def sampling(how, cfg):
                          f"{', '.join(given)} cannot be chosen")
     how = how | given
     if how.get("steps", 1) < 1 or not 0 < how["shift"] < math.inf or not 0 <= how["guidance"] < math.inf:
-        raise ValueError(f"--steps={how['steps']} --shift={how['shift']} --guidance={how['guidance']}: steps are 1 or more, "
-                         "the shift above 0, the guidance not below")
+        raise ValueError(f"--steps={how['steps']} --shift={how['shift']} --guidance={how['guidance']}: steps are 1 or "
+                         "more, the shift above 0, the guidance not below")
     if cfg.negative and how["guidance"] == 1:
         raise ValueError("--negative does nothing without guidance")
     return how
