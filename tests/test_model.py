@@ -356,7 +356,7 @@ def test_targets_choose_the_layers():
 # ---- the door -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("message, change", (
-    (r"x is \(2, 6, 3, 8, 11\).*\(B, 6, F, H, W\).*\(1, 2, 2\)", dict(x=torch.zeros(2, 6, 3, 8, 11))),
+    (r"latents of \(2, 6, 3, 8, 11\).*\(1, 2, 2\)", dict(x=torch.zeros(2, 6, 3, 8, 11))),
     (r"x is \(2, 5, 3, 8, 12\).*\(B, 6, F, H, W\)", dict(x=torch.zeros(2, 5, 3, 8, 12))),
     (r"x is \(2, 6, 8, 12\)", dict(x=torch.zeros(2, 6, 8, 12))),
     (r"t is \(2, 8\): wants \(2,\) or \(2, 3\)", dict(t=torch.zeros(2, 8))),
