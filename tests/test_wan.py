@@ -196,7 +196,7 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(wan, other
 
 
 def test_a_teacher_of_another_family_and_a_vae_of_another_width_are_refused(wan, others, data, trained, tmp_path, capsys):
-    cfg = distill.Config(teacher=trained, data=data, out=str(tmp_path / "run"))
+    cfg = distill.Config(teacher=trained, data=data, student_every=1, out=str(tmp_path / "run"))
     for flags, said in ((dict(teacher=f"{wan}/vae", model="small"), "is no Wan transformer"), (dict(teacher=wan), "is not a run of ours: give --model"),
                         (dict(vae=others), "has channels 6")):
         with pytest.raises(SystemExit):
