@@ -128,7 +128,7 @@ def found(out, resume, flags, free, inputs, *, rank=0, world=1, agree=bool, repo
     if not path:
         return None, None
     saved = verify(path, rank=rank, world=world, agree=agree)
-    then, held = saved["meta"]["config"], saved["meta"]["inputs"]
+    then, held = saved["meta"]["config"], saved["meta"].get("inputs", {})   # the oldest have none: their paths count
     now, known = json.loads(json.dumps(flags)), inputs.keys() & held.keys()
     differ = [f"--{name}={value} (was {then.get(name)})" for name, value in now.items()
               if name not in known | free and value != then.get(name)]
