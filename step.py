@@ -74,7 +74,7 @@ def guided_x0(net, x_t, t, text, null, scale, rescale=0.0):
     """
     r, c = (to_x0(x_t, v, t) for v in guided(net, x_t, t, text, null, scale))
     if rescale:
-        r = r * over(1 - rescale + rescale * c.flatten(1).std(1) / r.flatten(1).std(1))
+        r = r * over(1 + rescale * (c.flatten(1).std(1) / r.flatten(1).std(1) - 1))
     return r, c
 
 

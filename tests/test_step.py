@@ -1,8 +1,8 @@
 """step.py: identities of the flow, closed forms of the losses in float64, and what one optimizer step may and may not do."""
 import pytest
 import torch
-from step import (BINS, add_noise, adamw, by_t, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided, lr_at,
-                  rollout, sample_t, shifted, to_x0, train_step, unfold)
+from step import (BINS, add_noise, adamw, by_t, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided,
+                  guided_x0, lr_at, rollout, sample_t, shifted, to_x0, train_step, unfold)
 
 SHAPE = (4, 3, 2, 4, 4)
 
@@ -142,6 +142,16 @@ def test_the_same_net_as_teacher_and_critic_gives_no_gradient_and_guidance_is_th
     _, seen = dmd_loss(x0, net, critic, text, null, t, e, 4.0)
     assert unfold(seen)["guidance_by_t4"] == pytest.approx(3 * 0.5 * 0.95, rel=1e-4)  # (s - 1) |c - u| in x0, t = .95
     assert unfold(seen)["matching_by_t4"] == 0
+
+
+def test_samples_without_guidance_follow_the_conditional_teacher_and_have_no_part_in_the_cosine():
+    x0, f, c, u, e = (randn(40, 3, 1, 2, 2, seed=s) for s in range(5))
+    net = lambda x, t, text: torch.sin(x) + text  # noqa: E731
+    scale, t = torch.tensor([1.0] * 39 + [3.0]), torch.tensor([0.3] * 39 + [0.7])
+    r, plain = guided_x0(net, add_noise(x0, e, t), t, c, u, scale, 0.7)
+    assert torch.equal(r[:39], plain[:39]) and not torch.allclose(r[39], plain[39])
+    seen = dmd_loss(x0, net, lambda x, t, text: net(x, t, f), c, u, t, e, scale, 0.7)[1]
+    assert seen["guidance_by"][:, 1].tolist() == [0, 39] and seen["cosine_by"][1].tolist() == [0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
