@@ -427,8 +427,8 @@ def resolve(cfg):
     if cfg.ema >= 1 or cfg.steps < cfg.student_every:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
                          "never change")
-    cfg = replace(cfg, times=cfg.times or tuple(grid(cfg.student_steps, cfg.shift)))
-    cfg = replace(cfg, student_steps=len(cfg.times))
+    times = cfg.times or tuple(grid(cfg.student_steps, cfg.shift))
+    cfg = replace(cfg, times=times, student_steps=len(times))
     if cfg.times[0] != 1 or min(cfg.times) <= 0 or any(a <= b for a, b in pairwise(cfg.times)):
         raise ValueError(f"--times {' '.join(map(str, cfg.times))}: they start at 1, noise, and descend, all above 0")
     if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
@@ -463,8 +463,10 @@ def fit(cfg, data, source):
                          f"{cfg.teacher}'s dataset did")
     if config.heads % cfg.sp:
         raise ValueError(f"--sp={cfg.sp} does not divide the {config.heads} heads of --model={cfg.model}")
-    for tokens in [token_grid(config, shape) for shape in data.shapes]:
-        cfg.window and build_metadata(tokens, cfg.tile, cfg.window)
+    for shape in data.shapes:
+        tokens = token_grid(config, shape)
+        if cfg.window:
+            build_metadata(tokens, cfg.tile, cfg.window)
     mean, std = (how[name] or made["codec"].get(name) for name in ("mean", "std"))  # of prompts alone: the VAE's own
     if not mean:
         raise ValueError(f"{cfg.data} holds prompts alone, and {cfg.teacher} does not say how to normalise its latents")

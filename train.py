@@ -138,11 +138,12 @@ def main(cfg):
         config = fit(MODELS[cfg.model], cfg, data)
         agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
         say = print if main_rank else lambda *_: None
-        base = ckpt.base_of(cfg.init, ckpt.weights(cfg.init)) if cfg.lora_rank else {"path": None, "crc32": None}
-        inputs = {"data": data.manifest["crc32"]} | ({"init": base["crc32"]} if cfg.lora_rank else {})
+        adapted = ckpt.weights(cfg.init) if cfg.lora_rank else None
+        base = ckpt.base_of(cfg.init, adapted) if adapted else {"path": None, "crc32": None}
+        inputs = {"data": data.manifest["crc32"]} | ({"init": base["crc32"]} if adapted else {})
         found, saved = ckpt.found(cfg.out, cfg.resume, asdict(cfg), FREE | {*cfg.allow}, inputs,
                                   rank=world.rank, world=world.size, agree=agree, report=say)
-        source = ckpt.weights(cfg.init) if cfg.init and (cfg.lora_rank or not found) else None
+        source = adapted or (ckpt.weights(cfg.init) if cfg.init and not found else None)
         codec.load(data.manifest["codec"], vae=main_rank and cfg.vae or None)   # to fail here, not at a validation
         check_wandb(main_rank and cfg.wandb)
         compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
@@ -331,8 +332,10 @@ def fit(config, cfg, data):
                          f"{config.channels} and {config.text_dim}; {fitting} would fit")
     if config.heads % cfg.sp:
         raise ValueError(f"--sp={cfg.sp} does not divide the {config.heads} heads of --model={cfg.model}")
-    for tokens in [token_grid(config, shape) for shape in data.shapes]:
-        cfg.window and build_metadata(tokens, cfg.tile, cfg.window)
+    for shape in data.shapes:
+        tokens = token_grid(config, shape)
+        if cfg.window:
+            build_metadata(tokens, cfg.tile, cfg.window)
     return config
 
 

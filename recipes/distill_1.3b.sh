@@ -4,7 +4,7 @@
 # LAUNCH=python recipes/distill_1.3b.sh --dry_run 8 80 prints the sum. A run of ours: --teacher=out/wan-1.3b
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after SIGTERM; torchrun before 2.13 has 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after SIGTERM; torch 2.11's torchrun has 30
 WAN=${WAN:-weights/Wan2.1-T2V-1.3B-Diffusers}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} distill.py --model=wan-1.3b \
     --teacher="$WAN" --vae="$WAN" --data=data/wan --out=out/few-1.3b --shard=-1 --remat --micro_batch=2 "$@"

@@ -3,7 +3,7 @@
 # of the machine's memory while it saves. LAUNCH=python recipes/train_14b.sh --dry_run 8 80 prints what adds up to that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after SIGTERM; torchrun before 2.13 has 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after SIGTERM; torch 2.11's torchrun has 30
 WAN=${WAN:-weights/Wan2.1-T2V-14B-Diffusers}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} train.py --model=wan-14b \
     --init="$WAN" --vae="$WAN" --data=data/wan --out=out/wan-14b --shard=-1 --sp=4 --remat --micro_batch=1 --keep=1 "$@"
