@@ -5,9 +5,7 @@ D model width · N heads · K head width
 
 One class serves teacher, student and critic, dense and sparse, one rank and many: what varies is an argument.
 """
-import copy
 import math
-import weakref
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Callable, NamedTuple
@@ -17,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from attention import attention
+from attention import Metadata, attention, build_metadata
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,11 @@ USUAL = {  # the latents (C, F, H, W) and the text tokens that each is mostly tr
     "wan2.2-5b":  ((48, 31, 44, 80), 512),      # 121 frames of 704 x 1280
     "wan-14b":    ((16, 21, 60, 104), 512),
 }
+
+
+class Cond(NamedTuple):
+    """What the net is told beside x_t and t."""
+    text: torch.Tensor  # (B, S, E) with its pads
 
 
 class Seq(NamedTuple):
@@ -167,6 +168,8 @@ KEEP_ATTENTION = partial(create_selective_checkpoint_contexts, [torch.ops.nanovi
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward. To change it, see also initial, flops and ckpt.IN_BLOCK."""
+
     def __init__(self, config, remat):
         super().__init__()
         D, eps = config.dim, config.eps
@@ -237,18 +240,18 @@ class DiT(nn.Module):
         """The modules whose parameters stay in fp32 when the others compute in bf16."""
         return self.time_embedding, self.time_projection, self.head
 
-    def forward(self, x, t, text, *, metadata=None, dense_ends=0, lora=None, seq=LOCAL):
-        """x (B, C, F, H, W), t (B,) or (B, F) in [0, 1] with 1 = noise, text (B, S, E) with its pads -> v like x.
+    def forward(self, x, t, cond, *, metadata=None, dense_ends=0, lora=None, seq=LOCAL):
+        """x (B, C, F, H, W), t (B,) or (B, F) in [0, 1] with 1 = noise, cond: see Cond -> v like x.
 
         metadata: sparse attention's (None = dense), except in the first and last `dense_ends` blocks.
         lora: the name of the adapter that is added (None = the base model). seq: see Seq.
         Raises ValueError on shapes that do not fit the config.
         """
-        grid = self.door(x, t, text, metadata, lora)
+        grid = self.door(x, t, cond.text, metadata, lora)
         p, q, r = self.config.patch
         tokens = rearrange(x, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=p, q=q, r=r)
         rope = rope_table(grid, self.config.dim // self.config.heads, x.device)
-        text = self.text_embedding(text)                                                # (B, S, D)
+        text = self.text_embedding(cond.text)                                           # (B, S, D)
         e = self.time_embedding(sinusoids(t.reshape(len(t), -1), self.config.freq_dim))    # (B, 1 or F, D)
         e6 = rearrange(self.time_projection(e), "B F (n D) -> B F n D", n=6)
 
@@ -263,7 +266,7 @@ class DiT(nn.Module):
 
         tokens = self.patch_embedding(tokens).float()   # (B, L, D): an fp32 stream drifts half as much as a bf16 one
         if torch.is_grad_enabled():
-            tokens.requires_grad_()     # also above frozen embeddings: block 0 compiles to the graph of the others
+            tokens.requires_grad_()     # so that block 0 shares the compiled graph of the others, LoRA or not
         for i, block in enumerate(self.blocks):
             dense = min(i, len(self.blocks) - 1 - i) < dense_ends
             tokens = block(tokens, e6, text, rope, seq.attend, None if dense else metadata, lora)
@@ -298,7 +301,126 @@ def token_grid(config, shape):
     return tuple(n // p for n, p in zip(shape[-3:], config.patch))
 
 
+@dataclass(frozen=True)
+class Bound:
+    """A net as losses and samplers see it, net(x_t, t, cond) -> v: its attention pattern, adapter and ranks are chosen."""
+    net: DiT
+    metadata: Metadata | None = None    # None = dense
+    dense_ends: int = 0
+    lora: str | None = None
+    seq: Seq = LOCAL
+
+    def __call__(self, x_t, t, cond):
+        return self.net(x_t, t, cond, metadata=self.metadata, dense_ends=self.dense_ends, lora=self.lora, seq=self.seq)
+
+    def flops(self, shape, text_length):
+        """Of one sample's forward, shape (C, F, H, W); training costs three times as much."""
+        return flops(self.net.config, shape, text_length, self.metadata, self.dense_ends)
+
+
+def bind(net, shape, world, window=None, tile=(4, 4, 8), dense_ends=0, lora=None):
+    """The net for latents (…, F, H, W) on the ranks of `world` -> Bound. window in tiles, None = dense; tile in tokens."""
+    tokens = token_grid(net.config, shape)
+    metadata = None
+    if window is not None:
+        metadata = build_metadata(tokens, tuple(tile), tuple(window), device=world.device)
+    seq = LOCAL if world.sp == 1 else Seq(*world.ulysses(attention, math.prod(tokens)))
+    return Bound(net, metadata, dense_ends, lora, seq)
+
+
 # ---- around the model -----------------------------------------------------------------------------------------------
+
+
+def blank(name, remat=False, lora={}):
+    """The model called `name` on meta: parameters without values. lora {adapter: (rank, alpha)}: see add_lora."""
+    with torch.device("meta"):
+        net = DiT(MODELS[name], remat)
+        for adapter, (rank, alpha) in lora.items():
+            add_lora(net, adapter, rank, alpha)
+    return net
+
+
+def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
+    """ValueError unless the model called `name` takes latents of these shapes (C, F, H, W) and texts of this width."""
+    config = MODELS[name]
+    if (channels, text_width) != (config.channels, config.text_dim):
+        fitting = [other for other, c in MODELS.items() if (c.channels, c.text_dim) == (channels, text_width)]
+        raise ValueError(f"the dataset has {channels} channels and text of width {text_width}; --model={name} takes "
+                         f"{config.channels} and {config.text_dim}; {fitting or 'no model'} would fit")
+    if config.heads % sp:
+        raise ValueError(f"--sp={sp} does not divide the {config.heads} heads of --model={name}")
+    for shape in shapes:
+        tokens = token_grid(config, shape)
+        if window is not None:
+            build_metadata(tokens, tile, window)
+
+
+def initial(name, shape, rng):
+    """The initial value (fp32, shape) of the parameter called `name`, drawn from the numpy Generator `rng`.
+
+    Xavier uniform for every matrix, the head zero so that v starts at 0, and the gates of every block near 1, so that
+    every layer gets gradient from the first step.
+    """
+    kind = name.rsplit(".", 1)[-1]
+    if kind == "modulation":
+        value = rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[-1] ** 0.5)
+        if name.startswith("blocks."):
+            value[:, [2, 5]] += 1               # the gates, 2 and 5 of shift scale gate shift scale gate
+    elif kind == "bias":
+        value = np.zeros(shape, np.float32)
+    elif kind == "B":                           # an adapter starts as its base
+        value = np.zeros(shape, np.float32)
+    elif name == "head.head.weight":
+        value = np.zeros(shape, np.float32)
+    elif len(shape) == 1:                       # norms
+        value = np.ones(shape, np.float32)
+    else:
+        fan_out, fan_in = shape[0], math.prod(shape[1:])
+        bound = fan_in ** -0.5 if kind == "A" else (6 / (fan_in + fan_out)) ** 0.5
+        value = (2 * rng.random(shape, dtype=np.float32) - 1) * np.float32(bound)
+    return torch.from_numpy(value)
+
+
+def flops(self, shape, text_length):
+        """Of one sample's forward, shape (C, F, H, W); training costs three times as much."""
+        return flops(self.net.config, shape, text_length, self.metadata, self.dense_ends)
+
+
+def bind(net, shape, world, window=None, tile=(4, 4, 8), dense_ends=0, lora=None):
+    """The net for latents (…, F, H, W) on the ranks of `world` -> Bound. window in tiles, None = dense; tile in tokens."""
+    tokens = token_grid(net.config, shape)
+    metadata = None
+    if window is not None:
+        metadata = build_metadata(tokens, tuple(tile), tuple(window), device=world.device)
+    seq = LOCAL if world.sp == 1 else Seq(*world.ulysses(attention, math.prod(tokens)))
+    return Bound(net, metadata, dense_ends, lora, seq)
+
+
+# ---- around the model -----------------------------------------------------------------------------------------------
+
+
+def blank(name, remat=False, lora={}):
+    """The model called `name` on meta: parameters without values. lora {adapter: (rank, alpha)}: see add_lora."""
+    with torch.device("meta"):
+        net = DiT(MODELS[name], remat)
+        for adapter, (rank, alpha) in lora.items():
+            add_lora(net, adapter, rank, alpha)
+    return net
+
+
+def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
+    """ValueError unless the model called `name` takes latents of these shapes (C, F, H, W) and texts of this width."""
+    config = MODELS[name]
+    if (channels, text_width) != (config.channels, config.text_dim):
+        fitting = [other for other, c in MODELS.items() if (c.channels, c.text_dim) == (channels, text_width)]
+        raise ValueError(f"the dataset has {channels} channels and text of width {text_width}; --model={name} takes "
+                         f"{config.channels} and {config.text_dim}; {fitting or 'no model'} would fit")
+    if config.heads % sp:
+        raise ValueError(f"--sp={sp} does not divide the {config.heads} heads of --model={name}")
+    for shape in shapes:
+        tokens = token_grid(config, shape)
+        if window is not None:
+            build_metadata(tokens, tile, window)
 
 
 def initial(name, shape, rng):
@@ -339,68 +461,10 @@ def flops(config, shape, text_length, metadata=None, dense_ends=0):
     return 2 * (time + text + 2 * L * patch * D + config.blocks * block + 2 * pairs * D)
 
 
-def activations(bound, shape, text_length, precision):
-    """Bytes (kept, most) of a forward and its backward: what is kept for backward, and the most alive at once.
-
-    bound: partial(net, …) as the losses see it, on meta, where a forward takes neither memory nor time; shape
-    (B, C, F, H, W); precision fp32|bf16 of the blocks. All tensors count, inputs too, but for parameters and their
-    gradients. Each block adds the same, so that one and two are looked at. What kernels need inside is not seen, nor
-    what compiled blocks do without.
-    """
-    net, dtype = bound.func, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
-    sizes = shape, shape[:1], (shape[0], text_length, net.config.text_dim)
-    x, t, text = (torch.empty(size, device="meta") for size in sizes)
-    seen = []
-    for blocks in (1, 2):
-        some = copy.deepcopy(net, {id(net.blocks): copy.deepcopy(net.blocks[:blocks])}).to(dtype)
-        for island in some.islands():
-            island.float()
-        for p in some.parameters():
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        with Alive(some.parameters()) as alive:
-            v = some(x, t, text, **bound.keywords)
-            kept = alive.now
-            v.backward(v)
-        seen.append((kept, alive.most))
-    return tuple(one + (len(net.blocks) - 1) * (two - one) for one, two in zip(*seen))
-
-
-class Alive(TorchDispatchMode):
-    """Inside, bytes of the meta tensors that an operator has met: of those alive `now`, and the `most` there were."""
-
-    def __init__(self, besides):
-        super().__init__()
-        self.now, self.most, self.met = 0, 0, {x.untyped_storage()._cdata for x in besides}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        for x in tree_leaves((args, out)):
-            if isinstance(x, torch.Tensor) and x.is_meta and x.untyped_storage()._cdata not in self.met:
-                storage = x.untyped_storage()
-                self.now += storage.nbytes()
-                self.met.add(storage._cdata)
-                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return out
-
-    def gone(self, storage, size):
-        self.now -= size
-        self.met.remove(storage)
-
-
-def add_lora(net, name, rank, alpha, targets=("q", "k", "v", "o", "ffn.0", "ffn.2")):
-    """Adds adapter `name` of that rank to every Linear of the blocks whose name ends in a target; freezes the base.
-
-    The targets are all of a block's matrices; fewer would be named here. LoRA, arXiv 2106.09685.
-    """
-    linears = {path: m for path, m in net.blocks.named_modules() if isinstance(m, Linear)}
-    for target in targets:
-        if not any(path.endswith("." + target) for path in linears):
-            raise ValueError(f"LoRA target {target!r} is none of {sorted({p.split('.', 1)[1] for p in linears})}")
-    for path, linear in linears.items():
-        if path.endswith(tuple("." + target for target in targets)):
-            linear.lora[name] = Adapter(linear.in_features, linear.out_features, rank, alpha, linear.weight.device)
+def add_lora(net, name, rank, alpha):
+    """Adds adapter `name` of that rank to every Linear of the blocks and freezes the base (LoRA, arXiv 2106.09685)."""
+    for linear in [module for module in net.blocks.modules() if isinstance(module, Linear)]:
+        linear.lora[name] = Adapter(linear.in_features, linear.out_features, rank, alpha, linear.weight.device)
     for path, parameter in net.named_parameters():
         if ".lora." not in path:
             parameter.requires_grad_(False)

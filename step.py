@@ -1,18 +1,24 @@
 """The mathematics of training and distillation, and the one optimizer step both share. Imports nothing of ours.
 
-A net is any callable net(x_t, t, text) -> v. Nothing here draws a random number: t and e come in as tensors.
-Time runs from data to noise: t in [0, 1], t = 0 data, t = 1 noise, x_t = (1 - t) x0 + t e, v = e - x0, x0 = x_t - t v.
-t is fp32 and never leaves it: bf16 would leave 506 of 1000 values.
+A net is any callable net(x_t, t, cond) -> v; what cond holds is the net's business. Nothing here draws a random number:
+t and e come in as tensors. Time runs from data to noise: t in [0, 1], t = 0 data, t = 1 noise,
+x_t = (1 - t) x0 + t e, v = e - x0, x0 = x_t - t v. t is fp32 and never leaves it: bf16 would leave 506 of 1000 values.
 
-B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
+To log a number, return it in a loss's measurements: it is averaged over micro-batches and ranks, written to the log and
+drawn. A name that ends in _by holds sums and counts per fifth of t, made by `binned`.
+
+B batch · C F H W latent channels, frames, rows, columns · K sampling steps
 """
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import cos, pi
+from typing import Callable
 
 import torch
 
-BINS = 5  # measurements are kept apart for fifths of t: a mean over t hides what goes wrong at one end
+BINS = 5    # measurements are kept apart for fifths of t: a mean over t hides what goes wrong at one end
+SKIPS = 20  # updates of a net skipped in a row, for gradients that are not finite, after which a run has failed
 
 
 # ---- the flow -------------------------------------------------------------------------------------------------------
@@ -51,28 +57,27 @@ def sample_t(u, density="uniform", shift=1.0, clamp=(0.0, 1.0)):
     return shifted(t, shift).clamp(*clamp).float()
 
 
-def guided(net, x_t, t, text, null, scale):
+def guided(net, x_t, t, cond, uncond, scale):
     """Velocity with classifier-free guidance, u + s (c - u), and the conditional c alone (arXiv 2207.12598).
 
-    null is the unconditional text, text-shaped; scale a number, or (B,) for a scale per sample, 1 for none. The number 1
-    costs one forward instead of two.
+    scale (B,), 1 for a sample without guidance, or None for no guidance at all, which costs one forward instead of two.
     """
-    c = net(x_t, t, text)
-    if not torch.is_tensor(scale) and scale == 1:
+    c = net(x_t, t, cond)
+    if scale is None:
         return c, c
-    u = net(x_t, t, null)
-    if not torch.is_tensor(scale):
-        return u + scale * (c - u), c
-    return torch.where(over(scale) == 1, c, u + over(scale) * (c - u)), c
+    u = net(x_t, t, uncond)
+    s = over(scale)
+    return torch.where(s == 1, c, u + s * (c - u)), c
 
 
-def guided_x0(net, x_t, t, text, null, scale, rescale=0.0):
+def guided_x0(net, x_t, t, cond, uncond, scale, rescale=0.0):
     """The x0 that `guided` leads to, and the conditional one alone.
 
     rescale in [0, 1] takes back the contrast that guidance adds: all of it at 1, where the first has the second's std
     (arXiv 2305.08891, eq. 15-16).
     """
-    r, c = (to_x0(x_t, v, t) for v in guided(net, x_t, t, text, null, scale))
+    v, v_cond = guided(net, x_t, t, cond, uncond, scale)
+    r, c = to_x0(x_t, v, t), to_x0(x_t, v_cond, t)
     if rescale:
         r = r * over(1 + rescale * (c.flatten(1).std(1) / r.flatten(1).std(1) - 1))
     return r, c
@@ -87,16 +92,17 @@ def grid(steps, shift):
 
 
 @torch.no_grad()
-def euler(net, z, text, times, null=None, scale=1.0):
+def euler(net, z, cond, times, uncond=None, scale=1.0):
     """x0 from noise z (B, C, F, H, W) by Euler steps of the ODE dx = v dt over the descending times, guided by scale."""
     x = z
+    s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
     for t, t_next in pairwise([*times, 0.0]):
-        v, _ = guided(net, x, x.new_full((len(x),), t, dtype=torch.float32), text, null, scale)
+        v, _ = guided(net, x, x.new_full((len(x),), t, dtype=torch.float32), cond, uncond, s)
         x = x + (t_next - t) * v
     return x
 
 
-def rollout(net, z, text, times, noises, exit):
+def rollout(net, z, cond, times, noises, exit):
     """x0 predicted by step number `exit` of the few-step sampler: predict x0, re-noise it to the next time, repeat.
 
     z (B, C, F, H, W) is at times[0]; noises[k] carries step k's x0 to times[k + 1]. The last of K steps returns x0 as it
@@ -107,119 +113,164 @@ def rollout(net, z, text, times, noises, exit):
     for k, t in enumerate(times[:exit + 1]):
         with torch.set_grad_enabled(torch.is_grad_enabled() and k == exit):
             t = x.new_full((len(x),), t, dtype=torch.float32)
-            x0 = to_x0(x, net(x, t, text), t)
+            x0 = to_x0(x, net(x, t, cond), t)
         if k < exit:
             x = add_noise(x0, noises[k], torch.full_like(t, times[k + 1]))
     return x0
 
 
+def sample(net, noises, cond, uncond, how):
+    """x0 by a checkpoint's own sampler: a teacher's guided Euler steps, or a student's few, each with fresh noise.
+
+    how: the checkpoint's sampling block. noises: one (B, C, F, H, W) for "euler", one per time for "rollout".
+    """
+    if how["sampler"] == "rollout":
+        return rollout(net, noises[0], cond, how["times"], noises[1:], len(how["times"]) - 1)
+    return euler(net, noises[0], cond, grid(how["steps"], how["shift"]), uncond, how["guidance"])
+
+
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
 
 
-def by_t(values, t, of=True):
-    """values (B,), of some samples (B,) or all, summed and counted per fifth of t (B,): (2, BINS); `unfold` divides.
+def binned(values, t, where=None):
+    """Sums and counts (2, BINS) of values (B,) in fifths of t (B,) or (B, F); `where` (B,) selects samples.
 
-    Such sums are right under averaging too.
+    Sums and counts stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
     """
     t = t if t.ndim == 1 else t.mean(1)
     bins = (t * BINS).long().clamp(max=BINS - 1)
-    some = torch.ones_like(values, dtype=torch.float32) * of
+    some = torch.ones_like(values, dtype=torch.float32)
+    if where is not None:
+        some = some * where
     sums = torch.stack([values.detach().float() * some, some])
     return torch.zeros(2, BINS, device=values.device).index_add_(1, bins, sums)
 
 
-def unfold(seen):
-    """Measurements as plain numbers: a (2, BINS) tensor `a` becomes a_t0 .. a_t4, bins that saw no sample left out."""
+def numbers(seen):
+    """Measurements as plain numbers: a_by becomes a_by_t0 .. a_by_t4, fifths of t without a sample left out."""
     flat = {}
     for name, x in seen.items():
-        if torch.is_tensor(x) and x.ndim == 2:
+        if name.endswith("_by"):
             flat |= {f"{name}_t{i}": s / n for i, (s, n) in enumerate(x.T.tolist()) if n > 0}
         else:
             flat[name] = float(x)
     return flat
 
 
-def flow_loss(net, x0, text, t, e, weight=None):
-    """Flow matching: mean of w (net(x_t, t, text) - (e - x0))² (arXiv 2210.02747, eq. 23).
+def flow_loss(net, x0, cond, t, e, weight=None):
+    """Flow matching: mean of w (net(x_t, t, cond) - (e - x0))² (arXiv 2210.02747, eq. 23).
 
     x0, e (B, C, F, H, W), t (B,) or (B, F), weight (B,) or None = 1; weight t² makes it the error of x0 itself.
     """
-    v = net(add_noise(x0, e, t), t, text)
+    v = net(add_noise(x0, e, t), t, cond)
     if v.shape != x0.shape:
         raise ValueError(f"the net gives {tuple(v.shape)}, its target is {tuple(x0.shape)}")
-    error = (v.to(torch.promote_types(v.dtype, torch.float32)) - (e - x0)).square().flatten(1).mean(1)
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    error = (v - (e - x0)).square().flatten(1).mean(1)
     loss = (error if weight is None else weight * error).mean()
-    return loss, {"loss": loss.detach(), "loss_by": by_t(error, t)}
+    return loss, {"loss": loss.detach(), "loss_by": binned(error, t)}
 
 
-def dmd_loss(x0, teacher, critic, text, null, t, e, scale, rescale=0.0):
+def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0):
     """Distribution matching: a scalar whose gradient on x0 is (f - r) / (n · numel) (DMD, arXiv 2311.18828, eq. 7-8).
 
     f and r are the critic's and the guided teacher's x0 at the re-noised x0, n = mean|x0 - r| of each sample, ≥ 1e-5.
-    f - r = (f - c) - (r - c): the matching part and the guidance part, (s - 1)(c - u) of x0 without rescale, measured apart
-    (arXiv 2511.22677); their cosine where there is guidance. scale, rescale: see guided_x0.
+    scale, rescale: see guided_x0. Measured apart: f - r = (f - c) - (r - c), the matching part and the guidance part,
+    (s - 1)(c - u) of x0 without rescale (arXiv 2511.22677), and their cosine where there is guidance.
     """
     with torch.no_grad():
         x_t = add_noise(x0, e, t)
-        f = to_x0(x_t, critic(x_t, t, text), t)
-        r, c = guided_x0(teacher, x_t, t, text, null, scale, rescale)
+        f = to_x0(x_t, critic(x_t, t, cond), t)
+        r, c = guided_x0(teacher, x_t, t, cond, uncond, scale, rescale)
         n = (x0 - r).abs().flatten(1).mean(1).clamp_min(1e-5)
         grad = (f - r) / n.view(-1, 1, 1, 1, 1)
+
         matching, guidance = (f - c).flatten(1), (r - c).flatten(1)
         cosine = torch.nn.functional.cosine_similarity(matching, guidance, dim=1)
         seen = {"loss": 0.5 * grad.square().mean(), "x0_mean": x0.mean(), "x0_std": x0.std(),
-                "matching_by": by_t(matching.abs().mean(1), t), "guidance_by": by_t(guidance.abs().mean(1), t),
-                "cosine_by": by_t(cosine, t, guidance.any(1)), "normaliser_by": by_t(n, t)}
+                "matching_by": binned(matching.abs().mean(1), t), "guidance_by": binned(guidance.abs().mean(1), t),
+                "cosine_by": binned(cosine, t, guidance.any(1)), "normaliser_by": binned(n, t)}
     return (grad * x0).mean(), seen
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
-def train_step(opt, losses, *, lr, clip, sync, norm):
-    """One update from len(losses) micro-batches; returns their mean measurements, grad_norm and skipped (0 or 1).
+@dataclass
+class Learner:
+    """A net that learns, as its update sees it. Rows are {name: Part}, plain local tensors of (tensor, first, shape)."""
+    rows: dict                      # what is trained; the tensors share storage with the net
+    opt: torch.optim.Optimizer
+    opt_rows: dict                  # the optimizer's state
+    sync: Callable                  # sync(last), before each micro-batch's backward
+    norm: Callable                  # norm() hands the reduced gradients to rows' tensors -> their global norm, 0-d
+    average: dict = field(default_factory=dict)     # rows of the averaged weights, where there are any
+    counts: dict = field(default_factory=lambda: {"updates": 0, "skipped": 0, "in_a_row": 0})   # go into checkpoints
 
-    losses: closures () -> (loss, seen), one per micro-batch of equal size. sync(last) is called before each backward, so
-    that gradients are reduced over ranks on the last one only; norm() hands the reduced gradients to the optimizer's
-    tensors and returns their global norm. clip: the largest norm that is left alone, 0 = any. A norm that is not finite
-    skips the update; it is the same number on every rank, so that all of them skip without asking each other.
+
+def train_step(me, losses, *, lr, clip, ema=None):
+    """One update of a Learner from len(losses) micro-batches -> their mean measurements, grad_norm and lr.
+
+    losses: closures () -> (loss, seen), one per micro-batch of equal size. clip: the largest norm that is left alone,
+    0 = any. ema: decay of the average, None = none. A norm that is not finite skips the update and counts it; it is the
+    same number on every rank, so that all of them skip without asking each other. RuntimeError where no trained tensor
+    has a gradient, and after SKIPS skipped in a row.
     """
     seen = []
     for i, loss_of in enumerate(losses, 1):
-        sync(i == len(losses))
+        me.sync(i == len(losses))
         loss, measured = loss_of()
         (loss / len(losses)).backward()
         seen.append(measured)
-    grad_norm = norm()
-    finite = bool(grad_norm.isfinite())  # the one wait for the device in a step
-    if finite:
-        if clip > 0:
-            grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(grads, (clip / (grad_norm + 1e-6)).clamp(max=1.0))
-        for group in opt.param_groups:
-            group["lr"] = lr
-        opt.step()
-    opt.zero_grad(set_to_none=True)
+
+    grad_norm = me.norm()
+    grads = [part.tensor.grad for part in me.rows.values() if part.tensor.grad is not None]
+    if not grads:
+        raise RuntimeError("no trained tensor has a gradient: the loss does not depend on what is trained")
+    if clip > 0:
+        torch._foreach_mul_(grads, (clip / (grad_norm + 1e-6)).clamp(max=1.0))
+    for group in me.opt.param_groups:
+        group["lr"] = lr * group["scale"]
+    finite = grad_norm.isfinite()
+    me.opt.found_inf = (~finite).float()    # the optimizer leaves everything as it is where this is 1
+    me.opt.step()
+    me.opt.zero_grad(set_to_none=True)
+
+    # The only wait for the device in a step, when all its work is queued and the loader has begun on the next batch.
+    if finite.item():
+        me.counts["updates"] += 1
+        me.counts["in_a_row"] = 0
+        if ema is not None:
+            ema_update(me, ema)
+    else:
+        me.counts["skipped"] += 1
+        me.counts["in_a_row"] += 1
+        if me.counts["in_a_row"] == SKIPS:
+            raise RuntimeError(f"{SKIPS} updates in a row were not finite; the newest checkpoint is the last good one")
     mean = {name: torch.stack([measured[name] for measured in seen]).mean(0) for name in seen[0]}
-    return mean | {"grad_norm": grad_norm, "skipped": 0.0 if finite else 1.0}
+    return mean | {"grad_norm": grad_norm, "lr": lr}
 
 
 def adamw(rows, betas, weight_decay):
-    """AdamW over plain local tensors, decay on matrices only, and its state under names: (optimizer, state rows).
+    """AdamW over plain local tensors, decay on matrices only -> (optimizer, {name: Part} of its state).
 
-    rows {name: (tensor, first_row, global_shape)}; the state is made here, not at the first step, so that a checkpoint
-    can be read into it. Norms, biases and modulations are not decayed (arXiv 1711.05101 decays all; DiTs do not).
+    The state is made here, not at the first step, so that a checkpoint can be read into it. Norms, biases and modulations
+    are not decayed (arXiv 1711.05101 decays all; DiTs do not). A group's learning rate is `scale` times the run's. Rows
+    may be a shard of a matrix: an optimizer that needs it whole has to gather it.
     """
-    decayed = {n: len(shape) >= 2 and not n.endswith("modulation") for n, (_, _, shape) in rows.items()}
-    groups = [{"params": [rows[n][0] for n in rows if decayed[n] == d], "weight_decay": weight_decay * d}
-              for d in (True, False)]
-    opt = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=True)
+    decayed = {name: len(part.shape) >= 2 and not name.endswith("modulation") for name, part in rows.items()}
+    groups = [{"params": [rows[name].tensor for name in rows if decayed[name] == matrices], "scale": 1.0,
+               "weight_decay": weight_decay if matrices else 0.0} for matrices in (True, False)]
+    fused = not any(part.tensor.is_meta for part in rows.values())      # a plan counts the state on meta
+    opt = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, fused=fused)
     state = {}
-    for name, (p, first, shape) in rows.items():
+    for name, part in rows.items():
+        p = part.tensor
         s = opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                             "exp_avg_sq": torch.zeros_like(p)}
-        state |= {f"{name}.step": (s["step"], 0, ()), f"{name}.exp_avg": (s["exp_avg"], first, shape),
-                  f"{name}.exp_avg_sq": (s["exp_avg_sq"], first, shape)}
+        state[f"{name}.step"] = part._replace(tensor=s["step"], first=0, shape=())
+        state[f"{name}.exp_avg"] = part._replace(tensor=s["exp_avg"])
+        state[f"{name}.exp_avg_sq"] = part._replace(tensor=s["exp_avg_sq"])
     return opt, state
 
 
@@ -238,17 +289,18 @@ def lr_at(step, *, lr, warmup, decay_steps, schedule):
 
 
 @torch.no_grad()
-def ema_update(ema, params, decay, n):
-    """ema ← β ema + (1 - β) params in place, β = min(decay, (1 + n) / (10 + n)) after n updates of the net."""
-    torch._foreach_lerp_(ema, params, 1 - min(decay, (1 + n) / (10 + n)))
+def ema_update(me, decay):
+    """average ← β average + (1 - β) net in place, β = min(decay, (1 + n) / (10 + n)) after n updates of the net."""
+    n = me.counts["updates"]
+    torch._foreach_lerp_(tensors(me.average), tensors(me.rows), 1 - min(decay, (1 + n) / (10 + n)))
 
 
 @contextmanager
 @torch.no_grad()
-def ema_weights(params, ema):
+def averaged(me):
     """Inside, the net computes with its averaged weights; afterwards, also after an exception, both are as they were."""
     def swap():
-        for p, a in zip(params, ema, strict=True):
+        for p, a in zip(tensors(me.rows), tensors(me.average), strict=True):
             kept = p.clone()
             p.copy_(a)
             a.copy_(kept)
@@ -257,3 +309,18 @@ def ema_weights(params, ema):
         yield
     finally:
         swap()
+
+
+@torch.no_grad()
+def start_average(me):
+    """average ← net, when the net has its first values."""
+    torch._foreach_copy_(tensors(me.average), tensors(me.rows))
+
+
+def copies(rows):
+    """Rows of the same places with tensors of their own."""
+    return {name: part._replace(tensor=part.tensor.clone()) for name, part in rows.items()}
+
+
+def tensors(rows):
+    return [part.tensor for part in rows.values()]

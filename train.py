@@ -3,319 +3,333 @@
     python prepare.py && python train.py                                        the built-in moving shapes, on a laptop
     torchrun --nproc_per_node=8 train.py --model=wan-1.3b --data=DIR --init=PATH --shard=-1
 
-The same command again resumes, exactly. Reads top to bottom: flags, setup, the loop, validation.
-Imports model, attention and every leaf.
+The same command again resumes, exactly. Reads top to bottom: flags, setup in five steps, the loop, its loss, validation.
+Imports model, plan and every leaf.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
 import math
-import signal
-import sys
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 
 import ckpt
 import codec
+import flags
 import parallel
-from attention import attention, build_metadata
-from data import Latents, check_batch, normal, stream
-from log import Log, budget, check_wandb, room
-from model import LOCAL, MODELS, USUAL, DiT, Seq, activations, add_lora, flops, initial, token_grid
-from step import (BINS, adamw, ema_update, ema_weights, euler, flow_loss, grid, lr_at, sample_t, train_step, unfold)
+import plan
+from data import Latents, noise, stream
+from log import Clock, Log, check_wandb, holds
+from model import MODELS, Cond, bind, blank, fits, initial, token_grid
+from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, numbers, sample_t,
+                  start_average, train_step)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train a video diffusion transformer. A flag whose default is None takes the model's value in DEFAULTS."""
+    """Train a video diffusion transformer. A flag left None takes the value of the model's row in DEFAULTS."""
 
     # what
-    model: Literal[tuple(MODELS)] = "tiny"                # size, a row of model.MODELS
-    data: str = "data/shapes"                             # folder that prepare.py wrote
-    out: str = "out/train"                                # the run's folder: log, curves, samples, checkpoints
-    init: str | None = None                               # weights of Wan, diffusers, ComfyUI or ours; None = random
-    seed: int = 0                                         # of every random number of the run
+    model: Literal[tuple(MODELS)] = "tiny"                # model size, a row of model.MODELS
+    data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote
+    out: str = "out/train"                                # folder of the run: log, curves, samples, checkpoints
+    init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run of ours
+    seed: int = 0                                         # random seed
 
     # optimizer
-    steps: int | None = None                              # updates in all
+    steps: int | None = None                              # number of updates
     batch: int | None = None                              # samples per update, over all ranks
-    micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
+    micro_batch: int | None = None                        # samples that a rank forwards at once; none = batch / data ranks
     lr: float | None = None                               # peak learning rate
-    warmup: int | None = None                             # updates of linear warm-up
-    schedule: Literal["constant", "cosine", "linear"] | None = None  # of the learning rate after the warm-up
+    warmup: int | None = None                             # updates of linear learning-rate warm-up
+    schedule: Literal["constant", "cosine", "linear"] | None = None  # learning rate after the warm-up
     decay_steps: int | None = None                        # updates until the schedule reaches 0; None = steps
-    ema: float | None = None                              # decay of the averaged weights, those that are sampled
-    lora_rank: int = 0                                    # train adapters of that rank of --init's blocks; 0 = all
-    lora_alpha: float | None = None                       # their scale is alpha / rank; None = rank
+    ema: float | None = None                              # decay of the averaged weights, which are sampled
+    lora_rank: int = 0                                    # LoRA rank; 0 trains all weights
+    lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
 
     # objective
     t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
-    shift: float | None = None                            # moves t towards noise: s t / (1 + (s - 1) t)
+    shift: float | None = None                            # time shift towards noise: t -> s t / (1 + (s - 1) t)
     text_dropout: float = 0.1                             # share of samples trained with the null text
 
     # sparse attention
-    window: tuple[int, int, int] | None = None            # tiles seen along frames, rows, columns; None = dense
-    tile: tuple[int, int, int] = (4, 4, 8)                # tokens per tile
-    window_steps: int = 0                                 # updates in which it shrinks from dense; 0 = at once
+    window: tuple[int, int, int] | None = None            # attention window in tiles: frames, rows, columns; None = dense
+    tile: tuple[int, int, int] = (4, 4, 8)                # tokens of an attention tile: frames, rows, columns
+    window_steps: int = 0                                 # updates over which the window shrinks from dense; 0 = at once
     dense_ends: int = 0                                   # first and last blocks that stay dense
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
-    precision: Literal["fp32", "bf16"] | None = None      # of the blocks' compute; None = bf16 on cuda, fp32 on cpu
-    shard: int = 1                                        # ranks that hold one copy of the parameters; -1 = all
-    sp: int = 1                                           # ranks that share one sample's tokens
-    compile: bool | None = None                           # compile each block; None = on cuda
-    remat: bool = False                                   # recompute activations in backward, attention excepted
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is a GPU
+    precision: Literal["fp32", "bf16"] | None = None      # dtype that blocks compute in; None = bf16 on a GPU, else fp32
+    shard: int = 1                                        # ranks that share one copy of the weights; -1 = all (FSDP)
+    sp: int = 1                                           # ranks that share one sample's tokens (sequence parallel)
+    compile: bool | None = None                           # compile the blocks; None = on a GPU
+    remat: bool | None = None                             # recompute activations in backward, except attention
+    deterministic: bool = False                           # only deterministic kernels on a GPU: resume to the bit there
 
     # now and then
-    log_every: int = 10                                   # updates per line of log.jsonl; 0 = none
-    val_every: int | None = None                          # updates between validations, with videos; 0 = at the end
-    save_every: int | None = None                         # updates between checkpoints; 0 = at the end
-    keep: int = 3                                         # newest checkpoints that stay
+    log_every: int = 10                                   # updates per line of log.jsonl; 0 = no lines
+    val_every: int | None = None                          # updates between validations, with videos; 0 = only at the end
+    save_every: int | None = None                         # updates between checkpoints; 0 = only at the end
+    keep: int = 3                                         # newest checkpoints to keep
 
     # validation
-    val: int = 16                                         # samples held out, at most 5 % of the dataset
+    val: int = 16                                         # samples held out of training, at most 5 % of the dataset
     samples: int = 8                                      # videos sampled at each validation
-    guidance: float | None = None                         # scale s of u + s (c - u); 1 = none
+    guidance: float | None = None                         # guidance scale s of u + s (c - u) for these videos; 1 = none
     vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
 
     # the run
     resume: str | None = None                             # checkpoint that begins a run in a new folder
-    allow: tuple[str, ...] = ()                           # flags that may differ from the resumed run's
+    allow: tuple[str, ...] = ()                           # names of flags that may differ from those of the resumed run
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # ranks, and GB of each: print what it takes, and stop
+    dry_run: tuple[int, ...] = ()                         # print what this many ranks (of so many GB each) take, then exit
 
 
-class Row(NamedTuple):
-    """What a model's runs take unless flags say otherwise; the last line has no flags: edit it here."""
-    steps: int
-    batch: int
-    lr: float
-    warmup: int
-    schedule: str
-    ema: float
-    shift: float
-    guidance: float
-    val_every: int
-    save_every: int
-    beta2: float            # of AdamW, the first is 0.9
-    weight_decay: float     # of matrices; norms, biases and modulations are never decayed
-    clip: float             # largest global gradient norm, 0 = any
-    sample_steps: int       # Euler steps of a validation video
-    sample_shift: float     # of their time grid
+# A row per model. The last block of each has no flags: edit it here. Only matrices are decayed.
+TINY = dict(
+    steps=5500,
+    batch=16,
+    lr=8e-3,
+    warmup=100,
+    schedule="cosine",
+    ema=0.995,
+    shift=2.0,
+    guidance=2.0,
+    remat=False,
+    val_every=1500,
+    save_every=1500,
 
+    beta2=0.99,
+    weight_decay=0.01,
+    clip=1.0,
+    sample_steps=50,
+    sample_shift=1.0,
+)
+WAN = dict(
+    steps=5000,
+    batch=64,
+    micro_batch=1,
+    lr=1e-5,
+    warmup=100,
+    schedule="constant",
+    ema=0.999,
+    shift=5.0,
+    guidance=5.0,
+    remat=True,
+    val_every=250,
+    save_every=250,
 
-DEFAULTS = {  #      steps batch    lr warmup    schedule    ema shift guidance   val  save  beta2 decay clip sample
-    "tiny":      Row( 5500,   16, 8e-3,   100,   "cosine", 0.995,  2.0,     2.0, 1500, 1500,  0.99, 0.01, 1.0, 50, 1.0),
-    "wan-1.3b":  Row( 5000,   64, 1e-5,   100, "constant", 0.999,  3.0,     5.0,  250,  250, 0.999, 0.01, 1.0, 50, 3.0),
-    "wan2.2-5b": Row( 5000,   64, 1e-5,   100, "constant", 0.999,  5.0,     5.0,  250,  250, 0.999, 0.01, 1.0, 50, 5.0),
-    "wan-14b":   Row( 5000,   64, 1e-5,   100, "constant", 0.999,  5.0,     5.0,  250,  250, 0.999, 0.01, 1.0, 50, 5.0),
+    beta2=0.999,
+    weight_decay=0.01,
+    clip=1.0,
+    sample_steps=50,
+    sample_shift=5.0,
+)
+DEFAULTS = {
+    "tiny": TINY,
+    "wan-1.3b": WAN | dict(shift=3.0, sample_shift=3.0),
+    "wan2.2-5b": WAN,
+    "wan-14b": WAN,
 }
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
-SKIPS = 20      # updates skipped in a row, for gradients that are not finite, after which a run has failed
-STRATA = 10     # noise levels at which each held-out sample is validated
+BEFORE = {"deterministic": False}   # what a flag was in runs whose config does not have it yet
+STRATA = 10                         # noise levels at which each held-out sample is validated
 
 
 def main(cfg):
-    with door():
-        cfg = resolve(cfg)
-        if cfg.dry_run:
-            raise SystemExit(plan(cfg))
-        row, world = DEFAULTS[cfg.model], parallel.init(cfg.device, cfg.shard, cfg.sp)
-        cfg = replace(cfg, precision=cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32"))
-        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=cfg.micro_batch, rank=world.data_rank,
-                       world=world.data_size, val=cfg.val, pin=world.device.type == "cuda")
-        config = fit(MODELS[cfg.model], cfg, data)
-        agree, main_rank = partial(parallel.agree, world=world), world.rank == 0
-        say = print if main_rank else lambda *_: None
-        adapted = ckpt.weights(cfg.init) if cfg.lora_rank else None
-        base = ckpt.base_of(cfg.init, adapted) if adapted else {"path": None, "crc32": None}
-        inputs = {"data": data.manifest["crc32"]} | ({"init": base["crc32"]} if adapted else {})
-        found, saved = ckpt.found(cfg.out, cfg.resume, asdict(cfg), FREE | {*cfg.allow}, inputs,
-                                  rank=world.rank, world=world.size, agree=agree, report=say)
-        source = adapted or (ckpt.weights(cfg.init) if cfg.init and not found else None)
-        codec.load(data.manifest["codec"], vae=main_rank and cfg.vae or None)   # to fail here, not at a validation
-        check_wandb(main_rank and cfg.wandb)
-        compiled = world.device.type == "cuda" if cfg.compile is None else cfg.compile
-        if saved and saved["step"] >= cfg.steps:
-            more = "--steps=N" if cfg.schedule == "constant" else "--steps=N --allow decay_steps"
-            return say(f"{found} is finished, {saved['step']} of {cfg.steps} steps: {more} adds, --out= starts another")
+    # 1) refuse what cannot be, before anything is allocated or written
+    with flags.door(__file__):
+        cfg, world, data, origin = begin(cfg)
+        if origin.step >= cfg.steps and validated(cfg, origin.step, data, world):
+            return world.say(finished(cfg, origin))
 
-    # the net, its average, its optimizer; then their values
-    net = blank(cfg)
-    parallel.prepare(net, world, precision=cfg.precision, compile=compiled,
-                     shapes=len(data.shapes) * (1 + (cfg.window is not None) * 8))
-    rows = parallel.local_rows(net)
-    frozen = {n: rows.pop(n) for n, p in net.named_parameters() if not p.requires_grad}     # LoRA: all but the adapter
-    params = [p for p, _, _ in rows.values()]
-    ema = [torch.zeros_like(p) for p in params]
-    opt, opt_rows = adamw(rows, (0.9, row.beta2), row.weight_decay)
-    state = ({f"net.{n}": r for n, r in rows.items()} | {f"opt.{n}": r for n, r in opt_rows.items()}
-             | {f"ema.{n}": (a, first, shape) for a, (n, (_, first, shape)) in zip(ema, rows.items())}
-             | {"null": (data.null.clone(), 0, tuple(data.null.shape))})
-    with door():
-        if source:
-            ckpt.fill(frozen or rows, source)
-    if found:
-        with door():
-            ckpt.load(found, state, rank=world.rank, world=world.size, agree=agree)
-        start, counts = saved["step"], saved["meta"]["counts"]
-    else:
-        slots = {name: i for i, name in enumerate(rows)}
-        if frozen or not source:
-            ckpt.fill(rows, lambda name, shape, first, last:
-                      initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last])
-        torch._foreach_copy_(ema, params)
-        start, counts = 0, {"updates": 0, "skipped": 0, "in_a_row": 0}
+    # 2) build: on meta, then over the ranks and compiled; what of it is trained
+    net = blank(cfg.model, cfg.remat, adapter(cfg))
+    parallel.prepare(net, world, shapes=patterns(cfg, data.shapes))
+    me = learner(net, cfg, world)
+    state = ckpt.roles(net=me.rows, opt=me.opt_rows, ema=me.average, null=parallel.whole(data.null))
 
-    sync, norm = parallel.sync(net), partial(parallel.grad_norm, net, rows, world)
-    log = Log(cfg.out, asdict(cfg), step=start, steps=cfg.steps, main=main_rank, wandb=cfg.wandb)
-    sampling = {name: data.manifest[name] for name in ("codec", "mean", "std", "fps", "text")} | {
-        "model": cfg.model, "shapes": data.shapes, "window": cfg.window, "tile": cfg.tile, "dense_ends": cfg.dense_ends,
-        "sampler": "euler", "steps": row.sample_steps, "shift": row.sample_shift, "guidance": cfg.guidance}
-    meta = {"config": asdict(cfg), "inputs": inputs, "base": base, "counts": counts, "sampling": sampling}
+    # 3) values: of this run's checkpoint, of --init, or new; what adapters adapt is always --init's
+    with flags.door(__file__):
+        if cfg.lora_rank:
+            ckpt.fill(parallel.local_rows(net, trained=False), origin.weights)
+        if origin.path:
+            ckpt.load(origin.path, state, **world.ranks)
+            me.counts = origin.counts
+        elif cfg.init and not cfg.lora_rank:
+            ckpt.fill(me.rows, origin.weights)
+            start_average(me)
+        else:
+            ckpt.fill(me.rows, new_values(me.rows, cfg.seed))
+            start_average(me)
+    origin = origin._replace(weights=None)      # closes their files
 
-    bind = binder(net, cfg, world)
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):      # finish the step, save, go; asked twice, go at once
-        signal.signal(number, lambda number, frame: stop.append(signal.signal(number, signal.SIG_DFL)))
-    clock = {"seconds": 0.0, "data_wait": 0.0}      # summed since the last line of the log
+    # 4) the log, and signals
+    log = Log(cfg.out, asdict(cfg), step=origin.step, steps=cfg.steps, main=world.main, wandb=cfg.wandb)
+    stopped, clock = parallel.stop_requested(world), Clock()
 
-    for step in range(start, cfg.steps + 1):
-        # once in a while: validate, save, stop; a resumed run has done so where it begins
-        last, fresh = step == cfg.steps, step > start or step == 0
-        if fresh and (last or due(step, cfg.val_every)):
-            with ema_weights(params, ema):
-                log(step, **validate(partial(bind, step=step), data, cfg, world))
-                if step > 0 and cfg.samples:
-                    show(*sample(partial(bind, step=step), data, cfg, world), step, data, cfg, world, log)
-        stopping = not agree(not stop)
-        if step > start and (last or stopping or due(step, cfg.save_every)):
-            ckpt.save(cfg.out, step, state, meta, rank=world.rank, world=world.size, agree=agree, keep=cfg.keep)
-        if last or stopping:
+    # 5) the loop
+    for step in range(origin.step, cfg.steps + 1):
+        # once in a while: save, then validate; a run killed in between validates when it resumes
+        last, stop = step == cfg.steps, stopped()
+        if step > origin.step and (last or stop or due(step, cfg.save_every)):
+            meta = about(step, me, data, cfg, origin)
+            ckpt.save(cfg.out, step, state, meta, keep=cfg.keep, report=log.say, **world.ranks)
+        if not stop and (last or due(step, cfg.val_every)) and not validated(cfg, step, data, world):
+            with averaged(me):
+                log(step, **validate(net, step, data, cfg, world))
+                show(net, step, data, cfg, world, log)
+        if last or stop:
             log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}{'' if last else '; the same command goes on'}")
             break
 
         # one update
-        began = time.perf_counter()
-        micros = data.at(step)
-        clock["data_wait"] += time.perf_counter() - began
-        bound, metadata = bind(micros[0].x0.shape, step)
-        lr = lr_at(step, lr=cfg.lr, warmup=cfg.warmup, decay_steps=cfg.decay_steps, schedule=cfg.schedule)
-        losses = [partial(loss_of, bound, micro, cfg, world.device) for micro in micros]
-        seen = train_step(opt, losses, lr=lr, clip=row.clip, sync=sync, norm=norm)
-        if seen["skipped"]:
-            counts["skipped"], counts["in_a_row"] = counts["skipped"] + 1, counts["in_a_row"] + 1
+        with clock("seconds"):
+            with clock("data_wait"):
+                micros = data.at(step)
+            bound = bound_at(step, net, micros[0].x0.shape, cfg, world)
+            losses = [partial(loss_of, bound, micro, cfg) for micro in micros]
+            seen = train_step(me, losses, lr=rate(step, cfg), clip=DEFAULTS[cfg.model]["clip"], ema=cfg.ema)
+        if me.counts["in_a_row"]:
             log.say(f"step {step}: gradient norm {seen['grad_norm']:.3g}, update skipped; "
-                    f"samples {[i for micro in micros for i in micro.ids]}")
-            if counts["in_a_row"] == SKIPS:
-                raise RuntimeError(f"{SKIPS} updates in a row were not finite; {cfg.out}/ckpt has the last good one")
-        else:
-            counts["updates"], counts["in_a_row"] = counts["updates"] + 1, 0
-            ema_update(ema, params, cfg.ema, counts["updates"])
-        clock["seconds"] += time.perf_counter() - began
+                    f"samples {data.batch_ids(step)[1]}")
 
         # one line
         if due(step + 1, cfg.log_every):
-            timed = min(cfg.log_every, step + 1 - start)
-            seen = unfold(parallel.mean(seen | {name: total / timed for name, total in clock.items()}, world))
-            rate = cfg.batch / seen["seconds"]
-            forward = flops(config, micros[0].x0.shape[1:], micros[0].text.shape[1], metadata, cfg.dense_ends)
-            tokens = math.prod(token_grid(config, micros[0].x0.shape))
-            sparse = {} if metadata is None else {"sparsity": metadata.sparsity}
-            log(step + 1, **seen | {"lr": lr, "epoch": data.epoch_of(step + 1), "skipped": counts["skipped"]}, **sparse,
-                samples_per_s=rate, tokens_per_s=rate * tokens,
-                **log.speed((2 if frozen else 3) * forward * rate / world.size, world.device, cfg.precision))
-            clock = dict.fromkeys(clock, 0.0)
+            seen |= clock.take(min(cfg.log_every, step + 1 - origin.step))
+            log(step + 1, **figures(step, seen, me, bound, micros[0], data, cfg, world))
+        if step == origin.step:
+            show_first(micros[0], data, cfg, world, log)
     log.close()
 
 
-def blank(cfg):
-    """The net on meta: names and shapes without values."""
-    with torch.device("meta"):
-        net = DiT(MODELS[cfg.model], remat=cfg.remat)
-        if cfg.lora_rank:
-            add_lora(net, "main", cfg.lora_rank, cfg.lora_alpha)
-    return net
+def loss_of(net, micro, cfg):
+    """Flow matching of one micro-batch: text dropped here and there, t by its density."""
+    drop = micro.drop < cfg.text_dropout
+    text = torch.where(drop[:, None, None], micro.null, micro.text)
+    t = sample_t(micro.u, cfg.t, cfg.shift)
+    return flow_loss(net, micro.x0, Cond(text), t, micro.e)
 
 
-def loss_of(net, micro, cfg, device):
-    """The loss of one micro-batch: text dropped here and there, t by its density, then flow matching."""
-    x0, text, null, drop, u, e = (x.to(device, non_blocking=True) for x in micro[:6])
-    text = torch.where((drop < cfg.text_dropout)[:, None, None], null, text)
-    return flow_loss(net, x0, text, sample_t(u, cfg.t, cfg.shift), e)
+def rate(step, cfg):
+    """The learning rate of update `step`."""
+    return lr_at(step, lr=cfg.lr, warmup=cfg.warmup, decay_steps=cfg.decay_steps, schedule=cfg.schedule)
 
 
-def binder(net, cfg, world):
-    """-> bind(shape, step) -> (net(x_t, t, text) as the losses see it for latents (…, F, H, W), its metadata)."""
-    adapter = net.adapters[0] if net.adapters else None
-
-    @cache
-    def sequence(length):
-        return LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, length, world))
-
-    def bind(shape, step):
-        tokens = token_grid(net.config, shape)
-        metadata = cfg.window and build_metadata(tokens, cfg.tile, window_at(step, cfg, tokens), device=world.device)
-        seq = sequence(math.prod(tokens))
-        return partial(net, metadata=metadata, dense_ends=cfg.dense_ends, lora=adapter, seq=seq), metadata
-
-    return bind
+def bound_at(step, net, shape, cfg, world):
+    """The net as the losses see it at update `step`, for latents (…, F, H, W) -> Bound."""
+    window = window_at(step, cfg, token_grid(net.config, shape))
+    lora = net.adapters[0] if net.adapters else None
+    return bind(net, shape, world, window, cfg.tile, cfg.dense_ends, lora)
 
 
 def window_at(step, cfg, tokens):
-    """Tiles seen per axis at update `step`: from all of them to cfg.window, in equal parts over cfg.window_steps."""
+    """Tiles seen per axis at update `step`: from all of them to --window, in equal parts over --window_steps."""
+    if cfg.window is None:
+        return None
     done = min(1.0, step / cfg.window_steps) if cfg.window_steps else 1.0
     tiles = [math.ceil(n / size) for n, size in zip(tokens, cfg.tile)]
     return tuple(round(n + (min(w, n) - n) * done) for n, w in zip(tiles, cfg.window))
 
 
-# ---- the door -------------------------------------------------------------------------------------------------------
+def figures(step, seen, me, bound, micro, data, cfg, world):
+    """What a line of the log holds after update `step`: measurements over all ranks, speed."""
+    seen = numbers(parallel.mean(seen, world))
+    samples_per_s = cfg.batch / seen["seconds"]
+    tokens = math.prod(token_grid(bound.net.config, micro.x0.shape))
+    forward = bound.flops(micro.x0.shape[1:], micro.text.shape[1])
+    work = forward * (2 if cfg.lora_rank else 3)        # a forward and its backward
+    if bound.metadata is not None:
+        seen["sparsity"] = bound.metadata.sparsity
+    return seen | {
+        "epoch": data.epoch_of(step + 1),
+        "skipped": me.counts["skipped"],
+        "samples_per_s": samples_per_s,
+        "tokens_per_s": samples_per_s * tokens,
+        **Log.speed(work * samples_per_s / world.size, world.device, cfg.precision),
+    }
 
 
-@contextmanager
-def door():
-    """Bad input is refused in one line, exit code 2; a bug further on keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+def due(step, every):
+    return every > 0 and step % every == 0
+
+
+# ---- setup ----------------------------------------------------------------------------------------------------------
+
+
+class Origin(NamedTuple):
+    """What a run goes on from, and what it is made of."""
+    path: Path | None               # the checkpoint
+    step: int
+    counts: dict | None
+    weights: ckpt.Source | None     # of --init
+    base: dict | None               # what adapters adapt: where it is, and its CRC32
+    inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
+
+
+def begin(cfg):
+    """The resolved config, the ranks, the dataset and the run's Origin; errors for what cannot be, or exits."""
+    cfg = resolve(cfg)
+    if cfg.dry_run:
+        raise SystemExit(plan.dry_run(__file__, cfg, adapter(cfg), optimizer=optimizer(cfg)))
+    world = parallel.init(cfg.device, cfg.shard, cfg.sp, cfg.precision, cfg.compile, cfg.deterministic)
+    cfg = replace(cfg, precision=world.precision)
+    data = Latents(
+        cfg.data,
+        seed=cfg.seed,
+        batch=cfg.batch,
+        micro_batch=cfg.micro_batch,
+        rank=world.data_rank,
+        world=world.data_size,
+        val=cfg.val,
+        device=world.device,
+    )
+    width = data.manifest["text"]["width"]
+    fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
+    codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
+    check_wandb(cfg.wandb if world.main else "off")
+    plan.start(cfg, world, adapter(cfg), data, optimizer=optimizer(cfg))
+
+    path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
+    weights, inputs = None, {"data": data.manifest["crc32"]}
+    # A full finetune needs --init for its first start alone: later it may be gone.
+    if cfg.init and (cfg.lora_rank or not path or Path(cfg.init).exists()):
+        weights = ckpt.weights(cfg.init, **world.ranks)
+        inputs["init"] = ckpt.fingerprint(weights)
+    base = ckpt.base_of(cfg.init, weights) if cfg.lora_rank else None
+    step, counts = 0, None
+    if path:
+        saved = ckpt.read_manifest(path)
+        ckpt.differences(path, saved, asdict(cfg), inputs, FREE | set(cfg.allow), BEFORE)
+        step, counts = saved["step"], saved["meta"]["counts"]
+    ckpt.claim(cfg.out, **world.ranks)
+    return cfg, world, data, Origin(path, step, counts, weights, base, inputs)
 
 
 def resolve(cfg):
-    """The config with None replaced by the model's defaults; ValueError for values that are impossible together."""
-    given = {name: value for name, value in asdict(cfg).items() if value is not None}
-    row = DEFAULTS[cfg.model]._asdict()
-    cfg = replace(cfg, **{name: row[name] for name in row.keys() & asdict(cfg).keys()} | given)
+    """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
+    row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
+    kept = {name: saved.get(name) for name in row if name not in cfg.allow}
+    cfg = flags.filled(cfg, kept, row)
     if cfg.schedule != "constant" and cfg.decay_steps is None:
         cfg = replace(cfg, decay_steps=cfg.steps)
     if cfg.lora_rank and not cfg.init:
         raise ValueError(f"--lora_rank={cfg.lora_rank}: adapters need weights to adapt, which --init names")
-    if cfg.lora_alpha is not None and not (cfg.lora_rank and cfg.lora_alpha > 0):
-        raise ValueError(f"--lora_alpha={cfg.lora_alpha} is above 0, and needs --lora_rank")
-    if cfg.lora_rank and cfg.lora_alpha is None:
-        cfg = replace(cfg, lora_alpha=float(cfg.lora_rank))
-    if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
-        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")
-    if unknown := set(cfg.allow) - set(asdict(cfg)):
-        raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
-    for name, low in dict(steps=1, batch=1, lr=0, guidance=0, warmup=0, log_every=0, val_every=0, save_every=0, keep=1,
-                          val=0, samples=0, window_steps=0, dense_ends=0, lora_rank=0).items():
-        if not low <= asdict(cfg)[name] < math.inf:
-            raise ValueError(f"--{name}={asdict(cfg)[name]} is not {low} or more")
-    if not 0 < cfg.shift < math.inf:
-        raise ValueError(f"--shift={cfg.shift} is not above 0")
+    cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
+    flags.at_least(cfg, 0, "lr", "guidance", "warmup", "val", "samples", "window_steps", "dense_ends", "lora_rank")
+    flags.at_least(cfg, 0, "log_every", "val_every", "save_every")
+    flags.at_least(cfg, 1, "steps", "batch", "keep")
+    flags.above(cfg, 0, "shift")
+    flags.check_run(cfg)
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
@@ -323,108 +337,146 @@ def resolve(cfg):
     return cfg
 
 
-def fit(config, cfg, data):
-    """The model's config, if the dataset fits it."""
-    channels, width = data.shapes[0][0], data.manifest["text"]["width"]
-    if (channels, width) != (config.channels, config.text_dim):
-        fitting = [name for name, c in MODELS.items() if (c.channels, c.text_dim) == (channels, width)] or "no model"
-        raise ValueError(f"{cfg.data} has {channels} channels and text of width {width}; --model={cfg.model} takes "
-                         f"{config.channels} and {config.text_dim}; {fitting} would fit")
-    if config.heads % cfg.sp:
-        raise ValueError(f"--sp={cfg.sp} does not divide the {config.heads} heads of --model={cfg.model}")
-    for shape in data.shapes:
-        tokens = token_grid(config, shape)
-        if cfg.window:
-            build_metadata(tokens, cfg.tile, cfg.window)
-    return config
+def adapter(cfg):
+    """{name: (rank, alpha)} of the adapter that is trained, {} where all weights are."""
+    return {"main": (cfg.lora_rank, cfg.lora_alpha)} if cfg.lora_rank else {}
 
 
-def plan(cfg):
-    """Prints what the run takes on the ranks of --dry_run, beside what is there -> exit code, 2 if it does not fit."""
-    ranks, *elsewhere = cfg.dry_run
-    world = parallel.imagine(ranks, cfg.shard, cfg.sp)
-    device = torch.device("cuda") if elsewhere else parallel.pick_device(cfg.device)
-    precision = cfg.precision or ("bf16" if device.type == "cuda" else "fp32")
-    micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
-    check_batch(cfg.batch, micro, world.data_size)
-    shapes, length = [USUAL[cfg.model][0]], USUAL[cfg.model][1]
-    if Path(cfg.data).exists():
-        data = Latents(cfg.data, seed=cfg.seed, batch=cfg.batch, micro_batch=micro, world=world.data_size)
-        fit(MODELS[cfg.model], cfg, data)
-        shapes, length = data.shapes, data.manifest["text"]["length"]
-    net = blank(cfg)
-    takes, bind = parallel.memory(net, world, precision), binder(net, cfg, world)
-    held = {"parameters": takes["parameters"], "gradients": takes["gradients"], "optimizer": 2 * takes["gradients"],
-            "average": takes["gradients"], "gathered copies": takes["gathered"]}
-    seen = {f"activations of {micro} x {shape}": activations(bind(shape, 0)[0], (micro, *shape), length, precision)[1]
-            for shape in shapes}
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    there = (1e9 * elsewhere[0], math.inf) if elsewhere else room(device, ranks, ckpt.nearest(cfg.out))
-    ways = {"--remat": not cfg.remat, "a smaller --micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < ranks,
-            "--sp": cfg.sp < ranks, "--lora_rank": not cfg.lora_rank, "more ranks": True}
-    return budget(f"train.py --model={cfg.model}, ranks: {ranks}", held, seen, 16 * trained, cfg.keep + 1, there, ways)
+def optimizer(cfg):
+    """-> function of rows: their optimizer, and the rows of its state."""
+    row = DEFAULTS[cfg.model]
+    return partial(adamw, betas=(0.9, row["beta2"]), weight_decay=row["weight_decay"])
 
 
-# ---- now and then ---------------------------------------------------------------------------------------------------
+def learner(net, cfg, world):
+    """All that is trained of a net, its optimizer and its average, as train_step takes it."""
+    rows = parallel.local_rows(net, trained=True)
+    opt, opt_rows = optimizer(cfg)(rows)
+    return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world), copies(rows))
 
 
-def due(step, every):
-    return every > 0 and step % every == 0
+def new_values(rows, seed):
+    """-> function for ckpt.fill: initial values, each parameter's from a stream of its own."""
+    slots = {name: slot for slot, name in enumerate(rows)}
+
+    def value(name, shape, first, last):
+        return initial(name, shape, stream(seed, "init", 0, slots[name]))[first:last]
+
+    return value
+
+
+def patterns(cfg, shapes):
+    """How many pairs of latent shape and attention window compiled blocks will meet, dense among them."""
+    count = 0
+    for shape in shapes:
+        tokens = token_grid(MODELS[cfg.model], shape)
+        windows = {window_at(step, cfg, tokens) for step in range(cfg.window_steps + 1)}
+        count += len(windows | {None})
+    return count
+
+
+def validated(cfg, step, data, world):
+    """Whether the log holds the validation at this step, which a kill right after saving may have prevented."""
+    return parallel.agree(not world.main or holds(cfg.out, step, loss_name(data)), world)
+
+
+def finished(cfg, origin):
+    more = "--steps=N" if cfg.schedule == "constant" else "--steps=N --allow decay_steps"
+    done = f"{origin.step} of {cfg.steps} steps"
+    return f"{origin.path} is finished, {done}: {more} adds, --out= starts another"
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def about(step, me, data, cfg, origin):
+    """What a checkpoint says beside its tensors: it stands alone."""
+    row, window = DEFAULTS[cfg.model], cfg.window
+    if step < cfg.window_steps:     # still shrinking: that of the largest bucket
+        windows = [window_at(step, cfg, token_grid(MODELS[cfg.model], shape)) for shape in data.shapes]
+        window = max(windows, key=math.prod)
+    sampling = {name: data.manifest[name] for name in ("codec", "mean", "std", "fps", "text")} | {
+        "model": cfg.model,
+        "shapes": data.commonest_shapes(),
+        "window": window,
+        "tile": cfg.tile,
+        "dense_ends": cfg.dense_ends,
+        "sampler": "euler",
+        "steps": row["sample_steps"],
+        "shift": row["sample_shift"],
+        "guidance": cfg.guidance,
+    }
+    return {
+        "config": asdict(cfg),
+        "inputs": origin.inputs,
+        "base": origin.base,
+        "counts": me.counts,
+        "sampling": sampling,
+    }
+
+
+# ---- validation -----------------------------------------------------------------------------------------------------
+
+
+def loss_name(data):
+    return "val_loss" if data.held_out else "train_set_loss"
 
 
 @torch.no_grad()
-def validate(bind, data, cfg, world):
+def validate(net, step, data, cfg, world):
     """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none."""
-    ids, name = data.held_out, "val_loss"
-    if not ids:
-        ids, name = range(min(cfg.val or 16, data.count)), "train_set_loss"
+    ids = data.held_out or range(min(cfg.val or 16, data.count))
     total = torch.zeros(2, BINS, device=world.device)
-    for i in range(world.data_rank, math.ceil(len(ids) / world.data_size) * world.data_size, world.data_size):
-        j = i % len(ids)        # every rank forwards equally often, the repeated samples not counted
-        x0, text = (x.to(world.device) for x in data.sample([ids[j]]))
-        net, _ = bind(x0.shape)
+    for i, counts in parallel.share(len(ids), world):
+        x0, text = (x.to(world.device) for x in data.sample([ids[i]]))
+        bound = bound_at(step, net, x0.shape, cfg, world)
         for strata in torch.arange(STRATA).split(cfg.micro_batch or 16):
-            e = torch.stack([normal(stream(cfg.seed, "val", 0, j * STRATA + k), x0.shape[1:]) for k in strata.tolist()])
-            t, n = ((strata + 0.5) / STRATA).to(world.device), len(strata)
-            _, seen = flow_loss(net, x0.expand(n, -1, -1, -1, -1), text.expand(n, -1, -1), t, e.to(world.device))
-            total += (i < len(ids)) * seen["loss_by"]
+            n, slots = len(strata), [i * STRATA + k for k in strata.tolist()]
+            e = noise(cfg.seed, "val", 0, slots, x0.shape[1:]).to(world.device)
+            t = ((strata + 0.5) / STRATA).to(world.device)
+            _, seen = flow_loss(bound, x0.expand(n, -1, -1, -1, -1), Cond(text.expand(n, -1, -1)), t, e)
+            if counts:
+                total += seen["loss_by"]
     total = parallel.mean({"loss": total}, world)["loss"]
-    return {name: (total[0].sum() / total[1].sum()).item()} | unfold({f"{name}_by": total})
+    name = loss_name(data)
+    return {name: (total[0].sum() / total[1].sum()).item()} | numbers({f"{name}_by": total})
 
 
 @torch.no_grad()
-def sample(bind, data, cfg, world):
-    """Latents (n, C, F, H, W), normalised, of fixed prompts and noise: captions of the dataset, held-out ones first."""
-    shape = data.shape_of(data.held_out[0] if data.held_out else 0)
-    ids = list(islice((int(i) for i in chain(data.held_out, data.train) if data.shape_of(i) == shape), cfg.samples))
-    per_rank = math.ceil(len(ids) / world.data_size)            # equal, for ranks that share weights forward in step
-    row, (net, _) = DEFAULTS[cfg.model], bind(shape)
-    latents = torch.zeros(per_rank * world.data_size, *shape, device=world.device)
-    for places in (torch.arange(per_rank) + world.data_rank * per_rank).split(cfg.micro_batch or 16):
-        some = [place % len(ids) for place in places.tolist()]
-        z = torch.stack([normal(stream(cfg.seed, "sample", 0, i), shape) for i in some]).to(world.device)
-        _, text = data.sample([ids[i] for i in some])
-        text, null = text.to(world.device), data.null.to(world.device).expand_as(text)
-        latents[places] = euler(net, z, text, grid(row.sample_steps, row.sample_shift), null, cfg.guidance)
-    latents = parallel.mean({"x0": latents}, world)["x0"] * world.data_size     # each rank's part, zeros elsewhere
-    return latents[:len(ids)], [data.caption(i) for i in ids]
+def show(net, step, data, cfg, world, log):
+    """Videos of fixed prompts and noise into the run's folder: captions of the dataset, held-out ones first."""
+    if step == 0 or cfg.samples == 0:
+        return
+    ids = prompts(data, cfg.samples)
+    shape, row = data.shape_of(ids[0]), DEFAULTS[cfg.model]
+    bound = bound_at(step, net, shape, cfg, world)
+    times = grid(row["sample_steps"], row["sample_shift"])
+
+    def make(places):
+        z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
+        text = data.text([ids[i] for i in places]).to(world.device)
+        null = data.null.to(world.device).expand_as(text)
+        return euler(bound, z, Cond(text), times, Cond(null), cfg.guidance)
+
+    x0 = parallel.spread(make, len(ids), cfg.micro_batch or 16, world)
+    if world.main:
+        path = codec.write_clips(log.stem("samples", step), x0, data.manifest, vae=cfg.vae, device=world.device,
+                                 report=log.say)
+        log.video(step, path, [data.caption(i) for i in ids])
 
 
-def show(latents, captions, step, data, cfg, world, log):
-    """Videos of the sampled latents into the run's folder; the latents themselves where no VAE is given."""
-    if world.rank > 0:
-        return
-    mean, std = (torch.tensor(data.manifest[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
-    latents = latents.cpu() * std + mean
-    coder = codec.load(data.manifest["codec"], vae=cfg.vae, device=world.device)
-    if not coder.decodes:
-        path = log.file("samples", step, "npy")
-        np.save(path, latents.numpy())
-        log.say(f"step {step}: latents in {path}, for want of --vae to decode them")
-        return
-    path = log.file("samples", step, "mp4")
-    codec.write_video(path, [coder.decode(z) for z in latents], data.manifest["fps"])
-    log.video(step, path, captions)
+def prompts(data, n):
+    """Ids of the first n samples of one bucket, those held out before the others."""
+    first = data.held_out[0] if data.held_out else 0
+    alike = (int(i) for i in chain(data.held_out, data.train) if data.shape_of(i) == data.shape_of(first))
+    return list(islice(alike, n))
+
+
+def show_first(micro, data, cfg, world, log):
+    """Decodes a clip after the first update, where memory is full: what would fail at a validation is said now."""
+    if world.main and cfg.vae and parallel.on_gpu(world.device):
+        codec.write_clips(log.stem("data", 0), micro.x0[:1].cpu(), data.manifest, vae=cfg.vae, device=world.device,
+                          report=log.say)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""What every root asks of its flags: refusal in one line, values left to defaults, ranges. Imports nothing of ours.
+
+A root's Config is a frozen dataclass whose comments are its --help; beside it stands DEFAULTS, a row per model. A flag
+that is None was left to the run that goes on, then to its model's row.
+"""
+import math
+import sys
+import traceback
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+REFUSALS = ValueError, OSError, RuntimeError, ImportError
+
+
+@contextmanager
+def door(file):
+    """Bad input is refused in one line, exit code 2. An error that no `raise` of ours made is a bug: it keeps its trace."""
+    try:
+        yield
+    except REFUSALS as error:
+        if isinstance(error, (ValueError, RuntimeError)) and not raised_by_us(error):
+            traceback.print_exception(error)
+        print(f"{Path(file).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def raised_by_us(error):
+    """Whether the innermost line of an error's trace is a `raise` in a file beside this one."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(last.filename).parent == Path(__file__).parent and (last.line or "").startswith("raise ")
+
+
+def filled(cfg, *rows):
+    """The config with each flag that is None taken from the first of the rows, {flag: value}, that has one."""
+    found = {}
+    for row in reversed(rows):
+        found |= {name: value for name, value in row.items() if value is not None}
+    names = {field.name for field in fields(cfg)}
+    given = {name: value for name, value in asdict(cfg).items() if value is not None}
+    values = {name: value for name, value in found.items() if name in names} | given
+    return replace(cfg, **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def at_least(cfg, least, *names):
+    """ValueError for a flag that is below `least`, or not finite."""
+    for name in names:
+        if not least <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"--{name}={getattr(cfg, name)} is not {least} or more")
+
+
+def above(cfg, bound, *names):
+    """ValueError for a flag that is not above `bound`, or not finite."""
+    for name in names:
+        if not bound < getattr(cfg, name) < math.inf:
+            raise ValueError(f"--{name}={getattr(cfg, name)} is not above {bound}")
+
+
+def lora_alpha(cfg):
+    """The adapters' alpha, the rank where none is given; ValueError where the two flags do not go together."""
+    if cfg.lora_alpha is not None and not (cfg.lora_rank and cfg.lora_alpha > 0):
+        raise ValueError(f"--lora_alpha={cfg.lora_alpha} is above 0, and needs --lora_rank")
+    if cfg.lora_rank and cfg.lora_alpha is None:
+        return float(cfg.lora_rank)
+    return cfg.lora_alpha
+
+
+def check_run(cfg):
+    """ValueError for names in --allow that are no flags, and for a --dry_run that is no number of ranks."""
+    unknown = set(cfg.allow) - {field.name for field in fields(cfg)}
+    if unknown:
+        raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
+    if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
+        raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")

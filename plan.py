@@ -1,0 +1,217 @@
+"""What a run takes, counted on meta tensors: memory of a rank, disk. `--dry_run` prints it; every start on a GPU asks.
+
+What is held all the time (weights, gradients, optimizer, average) is exact. Activations are those of PyTorch's eager mode,
+an upper bound for compiled blocks; what kernels need inside is not seen. Imports model, parallel and data.
+
+C F H W latent channels, frames, rows, columns
+"""
+import copy
+import math
+import os
+import shutil
+import sys
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import parallel
+from data import check_batch, read_manifest
+from model import MODELS, USUAL, Cond, bind, blank, fits
+
+# Latent channels: GB of the VAE's weights, and of decoding one clip per latent row and column: about 14 maps of 4 frames of
+# the decoder's last and widest stage (96 and 256 channels), the caches of its convolutions among them, in fp32.
+VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 14 * 4 * 256 * 8 * 8 * 4e-9)}
+
+
+class Weight(NamedTuple):
+    held: dict          # {what: bytes} on the fullest rank, all the time
+    passing: dict       # {what: bytes} on top of that, one of them at a time
+    checkpoint: int     # bytes on disk
+
+
+def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False):
+    """Prints what a run takes on the ranks of --dry_run beside what is there -> exit code, 2 where it does not fit.
+
+    The dataset's buckets where there is a dataset, else what the model is mostly trained on. See `weigh`.
+    """
+    ranks, *gb = cfg.dry_run
+    device = torch.device("cuda") if gb else parallel.pick_device(cfg.device)
+    precision = cfg.precision or ("bf16" if parallel.on_gpu(device) else "fp32")
+    world = parallel.imagine(ranks, cfg.shard, cfg.sp, precision)
+    shape, length = USUAL[cfg.model]
+    shapes, width = [shape], MODELS[cfg.model].text_dim
+    if Path(cfg.data).exists():
+        manifest = read_manifest(cfg.data)
+        shapes = [tuple(bucket["shape"]) for bucket in manifest["buckets"]]
+        length, width = manifest["text"]["length"], manifest["text"]["width"]
+    fits(cfg.model, shapes[0][0], width, shapes, cfg.sp, cfg.window, cfg.tile)
+    weight = weigh(cfg, world, lora, shapes, length, optimizer=optimizer, learners=learners, teacher=teacher)
+
+    memory, disk = memory_of(device, ranks), free_disk(cfg.out)
+    if gb:
+        memory, disk = 1e9 * gb[0], math.inf
+    return show(f"{Path(file).name} --model={cfg.model}, ranks: {ranks}", weight, cfg, world, memory, disk)
+
+
+def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False, say=print):
+    """On a GPU, says before anything is allocated what the run takes; ValueError where what is held does not fit."""
+    if not parallel.on_gpu(world.device):
+        return
+    weight = weigh(cfg, world, lora, data.shapes, data.manifest["text"]["length"], optimizer=optimizer,
+                   learners=learners, teacher=teacher)
+    held, most, memory = sum(weight.held.values()), max(weight.passing.values()), memory_of(world.device, world.size)
+    line = f"{held / 1e9:.1f} GB held and {most / 1e9:.1f} GB of activations at most, of {memory / 1e9:.1f} GB a GPU"
+    if held > memory:
+        raise ValueError(f"{line}: what is held does not fit. These flags reduce it: {less(cfg, world)}")
+    say(line + (f"; the activations may not fit: {less(cfg, world)} reduce them" if held + most > memory else ""))
+
+
+def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=False):
+    """What a run takes on the fullest rank -> Weight.
+
+    lora {adapter: (rank, alpha)}; shapes (C, F, H, W) of the buckets, length of texts. optimizer: a function of rows that
+    gives (optimizer, rows of its state), as step.adamw. learners: nets that learn, adapters of one net with lora, the
+    first of them averaged. teacher: whether a frozen net stands beside them.
+    """
+    micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
+    check_batch(cfg.batch, micro, world.data_size)
+    net = blank(cfg.model, cfg.remat, lora)
+    takes = parallel.memory(net, world)
+    trained = {name: parallel.Part(p, 0, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad}
+    _, state = optimizer(trained)
+    moments = size(state) / size(trained)           # bytes of the optimizer per byte of what it trains
+
+    weights, one, gathered, frozen = takes["parameters"], takes["gradients"], learners * takes["gathered"], 0
+    count = sum(part.tensor.numel() for part in trained.values())
+    if lora:                                        # one frozen net, of which the learners are adapters
+        weights, one, gathered = takes["gradients"], takes["gradients"] // learners, takes["gathered"]
+        frozen, count = takes["parameters"] - weights, count // learners
+    else:
+        weights = learners * weights
+    if teacher and not lora:
+        frozen = parallel.memory(blank(cfg.model), world, trainable=False)["parameters"]
+    held = {"frozen weights": frozen, "trained weights": weights, "gradients of one net": one,
+            "optimizer": int(learners * moments * one), "average": one, "gathered copies": gathered}
+
+    adapter = net.adapters[0] if lora else None
+    passing = {}
+    for shape in shapes:
+        bound = bind(net, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapter)
+        passing[f"activations of {micro} x {shape}"] = activations(bound, (micro, *shape), length, world.precision)[1]
+    if cfg.vae and shapes[0][0] in VAES:
+        weights_gb, gb = VAES[shapes[0][0]]
+        passing["VAE that decodes a validation's clip, about"] = 1e9 * (
+            weights_gb + gb * max(H * W for _, _, H, W in shapes))
+    return Weight(held, passing, int(4 * count * (learners * (1 + moments) + 1)))
+
+
+def size(rows):
+    return sum(part.tensor.numel() * part.tensor.element_size() for part in rows.values())
+
+
+def show(title, weight, cfg, world, memory, disk):
+    """Prints the table -> exit code: 0, or 2 where it does not fit, naming the flags that reduce it."""
+    in_all = sum(weight.held.values()) + max(weight.passing.values())
+    on_disk = (cfg.keep + 1) * weight.checkpoint
+    print(f"{title}: GB of each, at most")
+    for what, n in (weight.held | weight.passing).items():
+        print(f"{n / 1e9:12.3f}  {what}")
+    print(f"{in_all / 1e9:12.3f}  in all{of(memory)}, a tenth of which is left to kernels and fragments")
+    print(f"{on_disk / 1e9:12.3f}  on disk{of(disk)}: {cfg.keep + 1} checkpoints, one of them being written")
+    if in_all > 0.9 * memory:
+        print(f"does not fit a rank's memory; these flags reduce it: {less(cfg, world)}", file=sys.stderr)
+    if on_disk > disk:
+        print("does not fit the disk: reduce --keep, or name another --out", file=sys.stderr)
+    return 2 if in_all > 0.9 * memory or on_disk > disk else 0
+
+
+def of(there):
+    return f" of {there / 1e9:.3f}" if there < math.inf else ""
+
+
+def less(cfg, world):
+    """The flags that would reduce what a run takes, and are left."""
+    micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
+    ways = {"--remat": not cfg.remat, "--micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < world.size,
+            "--sp": cfg.sp < world.size, "--lora_rank": not cfg.lora_rank, "more ranks": True}
+    return ", ".join(way for way, left in ways.items() if left)
+
+
+def memory_of(device, ranks):
+    """Bytes of memory for each rank; inf where nobody says."""
+    if parallel.on_gpu(device):
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    return math.inf
+
+
+def free_disk(out):
+    """Bytes free where a run's folder is or will be."""
+    return shutil.disk_usage(next(p for p in (Path(out), *Path(out).absolute().parents) if p.is_dir())).free
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+
+
+def activations(bound, shape, length, precision):
+    """Bytes (kept, most) of a forward and its backward: what is kept for backward, and the most alive at once.
+
+    bound: a model.Bound on meta, where a forward takes neither memory nor time; shape (B, C, F, H, W); precision
+    fp32|bf16 of the blocks. All tensors count, inputs too, but for parameters and their gradients. Every block adds the
+    same, so a net of one block and one of two are run.
+    """
+    net, dtype = bound.net, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    x, t = torch.empty(shape, device="meta"), torch.empty(shape[:1], device="meta")
+    cond = Cond(torch.empty(shape[0], length, net.config.text_dim, device="meta"))
+    seen = []
+    for blocks in (1, 2):
+        # a copy of the net in which the list of blocks is replaced by its beginning
+        some = copy.deepcopy(net, {id(net.blocks): copy.deepcopy(net.blocks[:blocks])}).to(dtype)
+        for island in some.islands():
+            island.float()
+        for p in some.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(drop_grad)
+        with Alive(some.parameters()) as alive:
+            v = some(x, t, cond, metadata=bound.metadata, dense_ends=bound.dense_ends, lora=bound.lora, seq=bound.seq)
+            kept = alive.now
+            v.backward(v)
+        seen.append((kept, alive.most))
+    (kept, most), (kept_two, most_two) = seen
+    more = len(net.blocks) - 1
+    return kept + more * (kept_two - kept), most + more * (most_two - most)
+
+
+def drop_grad(p):
+    p.grad = None
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of meta tensors that operators meet: those alive `now`, and the `most` that were at once.
+
+    A tensor's storage counts from the first operator that sees it until it is freed.
+    """
+
+    def __init__(self, besides):
+        super().__init__()
+        self.now, self.most, self.met = 0, 0, {x.untyped_storage()._cdata for x in besides}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        for x in tree_leaves((args, out)):
+            if isinstance(x, torch.Tensor) and x.is_meta and x.untyped_storage()._cdata not in self.met:
+                storage = x.untyped_storage()
+                self.now += storage.nbytes()
+                self.met.add(storage._cdata)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def gone(self, storage, size):
+        self.now -= size
+        self.met.remove(storage)
