@@ -7,8 +7,8 @@ One mechanism serves every scale. `fully_shard` on a mesh (replicate, shard):
     --shard=-1   FSDP2: sharded over all
 
 A single process is a group of one, so that dtypes, names and code paths are the same at every world size. What comes
-after backward (clipping, optimizer, EMA, checkpoints) works on plain local shards: `local_rows` and `grad_norm` are the
-door from DTensors to them.
+after backward (clipping, optimizer, EMA, checkpoints) works on plain local shards: `local_rows` and `collect` lead from
+DTensors to them.
 
 With --sp=n, n neighbouring ranks share each sample and split its tokens (Ulysses). Gradients are still averaged over all
 ranks: `ulysses` makes that mean the gradient.
@@ -18,9 +18,13 @@ B batch · L video tokens · D model width · N heads · K head width
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -36,14 +40,28 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GRAPHS = 8                      # compiled per input shape: 3 batch sizes, with and without gradient, and some to spare
+BEAT, PATIENCE = 5.0, 60.0      # seconds: how often a rank shows that it lives; how long the others wait for that
+
+
+class Part(NamedTuple):
+    """This rank's rows [first, first + len(tensor)) of a tensor of global shape `shape`."""
+    tensor: torch.Tensor
+    first: int
+    shape: tuple
+
+
 class World(NamedTuple):
     """Who we are among how many. Ranks that share a sample (--sp) have one data_rank, and so get the same batch."""
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | torch.Tensor     # (replicate, shard), all ranks; of a world that is only imagined, their numbers
+    mesh: DeviceMesh | torch.Tensor     # (replicate, shard); the ranks' numbers where none is real
     sp: int                             # ranks that share a sample
     ring: dist.ProcessGroup | None      # those ranks; None where each has its own
+    precision: str = "fp32"             # fp32|bf16: what blocks compute in
+    compile: bool = False
 
     @property
     def data_rank(self):
@@ -53,56 +71,101 @@ class World(NamedTuple):
     def data_size(self):
         return self.size // self.sp
 
+    def ulysses(self, attention, length):
+        return ulysses(attention, length, self)
+
 
 # ---- beginning and end ----------------------------------------------------------------------------------------------
 
-def init(device="auto", shard=1, sp=1):
+def init(device="auto", shard=1, sp=1, precision=None, compile=None):
     """Joins the processes that torchrun started, or makes a group of one -> World.
 
     device auto|cpu|cuda. shard: ranks that hold one copy of the parameters, -1 = all. sp: ranks that share a sample.
+    precision fp32|bf16, None = bf16 on a GPU, fp32 elsewhere. compile: None = on a GPU.
     Raises ValueError for sizes that do not divide the world, RuntimeError for a GPU that is there but does not work.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = (int(os.environ.get(f"LOCAL_{key}", n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     shard = imagine(size, shard, sp).mesh.size(1)
-    device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    device = pick_device(device, local_rank, local_size)
+    if precision is None:
+        precision = "bf16" if on_gpu(device) else "fp32"
+    if compile is None:
+        compile = on_gpu(device)
 
-    # Two backends: flags and numbers for the log travel by gloo, so that they never wait for the GPU's queue.
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(minutes=60), **alone)  # validation videos and saves take a while
-    mesh = init_device_mesh(device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    hour = timedelta(minutes=60)    # validation videos and saves take a while
+    dist.init_process_group(backend(device, size), timeout=hour, **alone)
+    if on_gpu(device) and size > 1:
+        check_cards(device, size)
+    kind = device.type
+    mesh = init_device_mesh(kind, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
     ring = None
     if sp > 1:
-        ring = init_device_mesh(device.type, (size // sp, sp), mesh_dim_names=("data", "sp")).get_group("sp")
-    return World(rank, size, device, mesh, sp, ring)
+        ring = init_device_mesh(kind, (size // sp, sp), mesh_dim_names=("data", "sp")).get_group("sp")
+    return World(rank, size, device, mesh, sp, ring, precision, compile)
 
 
-def imagine(size, shard=1, sp=1):
-    """The World of `size` processes that nobody started, as its first sees it: to plan with. ValueError as `init`."""
-    choices = [n for n in range(1, size + 1) if size % n == 0]
-    for flag, n, also in (("shard", shard, " or -1 (all)"), ("sp", sp, "")):
-        if n not in choices and not (flag == "shard" and n == -1):
-            choices = ", ".join(map(str, choices))
-            raise ValueError(f"--{flag}={n} does not divide {size} processes: choose {choices}{also}")
-    return World(0, size, torch.device("meta"), torch.arange(size).view(-1, size if shard == -1 else shard), sp, None)
+def imagine(size, shard=1, sp=1, precision="fp32"):
+    """A World for planning: rank 0 of `size` processes, none of them real. Raises ValueError as `init`."""
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    choices = f"{size} processes: choose {', '.join(map(str, divisors))}"
+    if shard != -1 and shard not in divisors:
+        raise ValueError(f"--shard={shard} does not divide {choices} or -1 (all)")
+    if sp not in divisors:
+        raise ValueError(f"--sp={sp} does not divide {choices}")
+    mesh = torch.arange(size).view(-1, size if shard == -1 else shard)
+    return World(0, size, torch.device("meta"), mesh, sp, None, precision)
+
+
+def on_gpu(device):
+    """Whether `device` is a GPU. Nothing else asks for the kind of a device: tests let another stand for it."""
+    return device.type == "cuda"
 
 
 def pick_device(name, local_rank=0, local_size=1):
-    """The device called auto|cpu|cuda of this process, and never a quiet CPU run beside a GPU that does not work."""
+    """The device called auto|cpu|cuda of this process, and never a quiet CPU run beside a GPU."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device={name}: choose auto, cpu or cuda")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() or nvidia_present() else "cpu"
+        there = torch.cuda.is_available() or nvidia_present()
+        name = "cuda" if there and torch.backends.cuda.is_built() else "cpu"
+        if there and name == "cpu" and local_rank == 0:
+            print(f"no use is made of this machine's GPU: PyTorch {torch.__version__} is built for the CPU alone")
     if name == "cpu":
         return torch.device("cpu")
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as reason:  # AssertionError: torch was built without CUDA
         raise RuntimeError(f"the GPU cannot be used: {reason}. --device=cpu runs without it") from reason
-    if local_size > (count := torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    if 1 < count < local_size:
         raise RuntimeError(f"{local_size} processes on a machine with {count} GPUs: use --nproc_per_node={count}")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = local_rank if count > 1 else 0      # some launchers show each process a GPU of its own
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def backend(device, size):
+    """Names the backends: flags and numbers for the log travel by gloo, so that they never wait for the GPU's queue."""
+    if not on_gpu(device):
+        return "gloo"
+    if dist.is_nccl_available():
+        return "cpu:gloo,cuda:nccl"
+    if size > 1:
+        raise RuntimeError(f"{size} processes on GPUs need NCCL, which this PyTorch does not have: start 1 process")
+    return "gloo"
+
+
+def check_cards(device, size):
+    """Raises RuntimeError where two ranks have one GPU: device numbers do not tell, each process may see one alone."""
+    cards = [None] * size
+    uuid = torch.cuda.get_device_properties(device).uuid
+    dist.all_gather_object(cards, f"{socket.gethostname()}'s GPU {uuid}")
+    for card in cards:
+        ranks = [rank for rank, other in enumerate(cards) if other == card]
+        if len(ranks) > 1:
+            raise RuntimeError(f"ranks {', '.join(map(str, ranks))} share {card}: start one process per GPU")
 
 
 def nvidia_present():
@@ -133,69 +196,84 @@ def leave():
 
 # ---- a net over the mesh --------------------------------------------------------------------------------------------
 
-def prepare(net, world, *, precision, compile=False, trainable=True, shapes=1):
-    """Compiles, shards and allocates a net built on meta, in place, its values still to be filled -> the net.
+def prepare(net, world, *, trainable=True, shapes=1):
+    """Casts, compiles, shards and allocates a net built on meta, in place, its values still to be filled -> the net.
 
-    Expects net.blocks (one group each) and net.islands() (modules kept in fp32, groups of their own). precision
-    fp32|bf16 is what the blocks compute in. What is trained is stored, and its gradients are reduced, in fp32; what is
-    frozen is stored in what it computes in: all of the net with trainable=False, the base of a LoRA. shapes: how many
-    input shapes (buckets x windows x adapters) compiled blocks will meet.
+    Expects net.blocks (one group each) and net.islands() (modules kept in fp32, groups of their own). What is trained is
+    stored, and its gradients are reduced, in fp32; what is frozen is stored in world.precision: all of the net with
+    trainable=False, the base of a LoRA. shapes: how many input shapes (buckets x windows x adapters) compiled blocks meet.
     """
-    dtype, plain = store(net, world, precision, trainable)
-    if compile:
-        # A graph per shape, each with and without gradient, in training, validation and sampling batches: the default of
-        # 8 would be met by the second bucket. Not dynamic, or what a graph computes would depend on the shapes before it.
-        torch._dynamo.config.recompile_limit += 8 * shapes
-        torch._dynamo.config.accumulated_recompile_limit += 8 * shapes
-        for block in net.blocks:
-            block.compile(fullgraph=True, dynamic=False)  # in place: torch.compile(block) would prefix every name
-
-    if len(plain) < len(list(net.parameters())):
-        fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module, policy in [*((m, fp32) for m in net.islands()), *((m, mixed) for m in net.blocks), (net, mixed)]:
-            fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=plain,
-                        reshard_after_forward=world.mesh.size(1) > 1)
-        net.register_forward_hook(reshard_after_inference)
-        # a Linear's 3-D output, which is never written to
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    cast(net, world, trainable)
+    if world.compile:
+        compile_blocks(net, shapes)
+    shard(net, world)
     return net.to_empty(device=world.device)
 
 
-def store(net, world, precision, trainable=True):
-    """Gives parameters the dtype they are stored in -> (what the blocks compute in, parameters that are left plain).
-
-    Plain are those with nothing to cast, to gather or to reduce; of a LoRA's base, FSDP would keep a second copy.
-    """
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+def cast(net, world, trainable=True):
+    """Gives parameters the dtype they are stored in; trainable=False freezes all."""
     kept = {p for island in net.islands() for p in island.parameters()}
     for p in net.parameters():
         p.requires_grad_(trainable and p.requires_grad)
         if not p.requires_grad and p not in kept:
-            p.data = p.data.to(dtype)
-    whole, alone = world.mesh.size(1) == 1, world.size == 1 and precision == "fp32"
-    return dtype, {p for p in net.parameters() if whole and (alone or not p.requires_grad)}
+            p.data = p.data.to(DTYPES[world.precision])
 
 
-def memory(net, world, precision, trainable=True):
+def compile_blocks(net, shapes):
+    """Compiles each block, one graph per shape: a dynamic one would compute what the shapes before it made of it."""
+    # dynamo's limit of 8 graphs is reached at the second bucket
+    torch._dynamo.config.recompile_limit += GRAPHS * shapes
+    torch._dynamo.config.accumulated_recompile_limit += GRAPHS * shapes
+    for block in net.blocks:
+        block.compile(fullgraph=True, dynamic=False)  # in place: torch.compile(block) would prefix every name
+
+
+def shard(net, world):
+    """Wraps blocks, islands and the rest as FSDP groups over the mesh, where any parameter needs it."""
+    plain = unwrapped(net, world)
+    if len(plain) == len(list(net.parameters())):
+        return
+    fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mixed = replace(fp32, param_dtype=DTYPES[world.precision])
+    groups = [(island, fp32) for island in net.islands()]
+    groups += [(block, mixed) for block in net.blocks]
+    groups += [(net, mixed)]
+    for module, policy in groups:
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, ignored_params=plain,
+                    reshard_after_forward=world.mesh.size(1) > 1)
+    net.register_forward_hook(reshard_after_inference)
+    # a Linear's 3-D output, which is never written to
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+
+
+def unwrapped(net, world):
+    """Parameters that skip FSDP: they need no cast, gather or reduction. Of a LoRA's base, it would keep a second copy."""
+    if world.mesh.size(1) > 1:
+        return set()
+    alone = world.size == 1 and world.precision == "fp32"
+    return {p for p in net.parameters() if alone or not p.requires_grad}
+
+
+def memory(net, world, trainable=True):
     """Bytes on the fullest rank, {parameters, gradients, gathered}, of a net on meta that `prepare` would be given.
 
     parameters: what is stored. gradients: of what is trained, fp32; each of AdamW's two moments and an average take
     as much. gathered, at most: the copies that are computed with, of all, or of what is outside of blocks and of three
     blocks (one computes, one arrives, one leaves), and a block's gradients as computed and as reduced.
     """
-    dtype, plain = store(net, world, precision, trainable)
-    shard, parameters = world.mesh.size(1), list(net.parameters())
+    cast(net, world, trainable)
+    plain, dtype = unwrapped(net, world), DTYPES[world.precision]
+    parts, parameters = world.mesh.size(1), list(net.parameters())
     kept = {p for island in net.islands() for p in island.parameters()}
 
     def rows(p):
-        return math.ceil(p.shape[0] / shard) * p[:1].numel()
+        return math.ceil(p.shape[0] / parts) * p[:1].numel()
 
     def copies(some):
         return sum(p.numel() * (4 if p in kept else dtype.itemsize) for p in some if p not in plain)
 
     block = list(net.blocks[0].parameters())
-    gathered = copies(parameters) - (len(net.blocks) - 3) * copies(block) * (shard > 1)
+    gathered = copies(parameters) - (len(net.blocks) - 3) * copies(block) * (parts > 1)
     reduced = sum(p.numel() * (dtype.itemsize + 4) for p in block if p not in plain and p.requires_grad)
     return {"parameters": sum(rows(p) * p.element_size() for p in parameters),
             "gradients": sum(rows(p) * 4 for p in parameters if p.requires_grad),
@@ -217,7 +295,7 @@ def local(x):
 
 
 def local_rows(net):
-    """{name: (tensor, first, shape)}: this rank's rows [first, first + len) of every parameter, of global shape `shape`.
+    """{name: Part} of every parameter.
 
     The tensors are plain and share the net's storage: what an optimizer writes there is what the net computes with.
     Rows are split as torch.chunk does, so that a small parameter leaves the last ranks without any.
@@ -228,7 +306,7 @@ def local_rows(net):
         if isinstance(p, DTensor):
             rank, size = p.device_mesh.get_local_rank("shard"), p.device_mesh.size(1)
             first = min(rank * math.ceil(p.shape[0] / size), p.shape[0])
-        rows[name] = (local(p), first, tuple(p.shape))
+        rows[name] = Part(local(p), first, tuple(p.shape))
     return rows
 
 
@@ -246,16 +324,20 @@ def sync(net):
     return net.set_requires_gradient_sync if whole else net.set_requires_all_reduce
 
 
-def grad_norm(net, rows, world):
-    """Moves net's reduced gradients to rows' tensors (None where there is none) -> their global norm, 0-d fp32.
-
-    rows: of all that is trained here. The norm of the whole gradient on any mesh: local squares are summed over the shard
-    dimension, replicas hold the same.
-    """
-    for name, (tensor, _, _) in rows.items():
+def collect(net, rows):
+    """Moves net's reduced gradients to the tensors of rows, None where there is none. rows: of all that is trained here."""
+    for name, part in rows.items():
         p = net.get_parameter(name)
-        tensor.grad, p.grad = None if p.grad is None else local(p.grad), None
-    grads = [tensor.grad for tensor, _, _ in rows.values() if tensor.grad is not None]
+        part.tensor.grad = None if p.grad is None else local(p.grad)
+        p.grad = None
+
+
+def grad_norm(rows, world):
+    """The norm of the whole gradient, 0-d fp32, the same on all ranks; rows as `collect` left them.
+
+    Local squares are summed over the shard dimension; replicas hold the same.
+    """
+    grads = [part.tensor.grad for part in rows.values() if part.tensor.grad is not None]
     squares = torch.nn.utils.get_total_norm(grads).to(world.device, torch.float32).square()
     if world.size > 1:
         dist.all_reduce(squares, group=world.mesh.get_group("shard"))
@@ -273,12 +355,118 @@ def mean(values, world):
             for (name, v), m in zip(values.items(), means)}
 
 
-def agree(ok, world):
-    """Whether ok holds on every rank; also a barrier."""
-    flag = torch.tensor(int(ok))
+def agree(x, world):
+    """-> the least x over all ranks, a bool or an int; also a barrier."""
+    if world.size == 1:
+        return x
+    least = torch.tensor(int(x))
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return type(x)(least.item())
+
+
+# ---- shared work ----------------------------------------------------------------------------------------------------
+
+def share(n, world):
+    """-> [(i, whether i counts)]: this data rank's part of range(n), equally long on all; repeats do not count."""
+    places = range(world.data_rank, math.ceil(n / world.data_size) * world.data_size, world.data_size)
+    return [(i % n, i < n) for i in places]
+
+
+def spread(make, n, chunk, world):
+    """Makes n results on all ranks -> (n, ...) fp32 on the CPU of rank 0, None on the others.
+
+    make(places) -> (len(places), ...) for a list of at most `chunk` places < n. Data ranks call it equally often with
+    equally many places, for sharded ranks forward in step; what makes them equal are repeats, which stay where they are.
+    """
+    each = math.ceil(n / world.data_size)
+    places = [i % n for i in range(world.data_rank * each, (world.data_rank + 1) * each)]
+    made = [make(places[i:i + chunk]).to("cpu", torch.float32) for i in range(0, each, chunk)]
+    made = torch.cat(made)
+    if world.rank > 0:
+        first, last = wanted(n, world.rank, world)
+        if last > first:
+            dist.send(made[:last - first], 0)
+        return None
+    results = made.new_empty(n, *made.shape[1:])
+    results[:each] = made
+    for rank in range(1, world.size):
+        first, last = wanted(n, rank, world)
+        if last > first:
+            dist.recv(results[first:last], rank)
+    return results
+
+
+def wanted(n, rank, world):
+    """-> (first, last): the places of `spread` whose results come from `rank`; of ranks that share a sample, one sends."""
+    if rank % world.sp:
+        return n, n
+    each = math.ceil(n / world.data_size)
+    data_rank = rank // world.sp
+    return min(data_rank * each, n), min((data_rank + 1) * each, n)
+
+
+# ---- being asked to stop --------------------------------------------------------------------------------------------
+
+def stop_requested(world):
+    """-> stopped(), to be called once a step: True on all ranks once one of them got SIGTERM or SIGINT. Also a barrier.
+
+    A second signal ends the process at once. So does, after a signal, the death of another rank, for which this one
+    might wait an hour: see `watch`.
+    """
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    store = None
     if world.size > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
+        store = dist.PrefixStore("beats", dist.distributed_c10d._get_default_store().clone())
+        store.add(str(world.rank), 1)
+        agree(True, world)      # from here on each rank finds a beat of all
+    inbox, outbox = socket.socketpair()
+    outbox.setblocking(False)
+    signal.set_wakeup_fd(outbox.fileno())
+    threading.Thread(target=watch, args=(world, store, inbox, outbox), daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+    return lambda: not agree(not asked, world)
+
+
+def watch(world, store, inbox, outbox):
+    """Ends the process at a signal's second coming, or, after a signal, when a rank has not beaten for PATIENCE.
+
+    A thread's work, because a main thread that waits in a collective runs no handler: signals come by inbox. Every rank
+    counts its beats in the store, however long its step, validation or save takes; a rank that no longer does is dead.
+    """
+    inbox.settimeout(BEAT if store else None)
+    ranks = [str(rank) for rank in range(world.size)]
+    signals, beats, missed = b"", [b""] * world.size, [0] * world.size
+    while True:
+        try:
+            signals += inbox.recv(64)
+        except TimeoutError:
+            pass
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signals.count(number) > 1:
+                os._exit(128 + number)
+        if not store:
+            continue
+        heard = beats
+        try:
+            store.add(str(world.rank), 1)
+            if signals:
+                heard = store.multi_get(ranks)
+        except RuntimeError:    # whoever held the store is dead
+            pass
+        if signals:
+            missed = [n + 1 if new == old else 0 for n, new, old in zip(missed, heard, beats)]
+            beats = heard
+        silent = [rank for rank, n in enumerate(missed) if n * BEAT > PATIENCE]
+        if silent:
+            reason = f"ranks {silent} have given no sign of life for {PATIENCE:g} s"
+            print(f"rank {world.rank} ends: {reason}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 # ---- sequence parallel ----------------------------------------------------------------------------------------------

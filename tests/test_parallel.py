@@ -23,13 +23,14 @@ ALONE = (1, 1, 1)       # processes, --shard, --sp
 MESHES = [(2, 1, 1), (2, -1, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, -1, 1), (4, 2, 2), (4, -1, 4)]
 
 
-def build(world, precision="fp32", adapters=(), **more):
+def build(world, precision="fp32", adapters=(), compile=False, **more):
     """The net with the same values on every mesh, and its rows."""
+    world = world._replace(precision=precision, compile=compile)
     with torch.device("meta"):
         net = DiT(CONFIG)
         for name in adapters:
             add_lora(net, name, rank=3, alpha=6)    # some ranks hold no row of A
-    parallel.prepare(net, world, precision=precision, **more)
+    parallel.prepare(net, world, **more)
     rows = parallel.local_rows(net)
     for name, (tensor, first, shape) in rows.items():
         whole = 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -43,7 +44,7 @@ def batch(world, sparse=True):
     mine = torch.arange(4).chunk(world.data_size)[world.data_rank]
     x, t = torch.randn(4, 3, 3, 2, 6, generator=draw), torch.rand(4, generator=draw)
     text = torch.randn(4, 5, 8, generator=draw)
-    seq = LOCAL if world.sp == 1 else Seq(*parallel.ulysses(attention, 9, world))
+    seq = LOCAL if world.sp == 1 else Seq(*world.ulysses(attention, 9))
     metadata = build_metadata(GRID, (2, 1, 2), (1, 1, 1)) if sparse else None
     return (x[mine], t[mine], text[mine]), dict(metadata=metadata, seq=seq)
 
@@ -55,7 +56,8 @@ def objective(v):
 def backward(net, rows, world, loss):
     """-> {loss, norm, and the gradient of each of this rank's rows}."""
     loss.backward()
-    norm = parallel.grad_norm(net, rows, world)
+    parallel.collect(net, rows)
+    norm = parallel.grad_norm(rows, world)
     return {"loss": parallel.mean({"loss": loss.item()}, world)["loss"], "norm": norm.item(),
             "grads": {name: (p.grad, first, shape) for name, (p, first, shape) in rows.items()}}
 
@@ -72,7 +74,8 @@ def trained(world, micros, precision="fp32", steps=5, **kind):
             sync(i == micros)
             losses.append(objective(net(*some, **more)) / micros)
             losses[-1].backward()
-        norm = parallel.grad_norm(net, rows, world)
+        parallel.collect(net, rows)
+        norm = parallel.grad_norm(rows, world)
         opt.step()
         history.append((parallel.mean({"loss": sum(losses).item()}, world)["loss"], norm.item()))
     return torch.tensor(history, dtype=torch.float64)
@@ -379,6 +382,6 @@ def test_more_local_ranks_than_gpus_are_an_error(monkeypatch):
 
 def test_heads_that_sp_does_not_divide_are_refused():
     world = parallel.World(rank=0, size=3, device=torch.device("cpu"), mesh=None, sp=3, ring=None)
-    _, attend, _ = parallel.ulysses(attention, 9, world)
+    _, attend, _ = world.ulysses(attention, 9)
     with pytest.raises(ValueError, match="4 heads .* --sp=3"):
         attend(*torch.zeros(3, 1, 3, 4, 8))
