@@ -7,17 +7,21 @@
     wandb/            if asked for
 
 and one live line on a terminal, plain lines in a pipe. Only the main rank writes and prints: others do nothing.
+
+To log a number, return it in the `seen` of a loss (step.py): it is averaged over micro-batches and ranks, written to
+log.jsonl, drawn in curves.png and sent to wandb. A name that ends in `_by` holds what step.binned gives; it is logged
+as five numbers, from `…_by_t0` (near data) to `…_by_t4` (near noise), in a panel of their own. The live line shows
+names that end as SHOWN says. Add a timing to MACHINE: those differ between runs that are otherwise identical.
 """
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
@@ -26,21 +30,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-PEAKS = {  # dense bf16 TFLOP/s by the words of the device's name, the first row that fits (makers' data sheets)
+PEAKS = {  # dense bf16 TFLOP/s from the makers' data sheets; a device takes the first row whose words are in its name
     "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989,
     "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
     "L40S": 362, "L40": 181, "L4": 121,
 }
-MACHINE = ("seconds", "data_wait", "samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb")  # never twice alike
-SHOWN = ("loss", "grad_norm", "lr", "samples_per_s", "mfu")     # the line shows the names that end so
+# timings and memory: they differ between identical runs
+MACHINE = ("seconds", "data_wait", "samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb")
+SHOWN = ("loss", "grad_norm", "lr", "samples_per_s", "mfu")     # the live line shows names that end in one of these
 PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "av", "tyro", "wandb", "diffusers", "transformers")
 
 
 class Log:
-    """log(step, loss=…, lr=…) writes numbers or tensors measured after `step` updates; None stands for one not finite.
+    """log(step, loss=…, lr=…) writes numbers or tensors measured after `step` updates; non-finite ones as null.
 
-    step, steps: the update that the run starts from, and its last. wandb off|online|offline, in the folder's own wandb
-    run if it had one; see check_wandb.
+    step, steps: the update that the run starts from, and its last. wandb: off, online or offline; a folder that has a
+    wandb run continues it; see check_wandb.
     """
 
     def __init__(self, out, config, *, step=0, steps, main=True, wandb="off"):
@@ -91,7 +96,7 @@ class Log:
         """The live line moves on, or a plain one is printed."""
         seen = {name: value for name, value in seen.items() if name.endswith(SHOWN)} or seen
         if self.bar:
-            self.tick(step)
+            self.bar.update(step - self.bar.n)
             self.shown |= seen
             self.bar.set_postfix_str(words(self.shown))
         else:
@@ -101,10 +106,9 @@ class Log:
                 eta = f"  eta {timedelta(seconds=round(left))}"
             print(f"step {step:{len(str(self.steps))}}/{self.steps}  {words(seen)}{eta}", flush=True)
 
-    def tick(self, step):
-        """Moves the live line to `step`; cheap, for every step."""
-        if self.main and self.bar:
-            self.bar.update(step - self.bar.n)
+    def holds(self, step, name):
+        """Whether the log has this number at this step; other ranks, which keep no log, answer True."""
+        return not self.main or any(entry["step"] == step and name in entry for entry in self.entries)
 
     def say(self, text):
         """Prints a line, above the live one."""
@@ -175,52 +179,45 @@ def peak(name):
     return None if "MIG" in given else next((top for row, top in PEAKS.items() if given.issuperset(row.split())), None)
 
 
-# ---- before a run ---------------------------------------------------------------------------------------------------
+# ---- time -----------------------------------------------------------------------------------------------------------
 
-def room(device, ranks, folder):
-    """Bytes that are here: memory for each of so many ranks (inf if nobody says), and free on a folder's disk."""
-    memory = math.inf
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
-    return memory, shutil.disk_usage(folder).free
+class Clock:
+    """Sums, since the last line of the log, the seconds spent here and there, or other quantities.
 
-
-def budget(title, held, activations, checkpoint, most, there, ways):
-    """Prints what a run takes beside what is there -> its exit code: 0, or 2 where it does not fit, naming ways out.
-
-    Bytes on a rank: held {what: n} all the time, activations {what: n} one of them at a time. Bytes on disk: `most`
-    checkpoints. there: (memory of a rank, free disk). ways: {flag that would take less: whether it is left}.
+    `with clock("data_wait"): …` adds seconds, clock.add("flops", n) any number; clock.take(steps) ends the line.
     """
-    memory, disk = sum(held.values()) + max(activations.values()), most * checkpoint
-    of = [f" of {n / 1e9:.3f}" if n < math.inf else "" for n in there]
-    print(f"{title}: GB of each, at most")
-    for what, n in (held | activations | {
-            f"in all{of[0]}, a tenth of which is left to kernels and fragments": memory,
-            f"on disk{of[1]}: {most} checkpoints, one of them being written": disk}).items():
-        print(f"{n / 1e9:12.3f}  {what}")
-    if full := memory > 0.9 * there[0]:
-        less = ", ".join(flag for flag, left in ways.items() if left)
-        print(f"does not fit a rank's memory; less is taken with {less}", file=sys.stderr)
-    if disk > there[1]:
-        print("does not fit the disk; less is taken with a smaller --keep, or --out is elsewhere", file=sys.stderr)
-    return 2 if full or disk > there[1] else 0
+
+    def __init__(self):
+        self.sums = {}
+
+    @contextmanager
+    def __call__(self, name):
+        self.add(name, 0)
+        began = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - began)
+
+    def add(self, name, amount):
+        self.sums[name] = self.sums.get(name, 0.0) + amount
+
+    def take(self, steps):
+        """{name: its sum over `steps`, per step}; all sums start anew, names stay."""
+        means = {name: total / steps for name, total in self.sums.items()}
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        return means
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 def circumstances():
-    """Commit, CRC32 of the sources, versions, threads and command of this process."""
-    sources = {path.name: zlib.crc32(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))}
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                         cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Commit, CRC32 of the sources, versions, threads and command of this process; None for what cannot be read."""
+    sources = {path.name: checksum(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit(Path(__file__).parent),
         "sources": sources,
         "versions": versions,
         "threads": torch.get_num_threads(),
@@ -229,8 +226,21 @@ def circumstances():
     }
 
 
+def commit(folder):
+    """The commit checked out in a folder, "-dirty" if changed since; None without a repository, or without git."""
+    with suppress(OSError):
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                             cwd=folder, capture_output=True, text=True)
+        return git.stdout.strip() or None
+
+
+def checksum(path):
+    with suppress(OSError):
+        return zlib.crc32(path.read_bytes())
+
+
 def changes(then, now):
-    """What differs between two runs' circumstances: sources by name, versions, threads and device with their values."""
+    """Names what differs between two circumstances: source files, and versions, threads and device with their values."""
     def values(c):
         return c["versions"] | {"threads": c["threads"], "device": c["device"]}
 
@@ -239,15 +249,32 @@ def changes(then, now):
             + [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)])
 
 
-def cut_back(file, step):
-    """Cuts off what a log (r+b) has of steps after `step`, and a line torn by a crash -> entries, start of the last."""
-    entries, tail, end = [], 0, 0
+def lines(file):
+    """Yields (entry, bytes) of each line of a log opened in binary, up to one that a crash tore."""
     for line in file:
         try:
             entry = json.loads(line)
         except ValueError:
-            break
-        if entry["step"] > step or not line.endswith(b"\n"):
+            return
+        if not line.endswith(b"\n"):
+            return
+        yield entry, line
+
+
+def holds(out, step, name):
+    """Whether the log in a run's folder has this number at this step; asked before a Log is opened."""
+    file = Path(out) / "log.jsonl"
+    if not file.exists():
+        return False
+    with open(file, "rb") as stored:
+        return any(entry["step"] == step and name in entry for entry, _ in lines(stored))
+
+
+def cut_back(file, step):
+    """Cuts a log (r+b) off after `step`, and at a line torn by a crash -> entries, where the last one starts."""
+    entries, tail, end = [], 0, 0
+    for entry, line in lines(file):
+        if entry["step"] > step:
             break
         entries.append(entry)
         tail, end = end, end + len(line)
@@ -257,7 +284,7 @@ def cut_back(file, step):
 
 
 def check_wandb(mode):
-    """RuntimeError where wandb is to be online and there is no login."""
+    """Raises RuntimeError if wandb is to be online and there is no login."""
     if mode == "online":
         import wandb
         if not wandb.login(prompt=False):
@@ -265,7 +292,7 @@ def check_wandb(mode):
 
 
 def start_wandb(out, config, mode, run_id):
-    """A wandb run, or the one called run_id again, with our step as the axis of every metric; it never asks."""
+    """Starts a wandb run, or continues run_id, with our step as the axis of every metric; never prompts."""
     import wandb
     run = wandb.init(project="nanovideo", name=out.name, dir=out, config=config, mode=mode,
                      id=run_id, resume="allow", settings=wandb.Settings(console="off"))
@@ -275,7 +302,7 @@ def start_wandb(out, config, mode, run_id):
 
 
 def number(value):
-    """A measurement as JSON has it: tensors and arrays become numbers or lists, what is not finite becomes None."""
+    """Converts a measurement for JSON: tensors and arrays to numbers or lists, non-finite values to None."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list):
         return [number(v) for v in value]
@@ -283,7 +310,14 @@ def number(value):
 
 
 def words(seen):
-    return "  ".join(f"{name} {'not finite' if x is None else format(x, '.4g')}" for name, x in seen.items())
+    return "  ".join(f"{name} {short(value)}" for name, value in seen.items())
+
+
+def short(value):
+    """A logged value as text: 0.1235, "not finite"."""
+    if value is None:
+        return "not finite"
+    return format(value, ".4g") if isinstance(value, (int, float)) else str(value)
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------
@@ -295,7 +329,10 @@ def panel(name):
 
 
 def curves(path, entries):
-    """Draws every series of a log's entries, related ones in one panel, noisy ones smoothed, into the PNG `path`."""
+    """Draws every series of a log's entries into the PNG `path`: related ones in a panel, noisy ones smoothed.
+
+    Draws nothing if no value is finite.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -303,8 +340,10 @@ def curves(path, entries):
     series = {}
     for entry in entries:
         for name, value in entry.items():
-            if name != "step" and isinstance(value, (int, float)):
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 series.setdefault(name, []).append((entry["step"], value))
+    if not series:
+        return
     panels = {}
     for name in sorted(series, key=lambda n: (n in MACHINE, panel(n) != "loss", not panel(n).endswith("by t"))):
         panels.setdefault(panel(name), []).append(name)

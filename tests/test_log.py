@@ -3,12 +3,14 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from log import MACHINE, Log, check_wandb, panel, peak, running_mean
+import log as logs
+from log import MACHINE, Clock, Log, check_wandb, circumstances, curves, holds, panel, peak, running_mean
 
 
 def read(out):
@@ -67,6 +69,63 @@ def test_what_is_not_finite_is_null_and_every_type_is_json(tmp_path):
     assert "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
+def test_a_log_knows_which_numbers_it_holds(tmp_path):
+    assert not holds(tmp_path, 25, "val_loss")      # no log yet
+    train(tmp_path, 0, 55, killed=True)
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b'{"step": 60, "loss": 1.0}')    # torn: its end of line is missing
+    assert holds(tmp_path, 25, "val_loss") and holds(tmp_path, 50, "val_loss") and holds(tmp_path, 50, "loss")
+    assert not holds(tmp_path, 25, "loss")          # another number of that step
+    assert not holds(tmp_path, 30, "val_loss")      # that number of another step
+    assert not holds(tmp_path, 60, "loss")
+    log = Log(tmp_path, {}, step=30, steps=100)
+    assert log.holds(25, "val_loss") and not log.holds(25, "loss") and not log.holds(30, "val_loss")
+    assert not log.holds(50, "loss")                # cut back
+    log(50, loss=math.nan)
+    assert log.holds(50, "loss") and holds(tmp_path, 50, "loss")    # measured, though not finite
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+def test_a_clock_sums_by_name_and_starts_anew(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0, 10.0, 16.0])
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: next(now))
+    clock = Clock()
+    with clock("seconds"):              # 0 to 4
+        with clock("data_wait"):        # 1 to 3
+            pass
+    with clock("seconds"):              # 10 to 16
+        clock.add("flops", 6)
+    clock.add("flops", 2)
+    taken = clock.take(2)
+    assert taken == {"seconds": 5.0, "data_wait": 1.0, "flops": 4.0}
+    assert list(taken) == ["seconds", "data_wait", "flops"]     # the order in which they began
+    assert clock.take(3) == {"seconds": 0.0, "data_wait": 0.0, "flops": 0.0}    # ranks average the same names
+
+
+# ---- circumstances --------------------------------------------------------------------------------------------------
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert circumstances()["commit"] is None
+
+
+def test_a_folder_that_is_no_repository_has_no_commit(tmp_path):
+    assert logs.commit(tmp_path) is None
+
+
+def test_a_source_that_cannot_be_read_ends_nothing(monkeypatch):
+    def read(path):
+        if path.name == "step.py":
+            raise OSError(5, "Input/output error")
+        return b"text"
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    sources = circumstances()["sources"]
+    assert sources["step.py"] is None
+    assert isinstance(sources["log.py"], int)
+
+
 def test_config_says_what_it_takes_to_run_again(tmp_path):
     Log(tmp_path, {"lr": 1e-3, "window": (3, 3, 3), "init": None}, steps=1).close()
     config = json.loads((tmp_path / "config.json").read_text())
@@ -78,7 +137,7 @@ def test_config_says_what_it_takes_to_run_again(tmp_path):
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     log = Log(tmp_path / "run", {}, steps=10, main=False)
     log(1, loss=1.0)
-    log.tick(2)
+    assert log.holds(1, "val_loss")
     log.say("hello")
     log.video(2, tmp_path / "no.mp4")
     log.draw()
@@ -108,7 +167,7 @@ def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch, capsys):
     log = Log(tmp_path, {}, step=20, steps=100)
     log(50, loss=0.5, lr=1e-3)
     log.say("a video")
-    log.tick(100)
+    log(100, loss=0.25)
     log.close()
     out, err = capsys.readouterr()
     assert out.splitlines()[1:] == ["a video"] and "step" not in err
@@ -127,6 +186,15 @@ def test_curves_show_every_series_related_ones_together(tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     assert panel("val_loss") == panel("train_set_loss") == panel("loss") == "loss" != panel("student_loss")
     assert panel("loss_by_t0") == panel("loss_by_t4") == "loss by t" != panel("val_loss_by_t0")
+
+
+@pytest.mark.parametrize("seen", [{}, {"loss": math.nan, "bins": [1.0, 2.0]}])
+def test_without_finite_values_there_are_no_curves(tmp_path, seen):
+    log = Log(tmp_path, {}, steps=1)
+    log(1, **seen)
+    log.close()
+    curves(tmp_path / "curves.png", [{"step": 1, "loss": math.inf}])    # a log by another hand
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_the_running_mean_keeps_constants_and_removes_noise():
