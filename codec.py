@@ -1,8 +1,8 @@
 """Pixels and words to latents and text embeddings, and back to an mp4: the only file that knows any of the three.
 
 `load` gives a Codec, a handful of plain functions: "dct" is built in and needs no weights; "wan" is Wan's VAE and UMT5,
-from a folder or the Hugging Face hub. `read_video` cuts any film into training clips; `write_video` and `contact_sheet`
-show clips to people. Imports nothing of ours.
+from a folder or the Hugging Face hub. `read_video` cuts any film into training clips; `write_video`, `write_clips` and
+`contact_sheet` show clips to people. Imports nothing of ours.
 
 C F H W latent channels, frames, rows, columns · f h w the same in pixels · S text tokens · E text width
 A video is uint8 (f, h, w, 3) in numpy; latents z are fp32 (C, F, H, W), not normalised.
@@ -15,6 +15,7 @@ import re
 import textwrap
 import unicodedata
 import warnings
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache, partial
 from importlib import import_module
@@ -44,6 +45,7 @@ def load(spec, *, vae=None, text=None, device="cpu", text_length=None):
 
     vae, text: for wan, a local folder or a hub id of a diffusers pipeline; each may be None if it is not needed.
     text_length: the most tokens of a prompt, None = the codec's own (dct 8, wan 512).
+    The weights are freed with the Codec: load the text encoder, embed, drop it, then load the VAE.
     Raises ValueError or FileNotFoundError for weights that are not what is wanted, ImportError for a missing package.
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
@@ -266,9 +268,16 @@ def sha256(folder):
     """{file: digest} of the weight files in a folder."""
     digests = {}
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        with open(file, "rb") as stream:
-            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        seen = file.stat()
+        digests[file.name] = digest(file, seen.st_size, seen.st_mtime_ns)
     return digests
+
+
+@lru_cache(maxsize=None)
+def digest(file, size, mtime_ns):
+    """A file's sha256, computed once: every validation loads the VAE again, and Wan2.2's has 2.8 GB."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def agree(spec, found, source):
@@ -355,11 +364,11 @@ def framing(picture, pixel_aspect, sizes):
     cover = max(H / h, W / w)
     h, w = max(H, round(h * cover)), max(W, round(w * cover))   # as shown
     top, left = (h - H) // 2, (w - W) // 2
-    stored = dict(zip(("width", "height"), (h, w) if turns % 2 else (w, h)))
+    width, height = (h, w) if turns % 2 else (w, h)             # as stored
     scaler = VideoReformatter()
 
     def fit(picture):
-        rgb = scaler.reformat(picture, **stored, format="rgb24", interpolation=SHARP, threads=1)
+        rgb = scaler.reformat(picture, width, height, "rgb24", interpolation=SHARP, threads=1)
         return np.rot90(rgb.to_ndarray(), turns)[top:top + H, left:left + W]
 
     return (H, W), fit
@@ -378,6 +387,52 @@ def write_video(path, videos, fps, columns=None):
             picture = av.VideoFrame.from_ndarray(sheet(i), format="rgb24")
             film.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=SHARP)))
         film.mux(stream.encode())
+
+
+def write_clips(stem, x0, how, *, vae=None, device="cpu", columns=None, report=print):
+    """Clips as one video stem.mp4, or their latents as stem.npy -> the path, None if neither could be written.
+
+    x0 (n, C, F, H, W), normalised; how: a checkpoint's sampling block; columns: of the grid; vae, device: see `load`.
+    Latents are kept, not normalised, where the codec needs a VAE that is not given, and where decoding or writing fails:
+    out of memory, ffmpeg, a full disk. `report` is told in one line. Raises nothing, so that training goes on.
+    """
+    mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    latents = x0.detach().cpu() * std + mean
+    film, kept = Path(f"{stem}.mp4"), Path(f"{stem}.npy")
+    try:
+        coder = load(how["codec"], vae=vae, device=device)
+        if coder.decodes:
+            with whole_file(film) as part:
+                write_video(part, [coder.decode(z) for z in latents], how["fps"], columns)
+            return film
+        reason = "no --vae is given to decode them"
+    except Exception as error:
+        reason = in_a_line(error)
+    try:
+        with whole_file(kept) as part, open(part, "wb") as file:
+            np.save(file, latents.numpy())
+    except Exception as error:
+        report(f"{film} is not written ({reason}), nor are its latents ({in_a_line(error)})")
+        return None
+    report(f"{kept} holds latents instead of a video: {reason}")
+    return kept
+
+
+@contextmanager
+def whole_file(path):
+    """A temporary name to write under, which becomes `path` at the end; after an exception nothing is left of it."""
+    part = Path(f"{path}.tmp")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def in_a_line(error):
+    """An exception's kind and message, without line breaks and not endless."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 def grid(pictures, columns=None, gap=4):
@@ -401,7 +456,8 @@ def contact_sheet(path, videos, captions):
     label, gap = 26, 6                                          # px of the sheet
     strips, sizes = [], []
     for video in videos:
-        zoom = 128 // video.shape[1] or 160 / video.shape[1]    # by whole pixels, or large ones to a height of 160
+        tall = video.shape[1]
+        zoom = 128 // tall if tall <= 128 else 160 / tall       # by whole pixels, or large ones to a height of 160
         picked = video[np.linspace(0, len(video) - 1, 6).round().astype(int)]
         picked = np.pad(picked, [(0, 0), (0, 0), (0, math.ceil(gap / zoom)), (0, 0)], constant_values=16)
         strips.append(rearrange(picked, "n h w c -> h (n w) c"))

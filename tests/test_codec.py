@@ -2,9 +2,13 @@
 import hashlib
 import json
 import math
+import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from statistics import NormalDist
@@ -342,6 +346,102 @@ def test_a_contact_sheet_has_a_row_of_frames_per_clip(tmp_path):
         codec.contact_sheet(tmp_path / "b.png", videos, ["one"])
 
 
+# ---------------------------------------------------------------------------------------------------------------- clips
+
+SAMPLING = {"codec": {"name": "dct"}, "mean": [0.5] * 24, "std": [0.25] * 24, "fps": 8}
+
+
+def normalised(n=2, size=(32, 32), how=SAMPLING):
+    """n clips of shapes and their latents (n, 24, F, H, W) as a model gives them."""
+    videos = [shapes.clip(np.random.default_rng(i), size=size)[0] for i in range(n)]
+    z = torch.stack([codec.load("dct").encode(video) for video in videos])
+    return videos, (z - how["mean"][0]) / how["std"][0]
+
+
+def test_clips_are_written_as_the_videos_that_their_normalised_latents_are(tmp_path):
+    videos, x0 = normalised()
+    said = []
+    path = codec.write_clips(tmp_path / "new/step_0.5", x0.requires_grad_(), SAMPLING, columns=1, report=said.append)
+    assert path == tmp_path / "new/step_0.5.mp4"
+    assert [file.name for file in path.parent.iterdir()] == ["step_0.5.mp4"]
+    assert said == []
+    (clip, _), = read(path, sizes=[(516, 256)], frames=17)              # a column of two clips, 8 times enlarged
+    dct = codec.load("dct")
+    for top, video in zip((0, 260), videos):
+        shown = clip[:, top:top + 256].reshape(17, 32, 8, 32, 8, 3).mean((2, 4))
+        assert codec.psnr(shown, dct.decode(dct.encode(video))).min() > 35
+
+
+def test_without_the_vae_that_they_need_clips_are_kept_as_latents_that_are_not_normalised(tmp_path):
+    said, x0 = [], torch.randn(2, 4, 2, 3, 5)
+    how = {"codec": {"name": "wan"}, "mean": [1.0, 2.0, 3.0, 4.0], "std": [5.0, 6.0, 7.0, 8.0], "fps": 8}
+    path = codec.write_clips(tmp_path / "a", x0, how, report=said.append)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+    for c, z in enumerate(np.load(path).swapaxes(0, 1)):
+        assert np.allclose(z, x0[:, c] * how["std"][c] + how["mean"][c])
+    assert said == [f"{path} holds latents instead of a video: no --vae is given to decode them"]
+
+
+def failing(error):
+    def fail(*args, **named):
+        raise type(error)(*error.args)      # a new one: a traceback holds what its frames hold
+    return fail
+
+
+FAILURES = [(torch.OutOfMemoryError("out of\nmemory"), "OutOfMemoryError: out of memory"),
+            (RuntimeError("a kernel"), "RuntimeError: a kernel"), (ValueError("a size"), "ValueError: a size"),
+            (av.FFmpegError(1, "an encoder"), "FFmpegError: .*an encoder"), (OSError(28, "No space"), "No space"),
+            (ImportError("no diffusers"), "ImportError: no diffusers"), (TypeError("z" * 999), r"TypeError: \.\.\.")]
+
+
+@pytest.mark.parametrize("error, words", FAILURES, ids=[type(error).__name__ for error, _ in FAILURES])
+@pytest.mark.parametrize("place", ["load", "decode", "write_video"])
+def test_clips_that_cannot_be_decoded_or_written_are_kept_as_latents_and_nothing_is_raised(
+        tmp_path, monkeypatch, place, error, words):
+    said, (_, x0) = [], normalised(1)
+    if place == "decode":
+        dct = codec.load("dct")._replace(decode=failing(error))
+        monkeypatch.setattr(codec, "load", lambda spec, **parts: dct)
+    else:
+        monkeypatch.setattr(codec, place, failing(error))
+    path = codec.write_clips(tmp_path / "a", x0, SAMPLING, report=said.append)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npy"]
+    assert np.allclose(np.load(path), x0 * 0.25 + 0.5)
+    message, = said
+    assert re.search(f"a.npy holds latents instead of a video: .*{words}", message)
+    assert "\n" not in message and len(message) < 300 + len(str(path)) + 50
+
+
+@pytest.fixture
+def small_files():
+    """-> limit(bytes): from now on no file can grow larger, as on a disk that is almost full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_video_and_no_half_latents(tmp_path, small_files):
+    x0, said = 4 * torch.randn(1, 24, 5, 8, 8), []                      # 31 kB of latents, a video of hundreds
+    earlier = tmp_path / "earlier.mp4"
+    earlier.write_text("of the run that went before")
+    small_files(60_000)
+    path = codec.write_clips(tmp_path / "earlier", x0, SAMPLING, report=said.append)
+    assert path == tmp_path / "earlier.npy" and np.load(path).shape == (1, 24, 5, 8, 8)
+    assert earlier.read_text() == "of the run that went before"
+    small_files(10_000)
+    assert codec.write_clips(tmp_path / "a", x0, SAMPLING, report=said.append) is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["earlier.mp4", "earlier.npy"]
+    assert len(said) == 2
+    assert re.search("a.mp4 is not written .*too large.*nor are its latents .*OSError", said[1])
+
+
+def test_clips_for_a_folder_that_cannot_be_are_reported(tmp_path):
+    (tmp_path / "file").touch()
+    said, (_, x0) = [], normalised(1)
+    assert codec.write_clips(tmp_path / "file" / "a", x0, SAMPLING, report=said.append) is None
+    assert len(said) == 1 and "nor are its latents" in said[0]
+
+
 # ------------------------------------------------------------------------------------------------------------------ wan
 
 @pytest.fixture(scope="module")
@@ -392,6 +492,52 @@ def test_the_wan_spec_says_what_the_vae_and_the_text_encoder_are(pipeline):
     assert list(wan.spec["text_sha256"]) == ["model.safetensors"]
     again = codec.load(json.loads(json.dumps(wan.spec)), vae=pipeline / "vae", text=pipeline / "text_encoder")
     assert again.spec == wan.spec and again.stride == (4, 8, 8)
+
+
+def test_a_weight_file_is_hashed_once_until_it_changes(pipeline, tmp_path, monkeypatch):
+    shutil.copytree(pipeline, tmp_path / "wan")
+    hashed, file_digest = [], hashlib.file_digest
+
+    def counted(stream, kind):
+        hashed.append(Path(stream.name).parent.name)
+        return file_digest(stream, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    specs = [codec.load("wan", vae=tmp_path / "wan", text=tmp_path / "wan").spec for _ in range(3)]
+    assert hashed == ["vae", "text_encoder"]
+    assert specs[0] == specs[1] == specs[2]
+    file, = (tmp_path / "wan/vae").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)                                           # of the same size
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert codec.load("wan", vae=tmp_path / "wan").spec["vae_sha256"] != specs[0]["vae_sha256"]
+    assert hashed == ["vae", "text_encoder", "vae"]
+
+
+def test_a_codecs_weights_go_with_it(pipeline, tmp_path, monkeypatch):
+    import diffusers
+    import transformers
+    made = []
+    for kind in (diffusers.AutoencoderKLWan, transformers.UMT5EncoderModel):
+        def built(*args, build=kind.from_pretrained, **named):
+            net, report = build(*args, **named)
+            made.append(weakref.ref(net))
+            return net, report
+
+        monkeypatch.setattr(kind, "from_pretrained", built)
+
+    wan = codec.load("wan", vae=pipeline, text=pipeline)
+    how = wan.spec | {"codec": wan.spec, "fps": 8}
+    wan.embed(["a red circle"])
+    wan.decode(torch.zeros(4, 1, 2, 2))
+    assert len(made) == 2 and made[0]() is not None and made[1]() is not None
+    del wan
+    assert made[0]() is None and made[1]() is None
+    assert codec.write_clips(tmp_path / "a", torch.zeros(1, 4, 2, 2, 2), how, vae=pipeline).suffix == ".mp4"
+    monkeypatch.setattr(codec, "write_video", failing(RuntimeError("a kernel")))
+    assert codec.write_clips(tmp_path / "a", torch.zeros(1, 4, 2, 2, 2), how, vae=pipeline).suffix == ".npy"
+    assert len(made) == 4 and made[2]() is None and made[3]() is None
 
 
 def test_the_vae_of_wan_2_2_has_its_own_channels_and_strides(tmp_path):
