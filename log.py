@@ -115,6 +115,10 @@ class Log:
         if self.main:
             self.bar.write(text) if self.bar else print(text, flush=True)
 
+    def stem(self, kind, step):
+        """The path, without its ending, of a file of this step, out/samples/step_0000500."""
+        return self.out / kind / f"step_{step:07d}"
+
     def file(self, kind, step, suffix):
         """The path of a file of this step, out/samples/step_0000500.mp4; its folder is made."""
         path = self.out / kind / f"step_{step:07d}.{suffix}"

@@ -26,7 +26,7 @@ import threading
 import warnings
 from dataclasses import replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,17 +71,32 @@ class World(NamedTuple):
     def data_size(self):
         return self.size // self.sp
 
+    @property
+    def main(self):
+        return self.rank == 0
+
+    @property
+    def ranks(self):
+        """Who we are, as ckpt.py asks for it."""
+        return {"rank": self.rank, "world": self.size, "agree": partial(agree, world=self)}
+
+    def say(self, text):
+        """Prints a line, once for all ranks."""
+        if self.main:
+            print(text, flush=True)
+
     def ulysses(self, attention, length):
         return ulysses(attention, length, self)
 
 
 # ---- beginning and end ----------------------------------------------------------------------------------------------
 
-def init(device="auto", shard=1, sp=1, precision=None, compile=None):
+def init(device="auto", shard=1, sp=1, precision=None, compile=None, deterministic=False):
     """Joins the processes that torchrun started, or makes a group of one -> World.
 
     device auto|cpu|cuda. shard: ranks that hold one copy of the parameters, -1 = all. sp: ranks that share a sample.
-    precision fp32|bf16, None = bf16 on a GPU, fp32 elsewhere. compile: None = on a GPU.
+    precision fp32|bf16, None = bf16 on a GPU, fp32 elsewhere. compile: None = on a GPU. deterministic: kernels that add up
+    in varying order are replaced by others.
     Raises ValueError for sizes that do not divide the world, RuntimeError for a GPU that is there but does not work.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -92,6 +107,9 @@ def init(device="auto", shard=1, sp=1, precision=None, compile=None):
         precision = "bf16" if on_gpu(device) else "fp32"
     if compile is None:
         compile = on_gpu(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS asks for it, before it starts
+        torch.use_deterministic_algorithms(True)
 
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     hour = timedelta(minutes=60)    # validation videos and saves take a while
@@ -294,14 +312,21 @@ def local(x):
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def local_rows(net):
-    """{name: Part} of every parameter.
+def whole(tensor):
+    """A tensor that all ranks hold whole, as a Part of its own."""
+    return Part(tensor.cpu().clone(), 0, tuple(tensor.shape))
+
+
+def local_rows(net, trained=None):
+    """{name: Part} of every parameter; trained: only those that are trained (True), or are not (False).
 
     The tensors are plain and share the net's storage: what an optimizer writes there is what the net computes with.
     Rows are split as torch.chunk does, so that a small parameter leaves the last ranks without any.
     """
     rows = {}
     for name, p in net.named_parameters():
+        if trained is not None and p.requires_grad != trained:
+            continue
         first = 0
         if isinstance(p, DTensor):
             rank, size = p.device_mesh.get_local_rank("shard"), p.device_mesh.size(1)
@@ -342,6 +367,14 @@ def grad_norm(rows, world):
     if world.size > 1:
         dist.all_reduce(squares, group=world.mesh.get_group("shard"))
     return squares.sqrt()
+
+
+def norm(net, rows, world):
+    """-> function: `collect`, then `grad_norm`; what step.Learner asks for."""
+    def collected_norm():
+        collect(net, rows)
+        return grad_norm(rows, world)
+    return collected_norm
 
 
 def mean(values, world):
