@@ -184,16 +184,20 @@ def differences(path, saved, flags, inputs, free, before=None):
     flags and inputs, {flag: CRC32 of what it names}, are what the run keeps in its meta as "config" and "inputs". Where
     both know a flag's CRC32, that counts and not the path: what is named may have moved. free: flags that may differ,
     among them those of which nothing is read any more, such as the --init of a full finetune that has begun.
-    before: {flag: value} of flags that the saved config lacks because they are newer; else None.
+    before: {flag: value} of flags that the saved config lacks because they are newer, else None; of flags that there are
+    no longer, the value that today's code reproduces.
     """
     held = saved["meta"].get("inputs", {})      # old checkpoints lack inputs: compare paths
     now = json.loads(json.dumps(flags))
-    then = json.loads(json.dumps(before or {})) | saved["meta"]["config"]
+    before = json.loads(json.dumps(before or {}))
+    then = before | saved["meta"]["config"]
     by_content = inputs.keys() & held.keys()
     differ = [f"--{name}={value} (was {then.get(name)})" for name, value in now.items()
               if name not in by_content | free and value != then.get(name)]
     differ += [f"--{name}={now[name]} (is not what {then.get(name)} was)"
                for name in sorted(by_content - free) if inputs[name] != held[name]]
+    differ += [f"--{name}={then[name]} (there is only {before[name]} now)"
+               for name in before.keys() - now.keys() - free if then[name] != before[name]]
     if differ:
         raise ValueError(f"{path} is of a run with other flags: {', '.join(differ)}. "
                          "--out= starts another run, --allow NAME ... goes on with the new values")
