@@ -27,6 +27,10 @@ except ImportError:  # macOS, Windows: nobody but CUDA asks for it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels then run on CPU tensors
 
 
+def ceil_div(a, b):
+    return -(-a // b)
+
+
 # ---- who sees whom ---------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +61,7 @@ def build_metadata(grid, tile=(4, 4, 8), window=(3, 3, 3), device="cpu"):
 @lru_cache(maxsize=None)
 def _build(grid, tile, window, device):
     tile = tuple(min(t, size) for t, size in zip(tile, grid))
-    window = tuple(min(2 * (k // 2) + 1, -(-size // t)) for k, size, t in zip(window, grid, tile))
+    window = tuple(min(2 * (k // 2) + 1, ceil_div(size, t)) for k, size, t in zip(window, grid, tile))
     forward, reverse = zip(*(_axis(*axis) for axis in zip(grid, tile, window)))
     pairs = prod(sum((q1 - q0) * (k1 - k0) for (q0, q1), (k0, k1) in axis) for axis in forward)
     with torch.inference_mode(False):  # may be built while sampling and used while training
@@ -70,7 +74,7 @@ def _build(grid, tile, window, device):
 
 def _axis(size, tile, w):
     """One axis of `forward` and of `reverse`, in closed form."""
-    n, r = -(-size // tile), w // 2
+    n, r = ceil_div(size, tile), w // 2
 
     def span(first, end):
         return first * tile, min(end * tile, size)
@@ -111,20 +115,37 @@ torch.library.define("nanovideo::attend_backward", "(Tensor grad, Tensor q, Tens
 
 @torch.library.impl("nanovideo::attend", ("cpu", "cuda"))
 def _(q, k, v, grid, tile, window):
-    return _backend(q, grid)[0](*map(_dense_rows, (q, k, v)), grid, tile, window)
+    return _backend(q, k, grid)[0](*map(_dense_rows, (q, k, v)), grid, tile, window)
 
 
 @torch.library.impl("nanovideo::attend_backward", ("cpu", "cuda"))
 def _(grad, q, k, v, out, lse, grid, tile, window):
-    return _backend(q, grid)[1](*map(_dense_rows, (grad, q, k, v)), out, lse, grid, tile, window)
+    return _backend(q, k, grid)[1](*map(_dense_rows, (grad, q, k, v)), out, lse, grid, tile, window)
 
 
-def _backend(q, grid):
-    """The one place that chooses: a forward and its backward."""
-    if not q.is_cuda and not INTERPRETED:
+def _card(x):
+    """The properties of the GPU that x is on, None on the CPU. Tests replace it."""
+    return torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+
+
+def _backend(q, k, grid):
+    """The one place that chooses: a forward and its backward. All return contiguous tensors, as register_fake says."""
+    card, width = _card(q), q.shape[3]
+    if card is None and not INTERPRETED:
         return (_cpu, _cpu_backward) if grid else (_cpu_dense, _cpu_dense_backward)
-    if q.is_cuda and not grid and q.element_size() == 2 and q.shape[3] % 8 == 0 and q.shape[3] <= 128:
-        return _cudnn if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else _flash
+    if card is not None and not grid:
+        narrow = q.dtype in (torch.float16, torch.bfloat16)
+        if narrow and card.major >= 8 and width % 8 == 0 and width <= 128:
+            # cuDNN's backward has no deterministic mode, flash's has; cuDNN refuses sequences of one token
+            quick = card.major in (9, 10) and min(q.shape[1], k.shape[1]) > 1
+            if quick and not torch.are_deterministic_algorithms_enabled():
+                return _cudnn, _cudnn_backward
+            return _flash, _flash_backward
+        if q.dtype == torch.float32 and width % 4 == 0 or q.dtype == torch.float16 and width % 8 == 0:
+            return _efficient, _efficient_backward
+    if card is not None and card.major < 8:
+        raise ValueError(f"{card.name} (sm_{card.major}{card.minor}): takes dense attention in float16 or float32; "
+                         f"{'sliding tiles' if grid else f'{q.dtype}, heads of {width},'} take sm_80 or later")
     if triton is None:
         raise RuntimeError(f"attention on {q.device} takes triton: pip install triton")
     return _triton, _triton_backward
@@ -188,36 +209,55 @@ def _heads_first(*xs):
     return [x.transpose(1, 2) for x in xs]
 
 
+def _tokens_first(*xs):
+    return tuple(x.transpose(1, 2).contiguous() for x in xs)
+
+
+def _no_seed(q):
+    """The seed and the offset of dropout, of which there is none."""
+    return [torch.empty((), dtype=torch.long, device=q.device)] * 2
+
+
 def _cpu_dense(q, k, v, *_):
     out, lse = cpu_flash(*_heads_first(q, k, v))
-    return out.transpose(1, 2), lse.contiguous()
+    return *_tokens_first(out), lse.contiguous()
 
 
 def _cpu_dense_backward(grad, q, k, v, out, lse, *_):
-    return _heads_first(*cpu_flash_backward(*_heads_first(grad, q, k, v, out), lse, 0.0, False))
+    return _tokens_first(*cpu_flash_backward(*_heads_first(grad, q, k, v, out), lse, 0.0, False))
 
 
 def _flash(q, k, v, *_):
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(*_heads_first(q, k, v))
-    return out.transpose(1, 2).contiguous(), lse
+    out, lse, *_ = aten._scaled_dot_product_flash_attention.default(*_heads_first(q, k, v))
+    return *_tokens_first(out), lse.contiguous()
 
 
 def _flash_backward(grad, q, k, v, out, lse, *_):
-    seed = torch.empty((), dtype=torch.long, device=q.device)  # of the dropout that there is none of
-    return _heads_first(*aten._scaled_dot_product_flash_attention_backward(
-        *_heads_first(grad, q, k, v, out), lse, None, None, q.shape[1], k.shape[1], 0.0, False, seed, seed))
+    return _tokens_first(*aten._scaled_dot_product_flash_attention_backward.default(
+        *_heads_first(grad, q, k, v, out), lse, None, None, q.shape[1], k.shape[1], 0.0, False, *_no_seed(q)))
 
 
-def _cudnn(q, k, v, *_):
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)
-    return out.transpose(1, 2).contiguous(), lse.reshape(lse.shape[:3])
+def _cudnn(q, k, v, *_):  # its lse is (B, N, L, 1)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(*_heads_first(q, k, v), None, True)
+    return *_tokens_first(out), lse.reshape(lse.shape[:3]).contiguous()
 
 
 def _cudnn_backward(grad, q, k, v, out, lse, *_):
-    seed = torch.empty((), dtype=torch.long, device=q.device)
-    return _heads_first(*aten._scaled_dot_product_cudnn_attention_backward(
-        *_heads_first(grad, q, k, v, out), lse[..., None], seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0,
+    grad = grad.contiguous()  # PyTorch 2.11 keeps the plan of its first call, whatever grad's strides are in the next
+    return _tokens_first(*aten._scaled_dot_product_cudnn_attention_backward.default(
+        *_heads_first(grad, q, k, v, out), lse[..., None], *_no_seed(q), None, None, None, q.shape[1], k.shape[1], 0.0,
         False))
+
+
+def _efficient(q, k, v, *_):  # its lse is padded to a multiple of 32 queries
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention.default(*_heads_first(q, k, v), None, True)
+    return *_tokens_first(out), lse[..., :q.shape[1]].contiguous()
+
+
+def _efficient_backward(grad, q, k, v, out, lse, *_):
+    lse = torch.nn.functional.pad(lse, (0, -q.shape[1] % 32), value=torch.inf)
+    return _tokens_first(*aten._scaled_dot_product_efficient_attention_backward.default(
+        *_heads_first(grad, q, k, v), None, *_heads_first(out), lse, *_no_seed(q), 0.0, [True, True, True, False])[:3])
 
 
 # ---- CPU: each box of queries is dense over its box of keys ----------------------------------------------------------
@@ -268,7 +308,15 @@ def _cpu_backward(grad, q, k, v, out, lse, *pattern):
 # to run, so each address is arithmetic on three counters, no index is loaded on the way, and only the last block of a
 # run can need a mask. Exponentials are to base 2: scale is log2(e) / sqrt(K), and dQ and dK take it times ln(2).
 
+# A job is a program's work, JOB integers. Boxes are [first, end) along frames, rows and columns, in tokens:
+#
+#    0 f0    1 f1    2 h0    3 h1    4 w0    5 w1     the box that the program's ROWS tokens are in
+#    6 i                                              the first of them, counted in raster order within the box
+#    7 f             8 h0    9 h1   10 w0   11 w1     the other box, which it walks through from frame f on,
+#   12 blocks                                         in so many blocks
+
 jit = triton.jit if triton else lambda kernel: kernel
+JOB = tl.constexpr(13) if triton else 13
 
 
 @jit
@@ -333,7 +381,7 @@ def _block(X, b, row, n, left, stride, STEP: tl.constexpr, WIDTH: tl.constexpr, 
 def _forward_kernel(Q, K, V, Out, Lse, jobs, q_stride, k_stride, v_stride, out_stride, L, N, size, tile, step, scale,
                     WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, RAGGED: tl.constexpr,
                     TMA: tl.constexpr):
-    job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
+    job, n, b = jobs + tl.program_id(0) * JOB, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
     q = tl.load(Q + _at(b, row, n, q_stride, BK), mask=keep, other=0.0)
@@ -368,7 +416,7 @@ def _query_kernel(Q, K, V, Out, Lse, Grad, Stats, DQ, jobs, q_stride, k_stride, 
                   dq_stride, L, N, size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
                   STEP: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr):
     """dQ, and in Stats for the next kernel each query's log-sum-exp, to base 2, and its sum of out * grad."""
-    job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
+    job, n, b = jobs + tl.program_id(0) * JOB, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
     q = tl.load(Q + _at(b, row, n, q_stride, BK), mask=keep, other=0.0)
@@ -404,7 +452,7 @@ def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride
                 L, N, size, tile, step, scale, WIDTH: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
                 STEP: tl.constexpr, RAGGED: tl.constexpr, TMA: tl.constexpr):
     """dK and dV of ROWS keys, over the box of queries that see them; scores are transposed, keys x queries."""
-    job, n, b = jobs + tl.program_id(0) * 13, tl.program_id(1), tl.program_id(2)
+    job, n, b = jobs + tl.program_id(0) * JOB, tl.program_id(1), tl.program_id(2)
     row, exists = _rows(job, size, tile, ROWS)
     keep = exists[:, None] & (tl.arange(0, BK) < WIDTH)[None, :]
     k = tl.load(K + _at(b, row, n, k_stride, BK), mask=keep, other=0.0)
@@ -438,15 +486,18 @@ def _key_kernel(Q, K, V, Grad, Stats, DK, DV, jobs, q_stride, k_stride, v_stride
     tl.store(DV + _at(b, row, n, dv_stride, BK), dv.to(DV.dtype.element_ty), mask=keep)
 
 
-# A program's (ROWS, STEP, warps, stages) in the forward, dQ and dK/dV kernels, by a GPU's shared memory in KB and the
-# width of a head, at most: 227 is sm_90 and sm_100, where blocks come by TMA; 163 sm_80; 99 sm_86, sm_89, sm_120.
-HALF = {(227, 64): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-        (227, 128): ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
-        (163, 64): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-        (163, 128): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
-        (99, 64): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-        (99, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))}
-FULL = {64: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)), 128: ((32, 32, 8, 1), (32, 16, 4, 2), (32, 16, 4, 1))}
+# A program's (ROWS, STEP, warps, stages) in the forward, dQ and dK/dV kernels, by the kind of GPU and the width of a
+# head, at most. 100 is sm_100 and 90 is sm_90, 227 KB of shared memory and blocks by TMA; 80 is sm_80, 163 KB, and
+# those two where TMA cannot serve; 89 is sm_86, sm_89 and sm_120, 99 KB. All are free of spills.
+HALF = {(100, 64): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        (100, 128): ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)),
+        (90, 64): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+        (90, 128): ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
+        (80, 64): ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+        (80, 128): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+        (89, 64): ((128, 32, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+        (89, 128): ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))}
+FULL = {64: ((64, 32, 8, 1), (64, 32, 8, 2), (32, 32, 8, 2)), 128: ((32, 32, 8, 1), (32, 16, 4, 2), (32, 16, 4, 1))}
 
 
 def _settings(*xs):
@@ -457,14 +508,16 @@ def _settings(*xs):
                          "or float32")
     if x.dtype == torch.float32:
         return False, FULL[width]
-    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin // 1024
-    tma = shared >= 227 and all(x.data_ptr() % 16 == 0 and all(s % 8 == 0 < s for s in x.stride()[:3]) for x in xs)
-    return tma, HALF[227 if tma else 163 if shared >= 163 else 99, width]
+    card = _card(x)
+    shared = card.shared_memory_per_block_optin // 1024
+    if shared >= 227 and all(x.data_ptr() % 16 == 0 and all(s % 8 == 0 < s for s in x.stride()[:3]) for x in xs):
+        return True, HALF[100 if card.major >= 10 else 90, width]
+    return False, HALF[80 if shared >= 163 else 89, width]
 
 
 @lru_cache(maxsize=None)
 def _walks(grid, tile, window, lengths, reverse, rows, block, device):
-    """A kernel's jobs [(ragged, (jobs, 13) int32)], and the frames and rows that a run spans.
+    """A kernel's jobs [(ragged, (jobs, JOB) int32)], and the frames and rows that a run spans.
 
     Walks whose runs are made of whole blocks go apart, free of masks. Longest first: in reverse they differ by 10 x.
     """
@@ -475,14 +528,15 @@ def _walks(grid, tile, window, lengths, reverse, rows, block, device):
         step = metadata.tile[0], grid[1] if whole else metadata.tile[1]
     else:
         own, other = reversed(lengths) if reverse else lengths
-        axes, step = ((((0, 1), (0, 1)),), (((0, 1), (0, 1)),), (((0, own), (0, other)),)), (1, 1)
+        one = (0, 1), (0, 1)
+        axes, step = ([one], [one], [((0, own), (0, other))]), (1, 1)  # a row of tokens, which is one run
 
     jobs = {False: [], True: []}
     for (own_f, f), (own_h, h), (own_w, w) in product(*axes):
         runs = [(min(a + step[0], f[1]) - a) * (min(b + step[1], h[1]) - b) * (w[1] - w[0])
                 for a in range(*f, step[0]) for b in range(*h, step[1])]
         size = prod(end - first for first, end in (own_f, own_h, own_w))
-        walk = f[0], *h, *w, sum(-(-run // block) for run in runs)
+        walk = f[0], *h, *w, sum(ceil_div(run, block) for run in runs)
         jobs[any(run % block for run in runs)] += [(*own_f, *own_h, *own_w, i, *walk) for i in range(0, size, rows)]
     return [(ragged, torch.tensor(sorted(table, key=lambda job: -job[-1]), dtype=torch.int32, device=device))
             for ragged, table in jobs.items() if table], step
@@ -534,7 +588,7 @@ def reference(q, k, v, metadata):
     """What `attention` computes, by a dense mask written from the definition above; any float dtype, L^2 memory."""
     see = torch.ones(1, 1, dtype=torch.bool)
     for size, tile, w in zip(metadata.grid, metadata.tile, metadata.window):
-        n, at = -(-size // tile), torch.arange(size) // tile
+        n, at = ceil_div(size, tile), torch.arange(size) // tile
         first = (at - w // 2).clamp(0, n - w)[:, None]
         see = torch.kron(see, (first <= at) & (at < first + w))  # raster order: the last axis is the fastest
     see = see.to(q.device)[metadata.order][:, metadata.order]

@@ -5,21 +5,31 @@ dimension; a 0-d tensor is one row), so that a model never has to stand whole in
 
     rows      {name: (tensor, first, shape)}: the tensor is rows [first, first + n) of one of that global shape
     Source    where rows are read from: a checkpoint, a file of weights, either of them renamed or merged
-    agree     agree(ok) -> whether ok holds on every rank: a barrier, and the only collective
+    agree     agree(x) -> the least x over all ranks, a bool or an int: a barrier, and the only collective
+    **ranks   rank=0, world=1, agree=identity, wherever all ranks must call a function together
 
     out/ckpt/step_0001000/
-        manifest.json    step, meta, every file's size and CRC32, every tensor's shape, dtype and [rank, first, last] …
-        rank_00000.pt    torch.save of one flat dict {name: contiguous CPU tensor}: no other object is ever unpickled
+        manifest.json        version 2, step, meta; every file's size and CRC32; every tensor's shape, dtype and the
+                             number of an entry of "rows", [[rank, first, last], ...]: tensors cut alike share one
+        rank_00000.ema.pt    what rank 0 wrote of a role: torch.save of one flat dict {name: contiguous CPU tensor}; no
+                             other object is ever unpickled
 
-Names in a checkpoint are "role.parameter" (net, ema, …); a file of weights is one role under its family's names.
+A name in a checkpoint is "role.parameter" (net, ema, ...) or a role by itself (null). Whoever needs the average alone
+reads and verifies its files alone. Version 1 held all roles of a rank in one rank_00000.pt, and each tensor's own rows.
+A file of weights is one role under its family's names.
 """
+import errno
 import json
 import math
 import os
 import pickle
 import re
+import secrets
 import shutil
+import socket
 import sys
+import threading
+import time
 import zlib
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -29,131 +39,205 @@ from typing import Callable, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-VERSION = 1
-TEMPORARY = ".tmp"  # the ending of a folder that is being written or removed: never read, cleared by the next save
+try:
+    import fcntl
+except ImportError:     # Windows
+    fcntl = None
+
+VERSION = 2
+TEMPORARY = ".tmp"  # ends the name of a folder that is being written or removed: it is never read
+
+
+def identity(x):
+    return x
 
 
 # ---- save and load --------------------------------------------------------------------------------------------------
 
-def save(out, step, rows, meta, *, rank=0, world=1, agree=bool, keep=3):
+def roles(**rows):
+    """One state from several: roles(net=rows, null=part) -> {"net.…": …, "null": part}."""
+    state = {}
+    for role, held in rows.items():
+        if isinstance(held, dict):
+            state |= {f"{role}.{name}": part for name, part in held.items()}
+        else:
+            state[role] = held
+    return state
+
+
+def save(out, step, rows, meta, *, keep=3, report=print, rank=0, world=1, agree=identity):
     """Writes out/ckpt/step_… -> its path. Called by all ranks, each with all that it holds.
 
-    Ranks that hold the same rows (replicas) share the work of writing them. meta: anything that JSON takes. The folder
-    gets its name when all of it is on disk, and only then do earlier ones go, but for the newest keep - 1.
-    A failure on one rank, a full disk say, is an OSError on all and leaves everything as it was.
+    All ranks name the same tensors, of which one may hold no row; those that hold the same rows (replicas) share the
+    work of writing them. meta: anything that JSON takes. The folder gets its name when all of it is on disk, and only
+    then do earlier ones go, but for the newest keep - 1. A failure on one rank, a full disk say, is an OSError on all
+    and leaves everything as it was; what cannot be removed is reported.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least 1")
-    path = Path(out) / "ckpt" / f"step_{step:07d}"
+    path = step_folder(out, step)
     part = path.with_name(path.name + TEMPORARY)
+    about = {name: [kind(x), list(shape)] for name, (x, _, shape) in rows.items()}
     try:
         with together(agree, path):
             if rank == 0:
                 for leftover in path.parent.glob(f"step_*{TEMPORARY}"):
-                    shutil.rmtree(leftover)
-                part.mkdir(parents=True)
+                    remove(leftover, report)
+                part.mkdir(parents=True, exist_ok=True)
+        # Rank 0 reads a note of every rank: a description travels only where it says something new.
+        same = alike(crc_of(about), agree)
         with together(agree, path):
-            write_json(part / f"held_{rank:05d}.json", {name: [first, first + count(x.shape), kind(x), list(shape)]
-                                                        for name, (x, first, shape) in rows.items()})
-        with together(agree, path):
-            if rank == 0:
-                held = [read_json(part / f"held_{r:05d}.json") for r in range(world)]
-                write_json(part / "tensors.json", divide(held))
-        with together(agree, path):
-            tensors = read_json(part / "tensors.json")
-            write_rows(part / f"rank_{rank:05d}.pt", rows, {name: cut for name, _, cut in cuts(tensors, rank)})
+            note = {"spans": [[first, first + count(x.shape)] for x, first, _ in rows.values()]}
+            if rank == 0 or not same:
+                note["about"] = about
+            write_json(part / f"held_{rank:05d}.json", note)
         with together(agree, path):
             if rank == 0:
-                seal(part, path, {"version": VERSION, "step": step, "meta": meta}, tensors, world)
+                notes = [read_json(part / f"held_{r:05d}.json") for r in range(world)]
+                write_json(part / "tensors.json", divide(notes))
+        with together(agree, path):
+            layout = {"version": VERSION} | read_json(part / "tensors.json")
+            write_rank(part, rows, layout, rank)
+        with together(agree, path):
+            if rank == 0:
+                seal(part, path, {"step": step, "meta": meta}, layout, world, report)
     except (OSError, RuntimeError, ValueError) as error:
         free = shutil.disk_usage(nearest(path)).free / 1e9
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{path} was not saved, earlier ones are as they were ({free:.3g} GB free): {error}") from error
-    with together(agree, path):
-        if rank == 0:
-            earlier = [p for n, p in steps(out).items() if n < step]
-            for old in earlier[:len(earlier) - (keep - 1)]:
-                shutil.rmtree(aside(old))
+        raise OSError(f"{path} was not saved, earlier ones are as they were ({free:.3g} GB free): "
+                      f"{error}") from error
+    if rank == 0:
+        prune(out, step, keep, report)
     return path
 
 
-def load(path, want, *, rank=0, world=1, agree=bool):
+def load(path, want, **ranks):
     """Copies the checkpoint at path into the tensors of want (rows) in place -> its manifest.
 
     Any world size loads what any other saved. All files are checked before a tensor of them is read, and their names,
     shapes and dtypes must be just those of want: ValueError lists the differences on every rank alike.
     """
-    source = stored(path, rank=rank, world=world, agree=agree)
-    with together(agree, path):
-        saved = {name: (t["dtype"], tuple(t["shape"])) for name, t in source.manifest["tensors"].items()}
-        match({name: (kind(x), tuple(shape)) for name, (x, _, shape) in want.items()}, saved, path)
+    source = stored(path, **ranks)
+    with together(ranks.get("agree", identity), path):
+        tensors = described(source.manifest)
+        saved = {name: (t["dtype"], tuple(t["shape"])) for name, t in tensors.items()}
+        wanted = {name: (kind(x), tuple(shape)) for name, (x, _, shape) in want.items()}
+        match(wanted, saved, path)
         fill(want, source)
     return source.manifest
 
 
-def latest(out, *, rank=0, world=1, agree=bool, report=print):
-    """The newest valid checkpoint of a run's folder, or None without any.
+def latest(out, *, roles=None, report=print, **ranks):
+    """The newest valid checkpoint of a run's folder, the same one on every rank, or None without any.
 
-    A damaged one is reported and the one before it taken; ValueError if all are.
+    One that is damaged, or that some rank does not see, is reported and the one before it taken; ValueError if none is
+    left. roles: the only ones whose files must be valid.
     """
-    there = list(steps(out).values())
-    for path in reversed(there):
+    agree = ranks.get("agree", identity)
+    with together(agree, out):
+        there = steps(out)
+    below = math.inf
+    while True:
+        mine = max((step for step in there if step < below), default=-1)
+        seen_by_all, below = agree(mine), -agree(-mine)     # least and greatest of all ranks
+        if below < 0:
+            break
+        path = step_folder(out, below)
+        if seen_by_all < below:
+            report(f"{path} is not seen by every rank, looking for one before it")
+            continue
         try:
-            verify(path, rank=rank, world=world, agree=agree)
+            verify(path, roles, **ranks)
             return path
         except (OSError, ValueError) as error:
             report(f"{path} is damaged, looking for one before it: {error}")
-    if there:
+    if -agree(-len(there)) > 0:
         raise ValueError(f"every checkpoint of {out} is damaged: --out= starts another run")
     return None
 
 
-def found(out, resume, flags, free, inputs, *, rank=0, world=1, agree=bool, report=print):
-    """The checkpoint that a run in `out` goes on from, and its manifest: its own newest, else `resume`, else None, None.
+def newest(out, resume, *, report=print, **ranks):
+    """The checkpoint that a run in `out` goes on from: its own newest, else `resume`, else None.
 
-    So a run begun from another's checkpoint goes on by the same command too. flags and inputs, {flag: CRC32 of what it
-    names}, are what the run keeps in its meta as "config" and "inputs"; what is named may have moved. ValueError where they
-    differ from what is found, the free ones apart, and for a `resume` of its own that is not the newest: what came after
-    would be lost.
+    So a run begun from another's checkpoint goes on by the same command too. ValueError for a `resume` of its own that
+    is not the newest: what came after would be lost.
     """
     if resume:
-        read_manifest(resume)       # wrong is wrong, needed or not
-    own = latest(out, rank=rank, world=world, agree=agree, report=report)
-    if own and resume and Path(resume).resolve() != own.resolve() and Path(resume).resolve().parent == own.resolve().parent:
-        verify(resume, rank=rank, world=world, agree=agree)     # newer than that, it is damaged
-        raise ValueError(f"--resume={resume}: {out} has gone on to {own.name}. --out= goes on from it in another folder, "
-                         "or remove what is newer")
-    path = own or resume
-    if not path:
-        return None, None
-    saved = verify(path, rank=rank, world=world, agree=agree)
-    then, held = saved["meta"]["config"], saved["meta"].get("inputs", {})   # the oldest have none: their paths count
-    now, known = json.loads(json.dumps(flags)), inputs.keys() & held.keys()
+        manifest_of(resume, **ranks)    # a wrong path is refused even if it is not needed
+    own = latest(out, report=report, **ranks)
+    if own and resume:
+        asked, have = Path(resume).resolve(), own.resolve()
+        if asked != have and asked.parent == have.parent:
+            verify(resume, **ranks)     # if it is newer than what was found, this names its damage
+            raise ValueError(f"--resume={resume}: {out} has gone on to {own.name}. --out= goes on "
+                             "from it in another folder, or remove what is newer")
+    if own or not resume:
+        return own
+    verify(resume, **ranks)
+    return Path(resume)
+
+
+def differences(path, saved, flags, inputs, free, before=None):
+    """ValueError where a run's flags are not those that the checkpoint at path, of manifest `saved`, was made with.
+
+    flags and inputs, {flag: CRC32 of what it names}, are what the run keeps in its meta as "config" and "inputs". Where
+    both know a flag's CRC32, that counts and not the path: what is named may have moved. free: flags that may differ,
+    among them those of which nothing is read any more, such as the --init of a full finetune that has begun.
+    before: {flag: value} of flags that the saved config lacks because they are newer, else None; of flags that there are
+    no longer, the value that today's code reproduces.
+    """
+    held = saved["meta"].get("inputs", {})      # old checkpoints lack inputs: compare paths
+    now = json.loads(json.dumps(flags))
+    before = json.loads(json.dumps(before or {}))
+    then = before | saved["meta"]["config"]
+    by_content = inputs.keys() & held.keys()
     differ = [f"--{name}={value} (was {then.get(name)})" for name, value in now.items()
-              if name not in known | free and value != then.get(name)]
-    differ += [f"--{name}={now[name]} (is not what {then[name]} was)" for name in sorted(known - free)
-               if inputs[name] != held[name]]
+              if name not in by_content | free and value != then.get(name)]
+    differ += [f"--{name}={now[name]} (is not what {then.get(name)} was)"
+               for name in sorted(by_content - free) if inputs[name] != held[name]]
+    differ += [f"--{name}={then[name]} (there is only {before[name]} now)"
+               for name in before.keys() - now.keys() - free if then[name] != before[name]]
     if differ:
         raise ValueError(f"{path} is of a run with other flags: {', '.join(differ)}. "
                          "--out= starts another run, --allow NAME ... goes on with the new values")
-    return path, saved
 
 
-def verify(path, *, rank=0, world=1, agree=bool):
-    """The manifest of a checkpoint whose files all have the size and CRC32 they were saved with.
+def flags_of(out, resume=None):
+    """The flags of the run that `newest` would go on from, {} if none: of the newest manifest that can be read.
+
+    No file of tensors is looked at, so that this may come before anything else.
+    """
+    for path in reversed(steps(out).values()):
+        try:
+            return read_manifest(path)["meta"].get("config", {})
+        except (OSError, ValueError):
+            continue    # `latest` reports it
+    return read_manifest(resume)["meta"].get("config", {}) if resume else {}
+
+
+def verify(path, roles=None, *, rank=0, world=1, agree=identity):
+    """The manifest of a checkpoint whose files, of these roles or all, have the size and CRC32 they were saved with.
 
     File i is read by rank i mod world. FileNotFoundError or ValueError otherwise, on every rank.
     """
+    manifest = manifest_of(path, rank=rank, world=world, agree=agree)
     with together(agree, path):
-        manifest = read_manifest(path)
-    with together(agree, path):
-        for name, saved in list(manifest["files"].items())[rank::world]:
-            file = Path(path) / name
+        for name in files_of(manifest, roles)[rank::world]:
+            file, saved = Path(path) / name, manifest["files"][name]
             if not file.is_file() or file.stat().st_size != saved["size"]:
                 raise ValueError(f"{file} is missing or not of {saved['size']} bytes")
             if crc32(file, file.stat().st_mtime_ns) != saved["crc32"]:
                 raise ValueError(f"{file} is not what was saved: its CRC32 differs")
+    return manifest
+
+
+def manifest_of(path, *, rank=0, world=1, agree=identity):
+    """manifest.json of a checkpoint, once all ranks have read the same one."""
+    with together(agree, path):
+        manifest = read_manifest(path)
+    if not alike(manifest["crc32"], agree):
+        raise ValueError(f"{path} is not the same checkpoint on every rank")
     return manifest
 
 
@@ -165,8 +249,9 @@ def read_manifest(path):
     manifest = read_json(file)
     if not isinstance(manifest, dict) or manifest.get("crc32") != digest(manifest):
         raise ValueError(f"{file} is not what was saved: its CRC32 differs")
-    if manifest["version"] != VERSION:
-        raise ValueError(f"{file} is of version {manifest['version']}, this code reads version {VERSION}")
+    if manifest["version"] not in range(1, VERSION + 1):
+        raise ValueError(f"{file} is of version {manifest['version']}, this code reads versions "
+                         f"up to {VERSION}")
     return manifest
 
 
@@ -178,12 +263,14 @@ def fill(rows, source):
     and shapes (ValueError lists the differences), or any function, an initial value say.
     """
     if isinstance(source, Source):
-        match({name: tuple(shape) for name, (_, _, shape) in rows.items()}, source.shapes, source.origin)
+        wanted = {name: tuple(shape) for name, (_, _, shape) in rows.items()}
+        match(wanted, source.shapes, source.origin)
     for name, (tensor, first, shape) in rows.items():
         if tensor.numel():
             value = source(name, tuple(shape), first, first + count(tensor.shape))
             if value.shape != tensor.shape:
-                raise ValueError(f"{name}: got rows of shape {tuple(value.shape)}, wanted {tuple(tensor.shape)}")
+                raise ValueError(f"{name}: got rows of shape {tuple(value.shape)}, "
+                                 f"wanted {tuple(tensor.shape)}")
             tensor.copy_(value)
 
 
@@ -201,55 +288,129 @@ def together(agree, path):
         raise failure or OSError(f"{path}: failed on another rank, whose message says why")
 
 
-def divide(held):
+def alike(number, agree):
+    """Whether the number is the same on every rank."""
+    least, greatest = agree(number), -agree(-number)    # each rank must call both
+    return least == greatest
+
+
+def divide(notes):
     """Who writes which rows: ranks that hold the same ones take equal parts, and the first of them a 0-d tensor.
 
-    held: {name: [first, last, dtype, shape]} of each rank -> {name: {dtype, shape, rows: [[rank, first, last], …]}}.
+    notes: each rank's {"about": {name: [dtype, shape]}, "spans": [[first, last] of each]}, about only where it differs
+    from rank 0's -> {"tensors": {name: {dtype, shape, rows: i}}, "rows": [[[rank, first, last], …], …]}.
     ValueError where ranks disagree on a tensor, or hold only some of its rows.
     """
-    tensors, holders = {}, {}
-    for rank, names in enumerate(held):
-        for name, (first, last, dtype, shape) in names.items():
-            t = tensors.setdefault(name, {"dtype": dtype, "shape": shape})
-            if (t["dtype"], t["shape"]) != (dtype, shape):
-                raise ValueError(f"{name} is {dtype} {shape} on rank {rank}, {t['dtype']} {t['shape']} on another")
-            holders.setdefault(name, {}).setdefault((first, last), []).append(rank)
-    for name, t in tensors.items():
-        t["rows"], end = [], 0
-        for (first, last), ranks in sorted(holders[name].items()):
-            if first != end:
-                break
-            ends = [first + math.ceil((last - first) * i / len(ranks)) for i in range(len(ranks) + 1)]
-            t["rows"] += [[rank, a, b] for rank, a, b in zip(ranks, ends, ends[1:]) if a < b]
-            end = last
-        if end != count(t["shape"]):
-            raise ValueError(f"the ranks do not hold every row of {name} {t['shape']} once: {holders[name]}")
-    return tensors
+    about = notes[0]["about"]
+    for rank, note in enumerate(notes):
+        other = note.get("about", about)
+        for name in about | other:
+            here, there = about.get(name), other.get(name)
+            if here != there:
+                raise ValueError(f"{name} is {there} on rank {rank}, {here} on rank 0")
+        if list(other) != list(about):
+            spans = dict(zip(other, note["spans"]))
+            note["spans"] = [spans[name] for name in about]
+    tensors, rows, numbers = {}, [], {}
+    for name, *spans in zip(about, *(note["spans"] for note in notes)):
+        dtype, shape = about[name]
+        cut = (count(shape), *map(tuple, spans))
+        if cut not in numbers:
+            numbers[cut] = len(rows)
+            rows.append(shares(name, *cut))
+        tensors[name] = {"dtype": dtype, "shape": shape, "rows": numbers[cut]}
+    return {"tensors": tensors, "rows": rows}
 
 
-def cuts(tensors, rank):
-    """(name, tensor's description, (first, last)) of what a rank writes, or has written."""
-    return [(name, t, (first, last)) for name, t in tensors.items() for r, first, last in t["rows"] if r == rank]
+def shares(name, n, *spans):
+    """[[rank, first, last], …] that cover rows [0, n) once, of ranks that hold these spans."""
+    holders, parts, end = {}, [], 0
+    for rank, span in enumerate(spans):
+        holders.setdefault(span, []).append(rank)
+    for (first, last), ranks in sorted(holders.items()):
+        if first != end:
+            break
+        ends = [first + math.ceil((last - first) * i / len(ranks)) for i in range(len(ranks) + 1)]
+        parts += [[rank, a, b] for rank, a, b in zip(ranks, ends, ends[1:]) if a < b]
+        end = last
+    if end != n:
+        raise ValueError(f"the ranks do not hold every row of {name}, {n} in all, once: {holders}")
+    return parts
 
 
-def write_rows(file, rows, cuts):
-    """Rows {name: (first, last)} as one flat dict in a file that is on disk on return, its size and CRC32 beside it."""
-    tensors = {}
-    for name, (first, last) in cuts.items():
-        x, start, shape = rows[name]
-        x = (x.detach()[first - start:last - start] if shape else x.detach()).cpu().contiguous()
-        if x.untyped_storage().nbytes() > x.nbytes:
-            x = x.clone()  # of a view, torch.save would write the storage
-        tensors[name] = x
-    with open(file, "wb") as f:
+def described(manifest):
+    """{name: {dtype, shape, rows: [[rank, first, last], …]}} of a manifest of any version."""
+    if manifest["version"] == 1:
+        return manifest["tensors"]
+    rows = manifest["rows"]
+    return {name: t | {"rows": rows[t["rows"]]} for name, t in manifest["tensors"].items()}
+
+
+def role_in(name):
+    """The role of a tensor, "net" of "net.head.weight"; a bare name is one."""
+    return name.partition(".")[0]
+
+
+def file_of(version, rank, role):
+    """The name of the file that holds what a rank wrote of a role."""
+    return f"rank_{rank:05d}.pt" if version == 1 else f"rank_{rank:05d}.{role}.pt"
+
+
+def files_of(manifest, roles=None):
+    """Names of the files that hold these roles, None = all."""
+    if roles is None or manifest["version"] == 1:
+        return list(manifest["files"])
+    return [file for file in manifest["files"] if file.split(".")[1] in roles]
+
+
+def write_rank(folder, rows, layout, rank):
+    """Writes a rank's share, a file for each role of which it has rows, and a note of their sizes and CRC32."""
+    mine, written = {}, {}
+    for name, t in described(layout).items():
+        for writer, first, last in t["rows"]:
+            if writer == rank:
+                mine.setdefault(role_in(name), {})[name] = first, last
+    for role, cuts in mine.items():
+        file = file_of(VERSION, rank, role)
+        tensors = {name: copied(rows[name], *cut) for name, cut in cuts.items()}
+        written[file] = write_rows(folder / file, tensors)
+    write_json(folder / f"written_{rank:05d}.json", written)
+
+
+def copied(part, first, last):
+    """Rows [first, last) as a contiguous CPU tensor; a copy only where it must be one."""
+    x, start, shape = part
+    x = x.detach()
+    if shape:
+        x = x[first - start:last - start]
+    x = x.cpu().contiguous()
+    if x.untyped_storage().nbytes() > x.nbytes:
+        x = x.clone()   # torch.save would write all of the storage under a view
+    return x
+
+
+def write_rows(file, tensors):
+    """Writes tensors to a file that is on disk on return -> {size, crc32} of it."""
+    with open(file, "wb") as f, no_other_crc32():
         counted = Counted(f)
         try:
             torch.save(tensors, counted)
-        except RuntimeError as error:  # torch notices only that bytes are missing; why is in the context
+        except RuntimeError as error:   # torch says that bytes are missing; why is in the context
             raise error.__context__ or error
         f.flush()
         os.fsync(f.fileno())
-    write_json(file.with_suffix(".json"), {"size": counted.size, "crc32": counted.crc32})
+    return {"size": counted.size, "crc32": counted.crc32}
+
+
+@contextmanager
+def no_other_crc32():
+    """Keeps torch.save from computing CRC32s of its own, for `zipfile` and `unzip`: torch.load reads none of them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class Counted:
@@ -267,31 +428,65 @@ class Counted:
         self.file.flush()
 
 
-def seal(part, path, head, tensors, world):
+def seal(part, path, head, layout, world, report):
     """Writes the manifest of what all ranks have written, then gives the folder its name."""
-    files = {f"rank_{rank:05d}.pt": read_json(part / f"rank_{rank:05d}.json") for rank in range(world)}
-    manifest = {**head, "files": files, "tensors": tensors}
-    for note in part.glob("*.json"):
-        note.unlink()
+    files = {}
+    for rank in range(world):
+        files |= read_json(part / f"written_{rank:05d}.json")
+    manifest = {"version": layout["version"], **head, "files": files, **layout}
+    with reported(report, f"notes in {part} are not needed any more, but not removed"):
+        for note in part.glob("*.json"):
+            note.unlink()
     write_json(part / "manifest.json", manifest | {"crc32": digest(manifest)})
     sync_folder(part)
-    before = aside(path) if path.exists() else None  # damaged, or saved before the run was resumed from an earlier step
+    before = None
+    if path.exists():   # damaged, or saved before the run was resumed from an earlier step
+        before = aside(path)
     part.rename(path)
     sync_folder(path.parent)
     sync_folder(path.parent.parent)
     if before:
-        shutil.rmtree(before)
+        remove(before, report)
+
+
+def prune(out, step, keep, report):
+    """Removes the checkpoints before that of `step`, but for the newest keep - 1."""
+    with reported(report, f"earlier checkpoints of {out} are not removed"):
+        earlier = [path for n, path in steps(out).items() if n < step]
+        for old in earlier[:max(0, len(earlier) - (keep - 1))]:
+            with reported(report, f"{old} is not removed"):
+                remove(aside(old), report)
 
 
 def steps(out):
     """{step: path} of a run's checkpoints, valid or not, oldest first."""
-    found = {int(p.name[5:]): p for p in Path(out).glob("ckpt/step_*") if re.fullmatch(r"step_\d{7,}", p.name)}
+    paths = Path(out).glob("ckpt/step_*")
+    found = {int(p.name[5:]): p for p in paths if re.fullmatch(r"step_\d{7,}", p.name)}
     return dict(sorted(found.items()))
 
 
+def step_folder(out, step):
+    return Path(out) / "ckpt" / f"step_{step:07d}"
+
+
 def aside(path):
-    """Takes its name from a checkpoint that is to be removed: killed half-way, no half of it bears one."""
-    return path.rename(path.with_name(f"{path.name}.old{TEMPORARY}"))
+    """Renames a checkpoint before it is removed: a kill leaves no half checkpoint under a valid name."""
+    return path.rename(path.with_name(f"{path.name}.{time.time_ns()}{TEMPORARY}"))
+
+
+def remove(folder, report):
+    """Removes a folder; what cannot be removed (NFS keeps files that are in use) is left to the next save."""
+    with reported(report, f"{folder} is not removed, the next save tries again"):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def reported(report, what):
+    """Runs the body; an OSError is reported and the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        report(f"{what}: {error}")
 
 
 def count(shape):
@@ -308,10 +503,11 @@ def nearest(path):
 
 
 def contents(path):
-    return f"{nearest(path)} holds {', '.join(sorted(p.name for p in nearest(path).iterdir())) or 'nothing'}"
+    names = sorted(p.name for p in nearest(path).iterdir())
+    return f"{nearest(path)} holds {', '.join(names) or 'nothing'}"
 
 
-@lru_cache(maxsize=None)  # `latest`, then `load`: a file that was not touched is not read twice
+@lru_cache(maxsize=None)    # `latest`, then `load`: a file that was not touched is not read twice
 def crc32(file, mtime_ns):
     crc = 0
     with open(file, "rb") as f:
@@ -321,7 +517,11 @@ def crc32(file, mtime_ns):
 
 
 def digest(manifest):
-    return zlib.crc32(json.dumps({key: value for key, value in manifest.items() if key != "crc32"}).encode())
+    return crc_of({key: value for key, value in manifest.items() if key != "crc32"})
+
+
+def crc_of(value):
+    return zlib.crc32(json.dumps(value).encode())
 
 
 def read_json(file):
@@ -342,13 +542,124 @@ def sync_folder(path):
         os.close(folder)
 
 
+# ---- whose a folder is ----------------------------------------------------------------------------------------------
+
+# Where flock is not supported, its owner touches the lock every BEAT seconds and is gone after STALE without.
+BEAT, STALE = 10, 60
+PATIENCE = 60   # seconds that a rank waits for rank 0's file: NFS remembers that there was none
+LOCKS = {}      # {folder: the open file of its lock}: the kernel frees it with the process
+
+
+def claim(out, *, report=print, rank=0, world=1, agree=identity):
+    """Keeps the folder out for this run as long as rank 0 lives. Called by all ranks before anything is written there.
+
+    ValueError where another process works in it, or where it is not one and the same folder on every rank's machine.
+    """
+    out, token = Path(out), sys.maxsize
+    with together(agree, out):
+        if rank == 0:
+            token = hold(out, report)
+    token = agree(token)
+    if world > 1:
+        with together(agree, out):
+            until = time.monotonic() + PATIENCE
+            while owner(out).get("token") != token:
+                if time.monotonic() > until:
+                    raise ValueError(f"--out={out} is another folder for rank {rank} on "
+                                     f"{socket.gethostname()} than for rank 0: "
+                                     "name one that all nodes share")
+                time.sleep(0.1)
+
+
+def hold(out, report):
+    """Locks the folder and writes who did to out/.owner -> the token in that file, a random number."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock, mine = out / ".lock", LOCKS.get(out.resolve())
+    if mine is None or not is_open(mine, lock):
+        LOCKS[out.resolve()] = locked(lock, report)
+    start = time.strftime("%Y-%m-%d %H:%M:%S")
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "start": start,
+          "token": secrets.randbits(62)}
+    write_json(out / ".owner.tmp", me)
+    os.replace(out / ".owner.tmp", out / ".owner")
+    return me["token"]
+
+
+def is_open(file, path):
+    """Whether the open file is the one at path, which may have been removed and made anew."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def owner(out):
+    """Who holds a folder: {host, pid, start, token}, {} where that cannot be read."""
+    try:
+        return read_json(out / ".owner")
+    except (OSError, ValueError):
+        return {}
+
+
+def locked(lock, report):
+    """The open file of a lock that is now ours; ValueError where it is another process's.
+
+    By flock, which ends with the process; where it is not supported (Windows, some Lustre and NFS), by the file's age.
+    """
+    try:
+        file, left = open(lock, "x"), False
+    except FileExistsError:
+        file, left = open(lock, "a"), True
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOTSUP, "no flock on this system")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise in_use(lock.parent) from None
+    except OSError:
+        if left:
+            outlive(lock, report)
+        os.utime(lock)
+        threading.Thread(target=beat, args=(lock,), daemon=True).start()
+    return file
+
+
+def in_use(out):
+    who = {"host": "?", "pid": "?", "start": "?"} | owner(out)
+    return ValueError(f"--out={out} is in use by process {who['pid']} on {who['host']} since "
+                      f"{who['start']}: wait for it, stop it, or name another --out=")
+
+
+def outlive(lock, report):
+    """Returns when nobody has touched the file for STALE seconds; ValueError as soon as somebody does."""
+    clock = lock.with_name(f".clock_{os.getpid()}")     # the disk's clock, not this machine's
+    clock.touch()
+    touched = lock.stat().st_mtime_ns
+    age = (clock.stat().st_mtime_ns - touched) / 1e9
+    clock.unlink()
+    if age < STALE:
+        report(f"{lock} was touched {age:.0f} s ago: waiting until {STALE}, if its owner lives")
+    until = time.monotonic() + STALE - age
+    while time.monotonic() < until:
+        time.sleep(BEAT / 10)
+        if lock.stat().st_mtime_ns != touched:
+            raise in_use(lock.parent)
+
+
+def beat(lock):
+    while lock.exists():
+        try:
+            os.utime(lock)
+        except OSError:
+            pass    # the next one may succeed
+        time.sleep(BEAT)
+
+
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 class Source(NamedTuple):
     """Tensors that can be read by rows, whatever they come from."""
     origin: str             # for messages
     shapes: dict            # name -> global shape
-    rows: Callable          # (name, first, last) -> rows [first, last), possibly a view of a mapped file
+    rows: Callable          # (name, first, last) -> rows [first, last), maybe of a mapped file
     manifest: dict | None   # of the checkpoint it comes from
 
     def __call__(self, name, shape, first, last):
@@ -358,42 +669,73 @@ class Source(NamedTuple):
         """One tensor, whole."""
         return self.rows(name, 0, sys.maxsize)
 
+    @property
+    def sampling(self):
+        """How to sample from it, as its run has saved it; None of weights that are not from a run."""
+        return self.manifest["meta"].get("sampling") if self.manifest else None
 
-def stored(path, *, rank=0, world=1, agree=bool):
-    """The Source of everything in a checkpoint under its full names, verified; what is not asked for is not read."""
-    manifest = verify(path, rank=rank, world=world, agree=agree)
-    tensors = manifest["tensors"]
+
+def stored(path, roles=None, *, rank=0, world=1, agree=identity):
+    """The Source of these roles of a checkpoint, None = all, under their full names.
+
+    path: a checkpoint, or a run's folder (its newest valid one). The files of the roles are verified, other files are
+    not read, and a file stays open for no longer than the Source lives.
+    """
+    ranks = {"rank": rank, "world": world, "agree": agree}
+    path = latest(path, roles=roles, report=print if rank == 0 else identity, **ranks) or Path(path)
+    manifest = verify(path, roles, **ranks)
+    tensors, version = described(manifest), manifest["version"]
+    lost = sorted(set(roles or ()) - set(map(role_in, tensors)))
+    if lost:
+        raise no_role(path, lost[0], manifest)
+    files, said = set(files_of(manifest, roles)), {}
+    for name, t in tensors.items():
+        for writer, first, last in t["rows"]:
+            file = file_of(version, writer, role_in(name))
+            if file in files:
+                shape = (last - first, *t["shape"][1:]) if t["shape"] else ()
+                said.setdefault(file, {})[name] = t["dtype"], shape
 
     @cache
-    def opened(rank):
-        file = Path(path) / f"rank_{rank:05d}.pt"
+    def opened(name):
+        file = path / name
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
             found = None
         if not isinstance(found, dict):
             raise ValueError(f"{file} is not a dict of tensors")
-        said = {name: (t["dtype"], (last - first, *t["shape"][1:]) if t["shape"] else ())
-                for name, t, (first, last) in cuts(tensors, rank)}
-        match(said, {name: (kind(x), tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__
-                     for name, x in found.items()}, file)
+        holds = {key: type(x).__name__ for key, x in found.items()}
+        holds |= {key: (kind(x), tuple(x.shape)) for key, x in found.items() if torch.is_tensor(x)}
+        match(said[name], holds, file)
         return found
 
     def rows(name, first, last):
         pieces = []
-        for rank, a, b in tensors[name]["rows"]:
+        for writer, a, b in tensors[name]["rows"]:
             if a < last and first < b:
-                x = opened(rank)[name]
+                x = opened(file_of(version, writer, role_in(name)))[name]
                 pieces.append(x[max(first, a) - a:min(last, b) - a] if x.ndim else x)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    return Source(str(path), {name: tuple(t["shape"]) for name, t in tensors.items()}, rows, manifest)
+    shapes = {name: tuple(t["shape"]) for name, t in tensors.items()
+              if roles is None or role_in(name) in roles}
+    return Source(str(path), shapes, rows, manifest)
+
+
+def in_memory(tensors, origin):
+    """The Source of tensors {name: tensor} that are here."""
+    def rows(name, first, last):
+        return tensors[name][first:last] if tensors[name].ndim else tensors[name]
+
+    return Source(origin, {name: tuple(x.shape) for name, x in tensors.items()}, rows, None)
 
 
 def files(path):
     """The Source of a .safetensors file, or of a folder of them with its index if it has one, under their own keys."""
     path, listed = Path(path), None
-    index = sorted(path.glob("*.safetensors.index.json"), key=lambda p: len(p.name))  # the plain one before a variant
+    # prefer the index without a variant suffix
+    index = sorted(path.glob("*.safetensors.index.json"), key=lambda p: len(p.name))
     if index:
         listed = read_json(index[0])["weight_map"]
         parts = sorted({path / name for name in listed.values()})
@@ -401,8 +743,8 @@ def files(path):
         parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     lost = [p.name for p in parts if p.suffix != ".safetensors" or not p.is_file()]
     if lost or not parts:
-        raise FileNotFoundError(f"no weights at {path}: {', '.join(lost) or '*.safetensors'} is missing, pickles are "
-                                f"not read; {contents(path)}")
+        raise FileNotFoundError(f"no weights at {path}: {', '.join(lost) or '*.safetensors'} is "
+                                f"missing, pickles are not read; {contents(path)}")
     where = {}
     for part in parts:
         try:
@@ -411,7 +753,8 @@ def files(path):
             raise ValueError(f"{part} is damaged: {error}") from error
         twice = [key for key in f.keys() if key in where]
         if twice:
-            raise ValueError(f"{path} holds {twice[0]} twice, in {part.name} too: several models? Name one file")
+            raise ValueError(f"{path} holds {twice[0]} twice, in {part.name} too: several models? "
+                             "Name one file")
         where.update(dict.fromkeys(f.keys(), f))
     if listed is not None:
         match(dict.fromkeys(listed), dict.fromkeys(where), index[0])
@@ -439,8 +782,11 @@ def match(want, have, origin):
              "not wanted": [name for name in have if name not in want],
              "other than wanted": [f"{name} {have[name]} (wanted {want[name]})" for name in want
                                    if name in have and have[name] != want[name]]}
-    lines = [f"\n  {len(names)} {what}: {', '.join(names[:30])}{' …' * (len(names) > 30)}"
-             for what, names in wrong.items() if names]
+    lines = []
+    for what, names in wrong.items():
+        if names:
+            more = " …" if len(names) > 30 else ""
+            lines.append(f"\n  {len(names)} {what}: {', '.join(names[:30])}{more}")
     if lines:
         raise ValueError(f"{origin} does not fit:" + "".join(lines))
 
@@ -451,7 +797,8 @@ def match(want, have, origin):
 # norms in the order of their use and Wan calls the only one with parameters norm3: norm2 and norm3 change places.
 IN_BLOCK = [("modulation", "scale_shift_table"), ("norm2", "norm3"), ("norm3", "norm2"),
             ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
-            *((f"{ours}.{a}", f"{theirs}.{b}") for ours, theirs in [("self_attn", "attn1"), ("cross_attn", "attn2")]
+            *((f"{ours}.{a}", f"{theirs}.{b}")
+              for ours, theirs in [("self_attn", "attn1"), ("cross_attn", "attn2")]
               for a, b in [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"),
                            ("norm_q", "norm_q"), ("norm_k", "norm_k")])]
 OUTSIDE = [("head.modulation", "scale_shift_table"), ("head.head", "proj_out"),
@@ -479,8 +826,8 @@ def rename(name, ours, theirs):
     return name
 
 
-def weights(path, role="ema"):
-    """The Source of one model's weights under our names; what path is gets sniffed.
+def weights(path, role="ema", **ranks):
+    """The Source of one model's weights under our names; detects the format.
 
     path: a .safetensors file; a folder of them, sharded or not; the diffusers pipeline's folder around it (of Wan2.2's
     two transformers name the second one yourself); in Wan's, diffusers' or ComfyUI's names. Or a checkpoint of ours, or
@@ -489,32 +836,49 @@ def weights(path, role="ema"):
     """
     path = Path(path)
     if (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
-        return model_of(stored(latest(path) or path), role)
+        return model_of(stored(path, {role}, **ranks), role, **ranks)
+    with together(ranks.get("agree", identity), path):
+        return imported(path)
+
+
+def imported(path):
+    """The Source of a Wan transformer's safetensors under our names."""
     source = files(path / "transformer" if (path / "transformer").is_dir() else path)
-    source = renamed(source, lambda key: re.sub(r"^(model\.)?diffusion_model\.", "", key))  # ComfyUI's prefixes
+    # without ComfyUI's prefixes
+    source = renamed(source, lambda key: re.sub(r"^(model\.)?diffusion_model\.", "", key))
     if any(re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name) for name in source.shapes):
         return renamed(source, from_diffusers)
     if any(re.fullmatch(r"blocks\.\d+\.self_attn\.q\.weight", name) for name in source.shapes):
         return source
-    raise ValueError(f"{source.origin} is no Wan transformer under Wan's, diffusers' or ComfyUI's names: it holds "
-                     f"{len(source.shapes)} tensors such as {', '.join(sorted(source.shapes)[:5])}")
+    some = ", ".join(sorted(source.shapes)[:5])
+    raise ValueError(f"{source.origin} is no Wan transformer under Wan's, diffusers' or ComfyUI's "
+                     f"names: it holds {len(source.shapes)} tensors such as {some}")
 
 
 def role_of(source, role):
     """What a checkpoint holds as "role.…", without that prefix."""
-    shapes = {name[len(role) + 1:]: shape for name, shape in source.shapes.items() if name.startswith(f"{role}.")}
+    shapes = {name[len(role) + 1:]: shape for name, shape in source.shapes.items()
+              if name.startswith(f"{role}.")}
     if not shapes:
-        roles = sorted({name.split(".")[0] for name in source.shapes if "." in name})
-        raise ValueError(f"{source.origin} holds no {role!r}, but {', '.join(roles)}")
-    return source._replace(origin=f"{source.origin} ({role})", shapes=shapes,
-                           rows=lambda name, first, last: source.rows(f"{role}.{name}", first, last))
+        raise no_role(source.origin, role, source.manifest)
+    def rows(name, first, last):
+        return source.rows(f"{role}.{name}", first, last)
+
+    return source._replace(origin=f"{source.origin} ({role})", shapes=shapes, rows=rows)
 
 
-# ---- LoRA: an adapter of module M is M.lora.NAME.A (r, inputs) and .B (outputs, r); what it adapts is named in meta --
+def no_role(origin, role, manifest):
+    there = sorted(set(map(role_in, manifest["tensors"])))
+    return ValueError(f"{origin} holds no {role!r}, but {', '.join(there)}")
+
+
+# ---- LoRA: an adapter of module M is M.lora.NAME.A (r, inputs) and .B (outputs, r); meta names what it adapts -----
 
 def base_of(path, source):
     """What a run that trains adapters keeps in its meta as "base": where the weights under them are, and which."""
-    return {"path": str(Path(latest(path) or path).resolve()), "crc32": fingerprint(source)}
+    if (Path(path) / "ckpt").is_dir():      # the newest may be another one by now
+        path = step_folder(path, source.manifest["step"])
+    return {"path": str(Path(path).resolve()), "crc32": fingerprint(source)}
 
 
 def fingerprint(source):
@@ -527,10 +891,10 @@ def fingerprint(source):
     return crc
 
 
-def model_of(source, role):
+def model_of(source, role, **ranks):
     """The weights that a checkpoint holds as "role.…", an adapter folded into the weights under it."""
     source = role_of(source, role)
-    return merged(source) if adapts(source) else source
+    return merged(source, **ranks) if adapts(source) else source
 
 
 def adapts(source):
@@ -538,14 +902,14 @@ def adapts(source):
     return any(".lora." in name for name in source.shapes)
 
 
-def merged(adapter, base=None):
+def merged(adapter, base=None, **ranks):
     """An adapter folded into the weights under it as they are read; base: their path, None = where the run had them."""
     meta = adapter.manifest["meta"]
     path = base or meta["base"]["path"]
     if not Path(path).exists():
-        raise FileNotFoundError(f"{adapter.origin} is an adapter of weights that are not at {path}: put or link them "
-                                "there")
-    below = weights(path)
+        raise FileNotFoundError(f"{adapter.origin} is an adapter of weights that are not at "
+                                f"{path}: put or link them there")
+    below = weights(path, **ranks)
     if fingerprint(below) != meta["base"]["crc32"]:
         raise ValueError(f"{below.origin} is not what {adapter.origin} was trained on")
     factors = {re.sub(r"\.lora\.\w+\.A$", ".weight", A): (A, A.removesuffix("A") + "B")
@@ -556,7 +920,8 @@ def merged(adapter, base=None):
         if name not in factors:
             return weight
         A, B = factors[name]
-        return merge(weight.float(), adapter.tensor(A), adapter.rows(B, first, last), meta["config"]["lora_alpha"])
+        alpha = meta["config"]["lora_alpha"]
+        return merge(weight.float(), adapter.tensor(A), adapter.rows(B, first, last), alpha)
 
     return adapter._replace(shapes=below.shapes, rows=rows)
 

@@ -65,6 +65,11 @@ def normal(rng, shape):
     return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
 
 
+def noise(seed, purpose, step, slots, shape):
+    """N(0, 1), one stream per slot -> fp32 (len(slots), *shape)."""
+    return torch.stack([normal(stream(seed, purpose, step, slot), shape) for slot in slots])
+
+
 def stratified(seed, perm_purpose, xi_purpose, step, batch):
     """u_j = (π(j) + ξ_j) / B, one number in each B-th of [0, 1) -> fp32 (B,); π is drawn per step, ξ_j per slot."""
     perm = stream(seed, perm_purpose, step).permutation(batch)
@@ -140,7 +145,9 @@ class Latents:
     Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
     """
 
-    def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0, pin=False):
+    def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0, device="cpu"):
+        pin = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
         micro_batch = micro_batch or max(batch // world, 1)
         check_batch(batch, micro_batch, world)
         self.path, self.seed, self.batch, self.pin = Path(path), seed, batch, pin
@@ -195,6 +202,18 @@ class Latents:
         self.each(noise, e.numpy(), slots)
         drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
         return Micro(x0, text, self.null, torch.tensor(drop), u, e, ids, slots)
+
+    def to_device(self, micro):
+        def move(x):
+            if isinstance(x, list):
+                return [move(y) for y in x]
+            return x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x
+        return type(micro)(*map(move, micro))
+
+    def commonest_shapes(self):
+        """Shapes of the buckets, those of most samples first."""
+        counts = [bucket["count"] for bucket in self.manifest["buckets"]]
+        return [self.shapes[i] for i in sorted(range(len(counts)), key=lambda i: -counts[i])]
 
     def batch_ids(self, step):
         """The global batch of a step -> (bucket, [id])."""

@@ -657,22 +657,24 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     if world.main:
         log(step, **likeness(drawn, goal[0]))
         captions = [data.caption(i) for i in ids]
-        show(step, "samples", [drawn[::SEEDS], goal[0][::SEEDS]], captions, origin, cfg, log, world)
-        show(step, "inside", seen.unbind(1), captions, origin, cfg, log, world)
+        show(step, "samples", dict(student=drawn[::SEEDS], teacher=goal[0][::SEEDS]), captions, origin, cfg, log, world)
+        x0, f, r = seen.unbind(1)
+        show(step, "inside", {"student": x0, "critic's x0": f, "teacher's x0": r}, captions, origin, cfg, log, world)
 
 
 def show(step, kind, rows, captions, origin, cfg, log, world):
-    """A video of clips, one row of them under another."""
+    """A video of clips, {name: row} under one another."""
     path = codec.write_clips(
-        log.stem(kind, step),
-        torch.cat(rows),
+        log.file(kind, step),
+        torch.cat(list(rows.values())),
         origin.student,
         vae=cfg.vae,
         device=world.device,
         columns=len(captions),
         report=log.say,
     )
-    log.video(step, path, captions)
+    if path:
+        log.video(step, path, captions, list(rows))
 
 
 def likeness(student, teacher):
@@ -690,7 +692,7 @@ def likeness(student, teacher):
 def show_first(micro, origin, cfg, world, log):
     """Decodes a clip after the first update, where memory is full: what would fail at a validation is said now."""
     if world.main and cfg.vae and parallel.on_gpu(world.device):
-        codec.write_clips(log.stem("noise", 0), micro.z[:1].cpu(), origin.student, vae=cfg.vae, device=world.device,
+        codec.write_clips(log.file("noise", 0), micro.z[:1].cpu(), origin.student, vae=cfg.vae, device=world.device,
                           report=log.say)
 
 

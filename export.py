@@ -29,27 +29,28 @@ from model import MODELS, DiT
 class Config:
     """Export the weights of a run, verified, under the names that another program reads."""
 
-    ckpt: str = "out/train"                                         # a run's folder (its newest checkpoint), or one
-    weights: Literal["ema", "net"] = "ema"                          # averaged weights, or those of the last update
-    format: Literal["wan", "diffusers", "comfy"] = "diffusers"      # whose names
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"    # of every tensor
-    shard_gb: float = 5.0                                           # largest file; comfy is always one
-    out: str = "out/export"                                         # folder to write, new or empty
+    ckpt: str = "out/train"                         # a run's folder (its newest checkpoint), or one
+    weights: Literal["ema", "net"] = "ema"          # averaged weights, or those of the last update
+    format: Literal["wan", "diffusers", "comfy"] = "diffusers"      # program whose names to write
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"    # dtype of every tensor
+    shard_gb: float = 5.0                           # largest file, in GB; comfy is always one file
+    out: str = "out/export"                         # folder to write, new or empty
 
     # of a run with LoRA, one of the first two
-    lora: bool = False                                              # only the adapter
-    merge: bool = False                                             # the adapter folded into the weights under it
-    base: str | None = None                                         # those weights; None = where the run had them
+    lora: bool = False                              # export only the adapter
+    merge: bool = False                             # fold the adapter into the weights under it
+    base: str | None = None                         # weights to merge into; None = the run's own
 
 
 def main(cfg):
     with door():
         if cfg.shard_gb <= 0:
             raise ValueError(f"--shard_gb={cfg.shard_gb}: above 0")
-        saved = ckpt.role_of(ckpt.stored(ckpt.latest(cfg.ckpt) or cfg.ckpt), cfg.weights)
+        saved = ckpt.role_of(ckpt.stored(cfg.ckpt, {cfg.weights}), cfg.weights)
         check(saved, cfg)
         meta, step = saved.manifest["meta"], saved.manifest["step"]
-        beside = {"nanovideo.json": {"checkpoint": saved.origin, "step": step, "sampling": meta["sampling"]}}
+        told = {"checkpoint": saved.origin, "step": step, "sampling": saved.sampling}
+        beside = {"nanovideo.json": told}
         stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
         if cfg.format == "comfy":
             stem, shard = Path(cfg.out).name, math.inf
@@ -59,13 +60,13 @@ def main(cfg):
             stem, shard = "pytorch_lora_weights" if cfg.format == "diffusers" else stem, math.inf
         else:
             source = ckpt.merged(saved, cfg.base) if cfg.merge else saved
-            config = MODELS[meta["sampling"]["model"]]
+            config = MODELS[saved.sampling["model"]]
             with torch.device("meta"):
                 shapes = {name: tuple(p.shape) for name, p in DiT(config).named_parameters()}
             ckpt.match(shapes, source.shapes, source.origin)
             source = ckpt.renamed(source, NAMES[cfg.format])
             if cfg.format in CONFIG:
-                beside["config.json"] = CONFIG[cfg.format](config, meta["sampling"])
+                beside["config.json"] = CONFIG[cfg.format](config, saved.sampling)
         export(cfg.out, source, DTYPES[cfg.dtype], shard, stem, beside)
 
     print(f"{saved.origin}, step {step}: {len(source.shapes)} tensors, read back bit for bit, in")
@@ -86,7 +87,7 @@ def door():
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}    # safetensors' names of them
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}    # in safetensors
 NAMES = {
     "wan": lambda name: name,
     "diffusers": ckpt.to_diffusers,
@@ -98,8 +99,9 @@ def wan_config(config, sampling):
     """config.json as Wan's WanModel reads it."""
     return {"_class_name": "WanModel", "_diffusers_version": "0.30.0",
             "model_type": "ti2v" if sampling["model"] == "wan2.2-5b" else "t2v",
-            "dim": config.dim, "num_layers": config.blocks, "num_heads": config.heads, "ffn_dim": config.ffn,
-            "in_dim": config.channels, "out_dim": config.channels, "freq_dim": config.freq_dim,
+            "dim": config.dim, "num_layers": config.blocks, "num_heads": config.heads,
+            "ffn_dim": config.ffn, "freq_dim": config.freq_dim,
+            "in_dim": config.channels, "out_dim": config.channels,
             "text_len": sampling["text"]["length"], "eps": config.eps}
 
 
@@ -107,10 +109,13 @@ def diffusers_config(config, sampling):
     """config.json as diffusers' WanTransformer3DModel reads it."""
     return {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0",
             "num_layers": config.blocks, "num_attention_heads": config.heads,
-            "attention_head_dim": config.dim // config.heads, "ffn_dim": config.ffn, "in_channels": config.channels,
-            "out_channels": config.channels, "patch_size": list(config.patch), "text_dim": config.text_dim,
-            "freq_dim": config.freq_dim, "eps": config.eps, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-            "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None, "rope_max_seq_len": 1024}
+            "attention_head_dim": config.dim // config.heads, "ffn_dim": config.ffn,
+            "in_channels": config.channels, "out_channels": config.channels,
+            "patch_size": list(config.patch), "text_dim": config.text_dim,
+            "freq_dim": config.freq_dim, "eps": config.eps,
+            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+            "image_dim": None, "added_kv_proj_dim": None,
+            "pos_embed_seq_len": None, "rope_max_seq_len": 1024}
 
 
 CONFIG = {"wan": wan_config, "diffusers": diffusers_config}
@@ -123,9 +128,11 @@ def check(saved, cfg):
     """ValueError where the flags do not fit the run."""
     if not ckpt.adapts(saved):
         if cfg.lora or cfg.merge or cfg.base:
-            raise ValueError(f"{saved.origin} has no adapter: --lora, --merge and --base do not apply")
+            raise ValueError(f"{saved.origin} has no adapter: --lora, --merge and --base do not "
+                             "apply")
     elif cfg.lora == cfg.merge:
-        raise ValueError(f"{saved.origin} is an adapter: --lora (it alone) or --merge (folded into the weights)")
+        raise ValueError(f"{saved.origin} is an adapter: --lora (it alone) or --merge (folded into "
+                         "the weights)")
     elif cfg.lora and cfg.base:
         raise ValueError("--base is for --merge: the adapter alone needs no weights under it")
     if cfg.lora and cfg.format == "wan":
@@ -142,10 +149,10 @@ def lora_file(saved, alpha, format):
             tensors[f"transformer.{ckpt.to_diffusers(module)}.lora_{factor}.weight"] = (
                 x * (alpha / x.shape[1]) if factor == "B" else x)
         else:
-            tensors[f"diffusion_model.{module}.lora_{dict(A='down', B='up')[factor]}.weight"] = saved.tensor(full)
+            side = {"A": "down", "B": "up"}[factor]
+            tensors[f"diffusion_model.{module}.lora_{side}.weight"] = saved.tensor(full)
             tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(float(alpha))
-    return ckpt.Source(saved.origin, {key: tuple(x.shape) for key, x in tensors.items()},
-                       lambda key, first, last: tensors[key][first:last] if tensors[key].ndim else tensors[key], None)
+    return ckpt.in_memory(tensors, saved.origin)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -203,7 +210,8 @@ def write_shards(folder, source, dtype, limit, stem):
 def write_file(file, source, names, dtype):
     """safetensors: the header's length in 8 bytes, the header, the tensors. So one tensor at a time is in memory."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    names = sorted(names, key=lambda name: len(source.shapes[name]) > 0)    # fp32 first keeps every tensor aligned
+    # numbers, which are fp32, come first: so every tensor is aligned
+    names = sorted(names, key=lambda name: len(source.shapes[name]) > 0)
     for name in names:
         shape, kind = source.shapes[name], dtype if source.shapes[name] else torch.float32
         start, end = end, end + math.prod(shape) * kind.itemsize
@@ -222,7 +230,9 @@ def cast(tensor, dtype):
 
 
 def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+    if a.dtype != b.dtype:
+        return False
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     config.json       flags, commit, versions, threads
     log.jsonl         one object per step logged; a resumed run cuts it back to where it goes on
     curves.png        every series of log.jsonl
-    samples/          videos, by step
+    samples/          videos, by step, and captions.json
+    index.html        all of this as a page for a browser
     wandb/            if asked for
 
 and one live line on a terminal, plain lines in a pipe. Only the main rank writes and prints: others do nothing.
@@ -22,23 +23,29 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
+from string import Template
+from urllib.parse import quote
 
 import torch
 from tqdm import tqdm
 
-PEAKS = {  # dense bf16 TFLOP/s from the makers' data sheets; a device takes the first row whose words are in its name
-    "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989,
-    "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121,
+# dense bf16 TFLOP/s from the makers' data sheets; the first row whose words a device's name has
+PEAKS = {
+    "GB300": 2500, "GB200": 2500, "B300": 2250, "B200": 2250, "H200 NVL": 835, "H200": 989,
+    "GH200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148,
+    "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
 }
 # timings and memory: they differ between identical runs
 MACHINE = ("seconds", "data_wait", "samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb")
-SHOWN = ("loss", "grad_norm", "lr", "samples_per_s", "mfu")     # the live line shows names that end in one of these
-PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "av", "tyro", "wandb", "diffusers", "transformers")
+# the live line shows names that end in one of these
+SHOWN = ("loss", "grad_norm", "lr", "samples_per_s", "mfu")
+PACKAGES = ("torch", "triton", "numpy", "einops", "safetensors", "av", "tyro", "wandb", "diffusers",
+            "transformers")
 
 
 class Log:
@@ -55,10 +62,12 @@ class Log:
         self.out.mkdir(parents=True, exist_ok=True)
         file = self.out / "config.json"
         before = json.loads(file.read_text()) if file.exists() else {}
-        self.wandb = None if wandb == "off" else start_wandb(self.out, config, wandb, before.get("wandb"))
-        now = {"flags": config, "wandb": self.wandb.id if self.wandb else before.get("wandb")} | circumstances()
-        file.with_suffix(".tmp").write_text(json.dumps(now, indent=1) + "\n")
-        file.with_suffix(".tmp").replace(file)
+        self.wandb, wandb_id = None, before.get("wandb")
+        if wandb != "off":
+            self.wandb = start_wandb(self.out, config, wandb, wandb_id)
+            wandb_id = self.wandb.id
+        self.about = {"flags": config, "wandb": wandb_id} | circumstances()
+        write(file, json.dumps(self.about, indent=1) + "\n")
         (self.out / "log.jsonl").touch()
         self.jsonl = open(self.out / "log.jsonl", "r+b")
         self.entries, self.tail = cut_back(self.jsonl, step)
@@ -66,10 +75,11 @@ class Log:
         if sys.stdout.isatty() and sys.stderr.isatty() and os.get_terminal_size().columns:
             form = "{n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
             self.bar = tqdm(total=steps, initial=step, bar_format=form, dynamic_ncols=True)
-        given = ", ".join(f"{name} {value}" for name, value in config.items() if value not in (None, ()))
-        self.say(f"{out}{f', on from step {step}' if step else ''}: {given}")
-        if before and (changed := changes(before, now)):
+        given = [f"{name} {value}" for name, value in config.items() if value not in (None, ())]
+        self.say(f"{out}{f', on from step {step}' if step else ''}: {', '.join(given)}")
+        if before and (changed := changes(before, self.about)):
             self.say(f"changed since the run was last started: {', '.join(changed)}")
+        self.reached = step
         self.began = self.drawn = time.monotonic()
         self.cost = 0.0     # seconds that the last curves took
 
@@ -77,11 +87,12 @@ class Log:
         if not self.main:
             return
         seen = {name: number(value) for name, value in seen.items()}
-        if self.entries and self.entries[-1]["step"] == step:   # more about the same step: still one object
+        if self.entries and self.entries[-1]["step"] == step:   # still one object per step
             self.entries[-1] |= seen
         else:
             self.entries.append({"step": step} | seen)
             self.tail = self.jsonl.tell()
+            self.reached = step
         self.jsonl.seek(self.tail)
         self.jsonl.write(json.dumps(self.entries[-1], allow_nan=False).encode() + b"\n")
         self.jsonl.truncate()
@@ -89,11 +100,11 @@ class Log:
         if self.wandb:
             self.wandb.log({"step": step} | seen)
         self.show(step, seen)
-        if time.monotonic() - self.drawn > max(60, 100 * self.cost):    # at most a hundredth of the run
+        if time.monotonic() - self.drawn > max(60, 100 * self.cost):    # at most 1 % of the time
             self.draw()
 
     def show(self, step, seen):
-        """The live line moves on, or a plain one is printed."""
+        """Moves the live line on, or prints a plain one."""
         seen = {name: value for name, value in seen.items() if name.endswith(SHOWN)} or seen
         if self.bar:
             self.bar.update(step - self.bar.n)
@@ -102,49 +113,75 @@ class Log:
         else:
             eta = ""
             if self.start < step < self.steps:
-                left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
-                eta = f"  eta {timedelta(seconds=round(left))}"
-            print(f"step {step:{len(str(self.steps))}}/{self.steps}  {words(seen)}{eta}", flush=True)
+                per_step = (time.monotonic() - self.began) / (step - self.start)
+                eta = f"  eta {timedelta(seconds=round(per_step * (self.steps - step)))}"
+            width = len(str(self.steps))
+            print(f"step {step:{width}}/{self.steps}  {words(seen)}{eta}", flush=True)
 
     def holds(self, step, name):
         """Whether the log has this number at this step; other ranks, which keep no log, answer True."""
-        return not self.main or any(entry["step"] == step and name in entry for entry in self.entries)
+        return not self.main or held(self.entries, step, name)
 
     def say(self, text):
         """Prints a line, above the live one."""
         if self.main:
             self.bar.write(text) if self.bar else print(text, flush=True)
 
-    def file(self, kind, step, suffix):
-        """The path of a file of this step, out/samples/step_0000500.mp4; its folder is made."""
-        path = self.out / kind / f"step_{step:07d}.{suffix}"
+    def file(self, kind, step, suffix=""):
+        """The path for a file of this step, out/samples/step_0000500.mp4; makes its folder."""
+        path = self.out / kind / f"step_{step:07d}{suffix and '.'}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def video(self, step, path, captions=()):
-        """Shows the mp4 that was written at `path`, in wandb under its folder's name."""
+    def video(self, step, path, captions=(), rows=()):
+        """Shows a grid of clips, written at `path` as mp4 or as latents (npy), on the page and in wandb.
+
+        captions: one for each clip. rows: where each row of the grid has a name, the names; captions are then those of
+        the columns.
+        """
         if not self.main:
             return
-        self.say(f"step {step}: videos in {path}")
-        if self.wandb:
+        film = path.suffix == ".mp4"
+        if film:
+            self.say(f"step {step}: videos in {path}")
+        if self.wandb and film:
             import wandb
             clip = wandb.Video(str(path), caption=" · ".join(captions), format="mp4")
             self.wandb.log({"step": step, path.parent.name: clip})
+        self.reached = max(step, self.reached)
+        with self.reported():
+            remember(path, captions, rows)
+            self.page()
 
     def draw(self):
-        """curves.png from all that was logged."""
+        """Draws curves.png from all that was logged, and writes the page around it."""
         if self.main and self.entries:
             began = time.monotonic()
-            curves(self.out / "curves.png", self.entries)
+            with self.reported():
+                curves(self.out / "curves.png", self.entries)
+                self.page()
             self.drawn = time.monotonic()
             self.cost = self.drawn - began
 
+    def page(self):
+        """Writes index.html: what is in the folder, for a browser."""
+        text = render(self.out, self.about, self.entries, self.reached, self.steps)
+        write(self.out / "index.html", text)
+
+    @contextmanager
+    def reported(self):
+        """Reports a full or failing disk instead of ending the run: it only lacks a picture."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"curves and page are not up to date: {error}")
+
     @staticmethod
     def speed(flops_per_s, device, precision):
-        """{tflops, mfu, memory_gb} of this rank, by the FLOPs its model needs in a second (3 × forward, no recompute).
+        """{tflops, mfu, memory_gb} of this rank; flops_per_s: what its model needs (3 × forward, no recompute).
 
-        mfu is a share of the dense bf16 peak; it is left out for fp32 and where the peak is unknown. memory_gb: the
-        most since the last call; on CPU, since the process began.
+        mfu is the share of the dense bf16 peak; fp32 and devices of unknown peak have none. memory_gb is the peak since
+        the last call; on a CPU, since the process began.
         """
         seen = {"tflops": flops_per_s / 1e12}
         if device.type == "cuda":
@@ -156,11 +193,12 @@ class Log:
         elif os.name == "posix":
             import resource
             unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-            seen["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            seen["memory_gb"] = most * unit / 1e9
         return seen
 
     def close(self):
-        """The last curves, and the end of the live line and of wandb's run."""
+        """Draws the last curves; ends the live line and wandb's run."""
         if not self.main:
             return
         self.draw()
@@ -176,15 +214,17 @@ class Log:
 def peak(name):
     """Dense bf16 TFLOP/s of a device by its name, "NVIDIA H100 80GB HBM3" -> 989; None if unknown or a slice (MIG)."""
     given = set(re.split(r"[^A-Za-z0-9]+", name))
-    return None if "MIG" in given else next((top for row, top in PEAKS.items() if given.issuperset(row.split())), None)
+    if "MIG" in given:
+        return None
+    return next((top for row, top in PEAKS.items() if given.issuperset(row.split())), None)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 class Clock:
-    """Sums, since the last line of the log, the seconds spent here and there, or other quantities.
+    """Sums what the steps since the last line of the log took.
 
-    `with clock("data_wait"): …` adds seconds, clock.add("flops", n) any number; clock.take(steps) ends the line.
+    `with clock("data_wait"): …` adds the seconds spent inside, clock.add("flops", n) any other quantity.
     """
 
     def __init__(self):
@@ -201,7 +241,7 @@ class Clock:
         self.sums[name] = self.sums.get(name, 0.0) + amount
 
     def take(self, steps):
-        """{name: its sum over `steps`, per step}; all sums start anew, names stay."""
+        """{name: its sum divided by `steps`}; every sum starts again from 0, so that the names stay the same."""
         means = {name: total / steps for name, total in self.sums.items()}
         self.sums = dict.fromkeys(self.sums, 0.0)
         return means
@@ -228,25 +268,40 @@ def circumstances():
 
 def commit(folder):
     """The commit checked out in a folder, "-dirty" if changed since; None without a repository, or without git."""
-    with suppress(OSError):
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-                             cwd=folder, capture_output=True, text=True)
-        return git.stdout.strip() or None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        said = subprocess.run(describe, cwd=folder, capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    return said.strip() or None
 
 
 def checksum(path):
-    with suppress(OSError):
+    """CRC32 of a file, None if it cannot be read."""
+    try:
         return zlib.crc32(path.read_bytes())
+    except OSError:
+        return None
 
 
 def changes(then, now):
-    """Names what differs between two circumstances: source files, and versions, threads and device with their values."""
+    """Names what differs between two circumstances: source files; versions, threads and device with their values."""
     def values(c):
         return c["versions"] | {"threads": c["threads"], "device": c["device"]}
 
-    old, new, sources = values(then), values(now), then["sources"] | now["sources"]
-    return ([name for name in sorted(sources) if then["sources"].get(name) != now["sources"].get(name)]
-            + [f"{name} {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)])
+    files = sorted(then["sources"] | now["sources"])
+    changed = [name for name in files if then["sources"].get(name) != now["sources"].get(name)]
+    old, new = values(then), values(now)
+    for name in old | new:
+        if old.get(name) != new.get(name):
+            changed.append(f"{name} {old.get(name)} -> {new.get(name)}")
+    return changed
+
+
+def write(path, text):
+    """Replaces a file at once, so that a reader sees the old one or the new one."""
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8", errors="replace")
+    path.with_suffix(".tmp").replace(path)
 
 
 def lines(file):
@@ -261,13 +316,18 @@ def lines(file):
         yield entry, line
 
 
+def held(entries, step, name):
+    """Whether one of a log's entries has this number at this step."""
+    return any(entry["step"] == step and name in entry for entry in entries)
+
+
 def holds(out, step, name):
     """Whether the log in a run's folder has this number at this step; asked before a Log is opened."""
     file = Path(out) / "log.jsonl"
     if not file.exists():
         return False
     with open(file, "rb") as stored:
-        return any(entry["step"] == step and name in entry for entry, _ in lines(stored))
+        return held((entry for entry, _ in lines(stored)), step, name)
 
 
 def cut_back(file, step):
@@ -288,7 +348,8 @@ def check_wandb(mode):
     if mode == "online":
         import wandb
         if not wandb.login(prompt=False):
-            raise RuntimeError("--wandb=online finds no login: `wandb login`, or WANDB_API_KEY=…, or --wandb=offline")
+            raise RuntimeError("--wandb=online finds no login: `wandb login`, or WANDB_API_KEY=…, "
+                               "or --wandb=offline")
 
 
 def start_wandb(out, config, mode, run_id):
@@ -309,21 +370,21 @@ def number(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def words(seen):
-    return "  ".join(f"{name} {short(value)}" for name, value in seen.items())
+def words(seen, between="  "):
+    return between.join(f"{name} {short(value)}" for name, value in seen.items())
 
 
 def short(value):
     """A logged value as text: 0.1235, "not finite"."""
     if value is None:
         return "not finite"
-    return format(value, ".4g") if isinstance(value, (int, float)) else str(value)
+    return format(value, ".4g") if isinstance(value, float) else str(value)
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
 def panel(name):
-    """The panel a series is drawn in: loss and val_loss share one, so do the bins loss_by_t0, loss_by_t1, …"""
+    """The title of a series' panel: loss and val_loss share one, and so do the bins loss_by_t0, loss_by_t1, …"""
     binned = re.fullmatch(r"(.+?)(?:_by)?_t\d+", name)
     return f"{binned[1]} by t" if binned else re.sub(r"^(val|train_set)_(?=loss$)", "", name)
 
@@ -344,31 +405,40 @@ def curves(path, entries):
                 series.setdefault(name, []).append((entry["step"], value))
     if not series:
         return
+
+    def rank(name):     # the loss first, then bins of t, then the rest, the machine last
+        return name in MACHINE, panel(name) != "loss", not panel(name).endswith("by t")
+
     panels = {}
-    for name in sorted(series, key=lambda n: (n in MACHINE, panel(n) != "loss", not panel(n).endswith("by t"))):
+    for name in sorted(series, key=rank):
         panels.setdefault(panel(name), []).append(name)
 
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    style = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-             "axes.edgecolor": "0.6", "axes.grid": True, "grid.color": "0.92", "xtick.color": "0.4",
-             "ytick.color": "0.4", "legend.frameon": False}
+    style = {
+        "font.size": 9, "axes.titlesize": 10, "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "0.6",
+        "axes.grid": True, "grid.color": "0.92", "xtick.color": "0.4", "ytick.color": "0.4",
+    }
     with rc_context(style):
-        figure = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=110, layout="constrained")
+        sheet = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=110, layout="constrained")
         for i, (title, names) in enumerate(panels.items()):
-            plot(figure.add_subplot(rows, columns, i + 1), title, {name: series[name] for name in names})
-        FigureCanvasAgg(figure).print_png(path)
+            axes = sheet.add_subplot(rows, columns, i + 1)
+            plot(axes, title, {name: series[name] for name in names})
+        FigureCanvasAgg(sheet).print_png(path)
 
 
 def plot(axes, title, series):
-    """One panel: bins of t from dark (data) to light (noise); of a noisy series its running mean, raw values faint."""
+    """Draws one panel: bins of t from dark (data) to light (noise); noisy series faint under their running mean."""
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     binned = title.endswith("by t")
     for i, (name, points) in enumerate(sorted(series.items())):
         x, y = zip(*points)
-        colour = colormaps["viridis"](0.9 * i / max(1, len(series) - 1)) if binned else f"C{i}"
-        label = name.rsplit("_", 1)[-1] if binned else name
+        colour, label = f"C{i}", name
+        if binned:
+            colour = colormaps["viridis"](0.9 * i / max(1, len(series) - 1))
+            label = name.rsplit("_", 1)[-1]
         smooth = len(y) >= 50 and not name.endswith("lr")
         if smooth:
             axes.plot(x, y, color=colour, lw=0.7, alpha=0.25)
@@ -377,8 +447,8 @@ def plot(axes, title, series):
     values = [y for points in series.values() for _, y in points]
     if re.search("loss|norm", title) and min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"),
-                       minor_formatter=NullFormatter())
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)),
+                       major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
     elif min(values) >= 0:
         axes.set_ylim(0, 1.1 * max(values) or 1)
     axes.set_title(title, loc="left")
@@ -387,7 +457,158 @@ def plot(axes, title, series):
 
 
 def running_mean(values):
-    """The mean of each value and its neighbours, one in 40 of all on either side."""
+    """Means of each value and its neighbours, 1/40 of all values on either side."""
     sums, n, reach = [0.0, *accumulate(values)], len(values), max(2, len(values) // 40)
     spans = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
     return [(sums[b] - sums[a]) / (b - a) for a, b in spans]
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+VALIDATIONS = 50    # that the page shows
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root {color-scheme: light dark;
+  --ground: #f5f5f2; --card: #fff; --ink: #24262b; --quiet: #70747c; --line: #e4e4df}
+@media (prefers-color-scheme: dark) {
+  :root {--ground: #141517; --card: #1d1f22; --ink: #e2e2df; --quiet: #92959c; --line: #2e3136}
+  .curves img {filter: invert(.885) hue-rotate(180deg)}
+}
+* {box-sizing: border-box}
+body {max-width: 88rem; margin: 0 auto; padding: 2.5rem 1.5rem; background: var(--ground);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere}
+h1 {font-size: 1.7rem; margin: 0}
+h2 {font-size: 1.1rem; margin: 2.5rem 0 .8rem}
+h3 {font-size: 1rem; margin: 0; contain: inline-size}
+p {margin: .2rem 0}
+a {color: inherit}
+p, dt, h3 span, figcaption, .rows {color: var(--quiet); font-weight: normal; font-size: .85rem}
+article, .curves, dl {background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1rem; margin: 0}
+.videos, article > div {display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start}
+article {max-width: 100%}
+figure {margin: .6rem 0 0; width: max(18rem, calc(var(--columns) * 9rem)); max-width: 100%;
+  display: grid; grid-template-columns: auto 1fr; gap: .4rem 0}
+figure > * {grid-column: 2}
+video {display: block; width: 100%; border-radius: 6px; background: #101010}
+.rows {grid-area: 1 / 1; display: grid; grid-auto-rows: 1fr; padding-right: .4rem}
+.rows span {writing-mode: vertical-rl; transform: rotate(180deg); text-align: center}
+ol {display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: .2rem .6rem;
+  margin: 0; padding: 0; list-style: none; font-size: .85rem; line-height: 1.3}
+li {display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden}
+.curves img {display: block; width: 100%}
+dl {columns: 18rem; column-gap: 2.5rem}
+dl div {display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid;
+  border-bottom: 1px solid var(--line); padding: .15rem 0}
+dd {margin: 0; text-align: right; font-variant-numeric: tabular-nums}
+</style>
+<h1>$title</h1>
+<p>$summary</p>
+<h2>Videos</h2>
+<p>$more</p>
+<div class="videos">$videos</div>
+$curves
+<h2>Last line of the log</h2>
+<dl>$last</dl>
+<h2>Flags</h2>
+<dl>$flags</dl>
+<h2>Versions</h2>
+<dl>$versions</dl>
+</html>
+""")
+
+
+def remember(path, captions, rows):
+    """Notes in captions.json what a video shows: a resumed run finds it there."""
+    told = remembered(path.parent)
+    other = path.with_suffix(".npy" if path.suffix == ".mp4" else ".mp4")
+    told.pop(other.name, None)      # of this step, before the run was resumed
+    told[path.name] = {"captions": list(captions), "rows": list(rows)}
+    write(path.parent / "captions.json", json.dumps(told, indent=1, sort_keys=True) + "\n")
+
+
+def remembered(folder):
+    """{file name: {captions, rows}} of a folder's videos; {} where nothing readable is noted."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def render(out, about, entries, reached, steps):
+    """The text of index.html: videos of the steps up to `reached`, newest first; curves, numbers, circumstances."""
+    shown = validations(out, reached)
+    more = "" if shown else "None yet."
+    if len(shown) > VALIDATIONS:
+        more = f"The newest {VALIDATIONS} of {len(shown)} validations; the folder has the others."
+    logged = {entry["step"]: entry for entry in entries}
+    cards = [card(step, shown[step], logged.get(step, {})) for step in list(shown)[:VALIDATIONS]]
+    written = f"written {datetime.now():%Y-%m-%d %H:%M}"
+    summary = [f"step {reached} of {steps}", about["device"], written]
+    drawn = ""
+    if (out / "curves.png").exists():
+        drawn = '<h2>Curves</h2>\n<div class="curves"><img src="curves.png" alt="curves"></div>'
+    last = entries[-1] if entries else {}
+    around = {name: about[name] for name in ("commit", "device", "threads", "command")}
+    return PAGE.substitute(
+        title=escape(str(out)), summary=escape(" · ".join(summary)), more=more,
+        videos="\n".join(cards), curves=drawn,
+        last=table({name: short(value) for name, value in last.items()}),
+        flags=table(about["flags"]), versions=table(about["versions"] | around))
+
+
+def validations(out, reached):
+    """{step: [(path, its captions and rows)]} of a folder's videos, or latents without a video; newest first.
+
+    Leaves out steps after `reached`: a run that is resumed before them will write them again.
+    """
+    found = {}
+    folders = {path.parent for path in out.glob("*/step_*.*")}
+    for folder in sorted(folders, key=lambda path: (path.name != "samples", path.name)):
+        told = remembered(folder)
+        files = [file for file in folder.iterdir() if re.fullmatch(r"step_\d+\.(mp4|npy)", file.name)]
+        files.sort(key=lambda file: (file.name in told, file.suffix == ".mp4"))
+        for path in {file.stem: file for file in files}.values():   # of two of a step the later one
+            step = int(path.stem.removeprefix("step_"))
+            if step <= reached:
+                found.setdefault(step, []).append((path, told.get(path.name, {})))
+    return dict(sorted(found.items(), reverse=True))
+
+
+def card(step, figures, entry):
+    """Lays out one validation: its numbers above its videos."""
+    numbers = {name: value for name, value in entry.items()
+               if name.startswith(("val_", "train_set_")) and not re.search(r"_t\d+$", name)}
+    title = f"<h3>step {step} <span>{escape(words(numbers, ' · '))}</span></h3>"
+    films = "\n".join(figure(path, **told) for path, told in figures)
+    return f"<article>{title}\n<div>{films}</div></article>"
+
+
+def figure(path, captions=(), rows=()):
+    """Lays out a video, or a link to latents: names of rows beside it; below it captions, arranged as its clips."""
+    link = quote(f"{path.parent.name}/{path.name}")
+    if path.suffix == ".mp4":
+        how = 'loop muted autoplay playsinline controls preload="metadata"'
+        film = f'<video src="{link}" {how}></video>'
+    else:
+        film = f'<p>latents, not decoded: <a href="{link}">{link}</a></p>'
+    columns = len(captions) if rows else math.ceil(len(captions)**0.5)      # as in codec.grid
+    names = "".join(f"<span>{escape(name)}</span>" for name in rows)
+    beside = f'<div class="rows">{names}</div>' if rows else ""
+    items = "".join(f'<li title="{escape(text)}">{escape(text)}</li>' for text in captions)
+    return (f'<figure style="--columns: {max(1, columns)}">{beside}{film}\n'
+            f"<figcaption>{escape(path.parent.name)}</figcaption><ol>{items}</ol></figure>")
+
+
+def table(values):
+    """Lays out names and values; None and () become a dash."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            value = " ".join(map(str, value))
+        text = "–" if value in (None, "") else escape(str(value))
+        rows.append(f"<div><dt>{escape(name)}</dt><dd>{text}</dd></div>")
+    return "\n".join(rows)

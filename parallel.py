@@ -10,8 +10,8 @@ A single process is a group of one, so that dtypes, names and code paths are the
 after backward (clipping, optimizer, EMA, checkpoints) works on plain local shards: `local_rows` and `collect` lead from
 DTensors to them.
 
-With --sp=n, n neighbouring ranks share each sample and split its tokens (Ulysses). Gradients are still averaged over all
-ranks: `ulysses` makes that mean the gradient.
+With --sp=n, n neighbouring ranks share each sample and split its tokens (Ulysses). Gradients are still averaged over
+all ranks: `ulysses` makes that mean the gradient.
 
 B batch · L video tokens · D model width · N heads · K head width
 """
@@ -26,7 +26,7 @@ import threading
 import warnings
 from dataclasses import replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +41,10 @@ from torch.distributed.tensor import DTensor
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GRAPHS = 8                      # compiled per input shape: 3 batch sizes, with and without gradient, and some to spare
-BEAT, PATIENCE = 5.0, 60.0      # seconds: how often a rank shows that it lives; how long the others wait for that
+GRAPHS = 8          # per compiled shape: with and without gradient, at 3 batch sizes, and 2 to spare
+STOP = signal.SIGTERM, signal.SIGINT
+BEAT = 5.0          # seconds between two signs of life of a rank
+PATIENCE = 60.0     # seconds without one, after a signal, that mean its death
 
 
 class Part(NamedTuple):
@@ -71,38 +73,57 @@ class World(NamedTuple):
     def data_size(self):
         return self.size // self.sp
 
+    @property
+    def main(self):
+        return self.rank == 0
+
+    @property
+    def ranks(self):
+        """Who we are, as ckpt.py asks for it."""
+        return {"rank": self.rank, "world": self.size, "agree": partial(agree, world=self)}
+
+    def say(self, text):
+        """Prints a line, once for all ranks."""
+        if self.main:
+            print(text, flush=True)
+
     def ulysses(self, attention, length):
         return ulysses(attention, length, self)
 
 
-# ---- beginning and end ----------------------------------------------------------------------------------------------
+# ---- beginning and end ---------------------------------------------------------------------------
 
-def init(device="auto", shard=1, sp=1, precision=None, compile=None):
+def init(device="auto", shard=1, sp=1, precision=None, compile=None, deterministic=False):
     """Joins the processes that torchrun started, or makes a group of one -> World.
 
     device auto|cpu|cuda. shard: ranks that hold one copy of the parameters, -1 = all. sp: ranks that share a sample.
-    precision fp32|bf16, None = bf16 on a GPU, fp32 elsewhere. compile: None = on a GPU.
+    precision fp32|bf16, None = bf16 on a GPU, fp32 elsewhere. compile: None = on a GPU. deterministic: kernels that add up
+    in varying order are replaced by others.
     Raises ValueError for sizes that do not divide the world, RuntimeError for a GPU that is there but does not work.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = (int(os.environ.get(f"LOCAL_{key}", n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shard = imagine(size, shard, sp).mesh.size(1)
     device = pick_device(device, local_rank, local_size)
     if precision is None:
         precision = "bf16" if on_gpu(device) else "fp32"
     if compile is None:
         compile = on_gpu(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS asks for it, before it starts
+        torch.use_deterministic_algorithms(True)
 
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     hour = timedelta(minutes=60)    # validation videos and saves take a while
     dist.init_process_group(backend(device, size), timeout=hour, **alone)
     if on_gpu(device) and size > 1:
         check_cards(device, size)
-    kind = device.type
-    mesh = init_device_mesh(kind, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    grid = partial(init_device_mesh, device.type)
+    mesh = grid((size // shard, shard), mesh_dim_names=("replicate", "shard"))
     ring = None
     if sp > 1:
-        ring = init_device_mesh(kind, (size // sp, sp), mesh_dim_names=("data", "sp")).get_group("sp")
+        ring = grid((size // sp, sp), mesh_dim_names=("data", "sp")).get_group("sp")
     return World(rank, size, device, mesh, sp, ring, precision, compile)
 
 
@@ -131,16 +152,19 @@ def pick_device(name, local_rank=0, local_size=1):
         there = torch.cuda.is_available() or nvidia_present()
         name = "cuda" if there and torch.backends.cuda.is_built() else "cpu"
         if there and name == "cpu" and local_rank == 0:
-            print(f"no use is made of this machine's GPU: PyTorch {torch.__version__} is built for the CPU alone")
+            build = f"PyTorch {torch.__version__} is a build without CUDA"
+            print(f"this machine has a GPU, but {build}: running on the CPU")
     if name == "cpu":
         return torch.device("cpu")
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as reason:  # AssertionError: torch was built without CUDA
-        raise RuntimeError(f"the GPU cannot be used: {reason}. --device=cpu runs without it") from reason
+        advice = "--device=cpu runs without it"
+        raise RuntimeError(f"the GPU cannot be used: {reason}. {advice}") from reason
     count = torch.cuda.device_count()
     if 1 < count < local_size:
-        raise RuntimeError(f"{local_size} processes on a machine with {count} GPUs: use --nproc_per_node={count}")
+        advice = f"use --nproc_per_node={count}"
+        raise RuntimeError(f"{local_size} processes on a machine with {count} GPUs: {advice}")
     index = local_rank if count > 1 else 0      # some launchers show each process a GPU of its own
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -153,19 +177,20 @@ def backend(device, size):
     if dist.is_nccl_available():
         return "cpu:gloo,cuda:nccl"
     if size > 1:
-        raise RuntimeError(f"{size} processes on GPUs need NCCL, which this PyTorch does not have: start 1 process")
+        raise RuntimeError(f"{size} processes on GPUs need NCCL, which this PyTorch lacks: start one")
     return "gloo"
 
 
 def check_cards(device, size):
-    """Raises RuntimeError where two ranks have one GPU: device numbers do not tell, each process may see one alone."""
+    """Raises RuntimeError where two ranks have one GPU. Numbers do not tell: each process may see just one, number 0."""
     cards = [None] * size
     uuid = torch.cuda.get_device_properties(device).uuid
     dist.all_gather_object(cards, f"{socket.gethostname()}'s GPU {uuid}")
     for card in cards:
         ranks = [rank for rank, other in enumerate(cards) if other == card]
         if len(ranks) > 1:
-            raise RuntimeError(f"ranks {', '.join(map(str, ranks))} share {card}: start one process per GPU")
+            ranks = " and ".join(map(str, ranks))
+            raise RuntimeError(f"ranks {ranks} share {card}: start one process per GPU")
 
 
 def nvidia_present():
@@ -185,8 +210,8 @@ def close():
 def leave():
     """Ends the group and, with exit code 0, the process, past Python's own tidying up.
 
-    DTensor's caches keep the mesh, and so gloo's threads, alive; one that lets go of a tensor while Python is tidying up
-    aborts the process ("terminate called without an active exception").
+    DTensor's caches keep the mesh, and so gloo's threads, alive; one that lets go of a tensor while Python is tidying
+    up aborts the process ("terminate called without an active exception").
     """
     close()
     sys.stdout.flush()
@@ -194,14 +219,14 @@ def leave():
     os._exit(0)
 
 
-# ---- a net over the mesh --------------------------------------------------------------------------------------------
+# ---- a net over the mesh -------------------------------------------------------------------------
 
 def prepare(net, world, *, trainable=True, shapes=1):
     """Casts, compiles, shards and allocates a net built on meta, in place, its values still to be filled -> the net.
 
-    Expects net.blocks (one group each) and net.islands() (modules kept in fp32, groups of their own). What is trained is
-    stored, and its gradients are reduced, in fp32; what is frozen is stored in world.precision: all of the net with
-    trainable=False, the base of a LoRA. shapes: how many input shapes (buckets x windows x adapters) compiled blocks meet.
+    Expects net.blocks (one group each) and net.islands() (modules kept in fp32, groups of their own). What is trained
+    is stored, and its gradients are reduced, in fp32; what is frozen is stored in world.precision: all of the net with
+    trainable=False, the base of a LoRA. shapes: how many input shapes (buckets x windows x adapters) blocks will meet.
     """
     cast(net, world, trainable)
     if world.compile:
@@ -220,12 +245,12 @@ def cast(net, world, trainable=True):
 
 
 def compile_blocks(net, shapes):
-    """Compiles each block, one graph per shape: a dynamic one would compute what the shapes before it made of it."""
+    """Compiles each block, one graph per shape: what a dynamic graph computes depends on the shapes seen before."""
     # dynamo's limit of 8 graphs is reached at the second bucket
     torch._dynamo.config.recompile_limit += GRAPHS * shapes
     torch._dynamo.config.accumulated_recompile_limit += GRAPHS * shapes
-    for block in net.blocks:
-        block.compile(fullgraph=True, dynamic=False)  # in place: torch.compile(block) would prefix every name
+    for block in net.blocks:    # in place: torch.compile(block) would prefix every name
+        block.compile(fullgraph=True, dynamic=False)
 
 
 def shard(net, world):
@@ -247,7 +272,7 @@ def shard(net, world):
 
 
 def unwrapped(net, world):
-    """Parameters that skip FSDP: they need no cast, gather or reduction. Of a LoRA's base, it would keep a second copy."""
+    """Parameters that skip FSDP: they need no cast, gather or reduction. It would keep a second copy of a LoRA's base."""
     if world.mesh.size(1) > 1:
         return set()
     alone = world.size == 1 and world.precision == "fp32"
@@ -274,14 +299,15 @@ def memory(net, world, trainable=True):
 
     block = list(net.blocks[0].parameters())
     gathered = copies(parameters) - (len(net.blocks) - 3) * copies(block) * (parts > 1)
-    reduced = sum(p.numel() * (dtype.itemsize + 4) for p in block if p not in plain and p.requires_grad)
+    learning = [p for p in block if p not in plain and p.requires_grad]
+    reduced = sum(p.numel() * (dtype.itemsize + 4) for p in learning)
     return {"parameters": sum(rows(p) * p.element_size() for p in parameters),
             "gradients": sum(rows(p) * 4 for p in parameters if p.requires_grad),
             "gathered": gathered + reduced}
 
 
 def reshard_after_inference(net, args, out):
-    """Frees the gathered copies, which backward would have done: weights swapped in later (EMA) would not reach them."""
+    """Frees the gathered copies, as backward would have: weights swapped in later (EMA) would not reach them."""
     if not torch.is_grad_enabled():
         for module in net.modules():
             if isinstance(module, FSDPModule):
@@ -294,14 +320,21 @@ def local(x):
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def local_rows(net):
-    """{name: Part} of every parameter.
+def whole(tensor):
+    """A tensor that all ranks hold whole, as a Part of its own."""
+    return Part(tensor.cpu().clone(), 0, tuple(tensor.shape))
+
+
+def local_rows(net, trained=None):
+    """{name: Part} of every parameter; trained: only those that are trained (True), or are not (False).
 
     The tensors are plain and share the net's storage: what an optimizer writes there is what the net computes with.
     Rows are split as torch.chunk does, so that a small parameter leaves the last ranks without any.
     """
     rows = {}
     for name, p in net.named_parameters():
+        if trained is not None and p.requires_grad != trained:
+            continue
         first = 0
         if isinstance(p, DTensor):
             rank, size = p.device_mesh.get_local_rank("shard"), p.device_mesh.size(1)
@@ -310,7 +343,7 @@ def local_rows(net):
     return rows
 
 
-# ---- every step -----------------------------------------------------------------------------------------------------
+# ---- every step ----------------------------------------------------------------------------------
 
 def sync(net):
     """-> call(last), before each micro-batch's backward: gradients are added up here, averaged over ranks on the last.
@@ -325,7 +358,7 @@ def sync(net):
 
 
 def collect(net, rows):
-    """Moves net's reduced gradients to the tensors of rows, None where there is none. rows: of all that is trained here."""
+    """Moves net's reduced gradients to the tensors of rows (None where there is none); rows of all that is trained."""
     for name, part in rows.items():
         p = net.get_parameter(name)
         part.tensor.grad = None if p.grad is None else local(p.grad)
@@ -342,6 +375,14 @@ def grad_norm(rows, world):
     if world.size > 1:
         dist.all_reduce(squares, group=world.mesh.get_group("shard"))
     return squares.sqrt()
+
+
+def norm(net, rows, world):
+    """-> function: `collect`, then `grad_norm`; what step.Learner asks for."""
+    def collected_norm():
+        collect(net, rows)
+        return grad_norm(rows, world)
+    return collected_norm
 
 
 def mean(values, world):
@@ -364,19 +405,19 @@ def agree(x, world):
     return type(x)(least.item())
 
 
-# ---- shared work ----------------------------------------------------------------------------------------------------
+# ---- shared work ---------------------------------------------------------------------------------
 
 def share(n, world):
     """-> [(i, whether i counts)]: this data rank's part of range(n), equally long on all; repeats do not count."""
-    places = range(world.data_rank, math.ceil(n / world.data_size) * world.data_size, world.data_size)
-    return [(i % n, i < n) for i in places]
+    size = world.data_size
+    return [(i % n, i < n) for i in range(world.data_rank, math.ceil(n / size) * size, size)]
 
 
 def spread(make, n, chunk, world):
     """Makes n results on all ranks -> (n, ...) fp32 on the CPU of rank 0, None on the others.
 
     make(places) -> (len(places), ...) for a list of at most `chunk` places < n. Data ranks call it equally often with
-    equally many places, for sharded ranks forward in step; what makes them equal are repeats, which stay where they are.
+    equally many places, for sharded ranks forward in step: some repeat a place. Only the n results travel.
     """
     each = math.ceil(n / world.data_size)
     places = [i % n for i in range(world.data_rank * each, (world.data_rank + 1) * each)]
@@ -397,7 +438,7 @@ def spread(make, n, chunk, world):
 
 
 def wanted(n, rank, world):
-    """-> (first, last): the places of `spread` whose results come from `rank`; of ranks that share a sample, one sends."""
+    """-> (first, last): the places of `spread` whose results come from `rank`, one of those that share a sample."""
     if rank % world.sp:
         return n, n
     each = math.ceil(n / world.data_size)
@@ -405,7 +446,7 @@ def wanted(n, rank, world):
     return min(data_rank * each, n), min((data_rank + 1) * each, n)
 
 
-# ---- being asked to stop --------------------------------------------------------------------------------------------
+# ---- being asked to stop -------------------------------------------------------------------------
 
 def stop_requested(world):
     """-> stopped(), to be called once a step: True on all ranks once one of them got SIGTERM or SIGINT. Also a barrier.
@@ -428,7 +469,7 @@ def stop_requested(world):
     outbox.setblocking(False)
     signal.set_wakeup_fd(outbox.fileno())
     threading.Thread(target=watch, args=(world, store, inbox, outbox), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP:
         signal.signal(number, ask)
     return lambda: not agree(not asked, world)
 
@@ -439,29 +480,30 @@ def watch(world, store, inbox, outbox):
     A thread's work, because a main thread that waits in a collective runs no handler: signals come by inbox. Every rank
     counts its beats in the store, however long its step, validation or save takes; a rank that no longer does is dead.
     """
-    inbox.settimeout(BEAT if store else None)
+    if store is not None:
+        inbox.settimeout(BEAT)
     ranks = [str(rank) for rank in range(world.size)]
-    signals, beats, missed = b"", [b""] * world.size, [0] * world.size
+    signals = b""
+    beats = [b""] * world.size
+    missed = [0] * world.size   # looks in a row without a new beat: seconds would count a suspension
     while True:
         try:
             signals += inbox.recv(64)
         except TimeoutError:
             pass
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signals.count(number) > 1:
-                os._exit(128 + number)
-        if not store:
+        if any(signals.count(number) > 1 for number in STOP):
+            os._exit(1)
+        if store is None:
             continue
-        heard = beats
         try:
             store.add(str(world.rank), 1)
-            if signals:
-                heard = store.multi_get(ranks)
-        except RuntimeError:    # whoever held the store is dead
-            pass
-        if signals:
-            missed = [n + 1 if new == old else 0 for n, new, old in zip(missed, heard, beats)]
-            beats = heard
+            heard = store.multi_get(ranks) if signals else beats
+        except RuntimeError:        # whoever served the store is gone
+            heard = beats
+        if not signals:
+            continue
+        missed = [n + 1 if new == old else 0 for n, new, old in zip(missed, heard, beats)]
+        beats = heard
         silent = [rank for rank, n in enumerate(missed) if n * BEAT > PATIENCE]
         if silent:
             reason = f"ranks {silent} have given no sign of life for {PATIENCE:g} s"
@@ -469,25 +511,27 @@ def watch(world, store, inbox, outbox):
             os._exit(1)
 
 
-# ---- sequence parallel ----------------------------------------------------------------------------------------------
+# ---- sequence parallel ---------------------------------------------------------------------------
 
-@lru_cache(maxsize=None)  # the same length gives the same functions, so that compiled blocks know them again
+@lru_cache(maxsize=None)  # the same functions for the same length: compiled blocks know them again
 def ulysses(attention, length, world):
-    """-> (split, attend, join): the three places where a model of `length` tokens meets the ranks that share its sample.
+    """-> (split, attend, join): the three places where a model of `length` tokens meets the ranks sharing its sample.
 
     split  (B, L, ...) -> (B, l, ...)    own slice along dim 1, zero-padded, l = ceil(L / sp)
     attend q, k, v (B, l, N, K) -> same  attention(q, k, v, metadata) of all L tokens, each rank for N / sp of the heads
     join   (B, l, ...) -> (B, L, ...)    all slices, pads cut
 
     Each rank goes on to the same loss over all tokens. join's backward adds the slices' gradients of all sp ranks (sp
-    times its own), split's puts the slice among zeros: each rank then holds sp times its tokens' share, and the mean over
-    the world is the gradient. Raises ValueError for heads that sp does not divide.
+    times its own), split's puts the slice among zeros: each rank then holds sp times its tokens' share, and the mean
+    over the world is the gradient. Raises ValueError for heads that sp does not divide.
     """
     sp, part = world.sp, math.ceil(length / world.sp)
 
-    def exchange(x):  # (sp, ...) -> (sp, ...): the i-th row goes to rank i, the i-th received comes from it
+    def exchange(x):  # (sp, ...) -> (sp, ...): row i goes to rank i, the received row i comes from it
         x = x.contiguous()
-        return x.clone() if world.ring is None else all_to_all_single_autograd(x, None, None, world.ring)
+        if world.ring is None:
+            return x.clone()
+        return all_to_all_single_autograd(x, None, None, world.ring)
 
     def pad(x):
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, sp * part - length))
@@ -502,7 +546,8 @@ def ulysses(attention, length, world):
         qkv = rearrange(torch.stack((q, k, v)), "three B l (s n) K -> s three B l n K", s=sp)
         q, k, v = rearrange(exchange(qkv), "s three B l n K -> three B (s l) n K")[:, :, :length]
         out = pad(attention(q, k, v, metadata))
-        return rearrange(exchange(rearrange(out, "B (s l) n K -> s B l n K", s=sp)), "s B l n K -> B l (s n) K")
+        out = exchange(rearrange(out, "B (s l) n K -> s B l n K", s=sp))
+        return rearrange(out, "s B l n K -> B l (s n) K")
 
     def join(x):
         return rearrange(exchange(x.expand(sp, *x.shape)), "s B l ... -> B (s l) ...")[:, :length]

@@ -460,9 +460,10 @@ def show(net, step, data, cfg, world, log):
 
     x0 = parallel.spread(make, len(ids), cfg.micro_batch or 16, world)
     if world.main:
-        path = codec.write_clips(log.stem("samples", step), x0, data.manifest, vae=cfg.vae, device=world.device,
+        path = codec.write_clips(log.file("samples", step), x0, data.manifest, vae=cfg.vae, device=world.device,
                                  report=log.say)
-        log.video(step, path, [data.caption(i) for i in ids])
+        if path:
+            log.video(step, path, [data.caption(i) for i in ids])
 
 
 def prompts(data, n):
@@ -475,7 +476,7 @@ def prompts(data, n):
 def show_first(micro, data, cfg, world, log):
     """Decodes a clip after the first update, where memory is full: what would fail at a validation is said now."""
     if world.main and cfg.vae and parallel.on_gpu(world.device):
-        codec.write_clips(log.stem("data", 0), micro.x0[:1].cpu(), data.manifest, vae=cfg.vae, device=world.device,
+        codec.write_clips(log.file("data", 0), micro.x0[:1].cpu(), data.manifest, vae=cfg.vae, device=world.device,
                           report=log.say)
 
 

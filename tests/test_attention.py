@@ -5,6 +5,7 @@ import sys
 from itertools import product
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+import attention as module
 from attention import attention, build_metadata, reference
 
 ATTEND = torch.ops.nanovideo.attend.default
+ATTEND_BACKWARD = torch.ops.nanovideo.attend_backward.default
 
 
 def inputs(metadata, B=1, N=2, K=8, seed=0, dtype=torch.float64):
@@ -220,8 +223,7 @@ def test_the_operator_is_well_formed(pattern):
     torch.library.opcheck(ATTEND, (q, k, v, *map(list, pattern)))
     with torch.no_grad():
         out, lse = ATTEND(q, k, v, *pattern)
-        torch.library.opcheck(torch.ops.nanovideo.attend_backward.default,
-                              (out, q, k, v, out, lse, *map(list, pattern)))
+        torch.library.opcheck(ATTEND_BACKWARD, (out, q, k, v, out, lse, *map(list, pattern)))
 
 
 def test_the_log_sum_exp_is_returned():
@@ -235,15 +237,16 @@ def test_the_log_sum_exp_is_returned():
     torch.testing.assert_close(ATTEND(q, k, v, [], [], [])[1], scores.logsumexp(-1))
 
 
+def double_and_sin(q, k, v, metadata):
+    return attention(q * 2, k, v, metadata).sin()
+
+
 def test_compile_keeps_it_whole():
     metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
     q, k, v, grad = inputs(metadata, dtype=torch.float32)
-
-    def block(q, k, v, metadata):
-        return attention(q * 2, k, v, metadata).sin()
-    compiled = torch.compile(block, fullgraph=True)
+    compiled = torch.compile(double_and_sin, fullgraph=True, backend="aot_eager")
     for pattern in (metadata, None):
-        ours, theirs = compiled(q, k, v, pattern), block(q, k, v, pattern)
+        ours, theirs = compiled(q, k, v, pattern), double_and_sin(q, k, v, pattern)
         torch.testing.assert_close(ours, theirs)
         for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad)):
             torch.testing.assert_close(a, b)
@@ -292,3 +295,190 @@ def test_it_imports_and_runs_where_there_is_no_triton():
             "x = torch.randn(1, 64, 2, 8, requires_grad=True)\n"
             "attention(x, x, x, build_metadata((4, 4, 4), (2, 2, 2), (1, 1, 1))).sum().backward()")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+# ---- a GPU's dense kernels, played by the CPU ------------------------------------------------------------------------
+
+
+def card(name, major, minor, kilobytes):
+    return SimpleNamespace(name=name, major=major, minor=minor, shared_memory_per_block_optin=kilobytes * 1024)
+
+
+CARDS = {"V100": card("Tesla V100-SXM2-16GB", 7, 0, 96), "T4": card("Tesla T4", 7, 5, 64),
+         "A100": card("NVIDIA A100-SXM4-80GB", 8, 0, 163), "4090": card("NVIDIA GeForce RTX 4090", 8, 9, 99),
+         "H100": card("NVIDIA H100 80GB HBM3", 9, 0, 227), "B200": card("NVIDIA B200", 10, 0, 227),
+         "5090": card("NVIDIA GeForce RTX 5090", 12, 0, 99)}
+
+
+def softmax_forward(kernel, query, key, value, **rest):
+    """What PyTorch's forward kernels on a GPU return, on the CPU; tensors are (B, N, L, K)."""
+    wanted = {} if kernel == "flash" else dict(attn_bias=None, compute_log_sumexp=True)
+    assert rest == wanted, "no bias, no dropout, not causal, and a log-sum-exp"
+    scores = query.double() @ key.double().mT / query.shape[3]**0.5
+    out, lse, L = scores.softmax(-1) @ value.double(), scores.logsumexp(-1), query.shape[2]
+    if kernel == "efficient":
+        return out, torch.nn.functional.pad(lse, (0, -L % 32), value=torch.inf), None, None
+    return out, lse if kernel == "flash" else lse[..., None], None, None, L, key.shape[2], None, None, None
+
+
+def softmax_backward(kernel, query, key, value, out, logsumexp, philox_seed, philox_offset, dropout_p, is_causal=False,
+                     attn_bias=None, max_q=None, max_k=None, grad_input_mask=None, **rest):
+    """What their backward kernels return, from the numbers that they are given."""
+    grad = rest.pop("grad_out_" if kernel == "efficient" else "grad_out")
+    assert dropout_p == 0 and is_causal is False and attn_bias is None and set(rest.values()) <= {None}
+    assert all(x.dtype == torch.long and x.numel() == 1 for x in (philox_seed, philox_offset))
+    (B, N, L, K), S = query.shape, key.shape[2]
+    if kernel == "efficient":
+        assert grad_input_mask == [True, True, True, False]
+        assert logsumexp.shape == (B, N, L + -L % 32) and (logsumexp[..., L:] == torch.inf).all()
+        logsumexp = logsumexp[..., :L]
+    else:
+        assert (max_q, max_k) == (L, S) and logsumexp.shape == ((B, N, L) if kernel == "flash" else (B, N, L, 1))
+        assert kernel == "flash" or grad.transpose(1, 2).is_contiguous()
+        logsumexp = logsumexp.view(B, N, L)
+    assert logsumexp.dtype == torch.float32
+    query, key, value, out, grad = (x.double() for x in (query, key, value, out, grad))
+    p = (query @ key.mT / K**0.5 - logsumexp.double()[..., None]).exp()
+    ds = p * (grad @ value.mT - (grad * out).sum(-1, keepdim=True)) / K**0.5
+    return (ds @ key, ds.mT @ query, p.mT @ grad) + ((None,) if kernel == "efficient" else ())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(name): from then on tensors on the CPU count as that card's. -> the list of PyTorch's kernels called since.
+
+    Each is run by PyTorch first, on meta tensors: that checks the arguments against the operator's own schema and
+    tells in which shape, type and strides results come.
+    """
+    calls = []
+
+    def kernel(name):
+        operator = getattr(torch.ops.aten, name).default
+
+        def run(*args):
+            promised = operator(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+                                  if torch.is_tensor(x) else x for x in args))
+            which = softmax_backward if name.endswith("_backward") else softmax_forward
+            kind = next(kind for kind in ("flash", "cudnn", "efficient") if kind in name)
+            results = which(kind, **dict(zip((argument.name for argument in operator._schema.arguments), args)))
+            calls.append(name.removeprefix("_scaled_dot_product_"))
+            return tuple(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype).copy_(r) if torch.is_tensor(r) else r
+                         for p, r in zip(promised, results, strict=True))
+        return SimpleNamespace(default=run)
+
+    def choose(name):
+        monkeypatch.setattr(module, "_card", lambda x: CARDS[name])
+        calls.clear()
+        return calls
+    kernels = [f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "cudnn", "efficient")]
+    monkeypatch.setattr(module, "aten", SimpleNamespace(**{
+        name: kernel(name) for forward in kernels for name in (forward, forward + "_backward")}))
+    yield choose
+    torch.use_deterministic_algorithms(False)
+
+
+def dense(q, k, v, grad):
+    """Output and gradients in float64, tensor by tensor from the definition."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    scores = torch.einsum("blnk,bsnk->bnls", q, k) / q.shape[3]**0.5
+    out = torch.einsum("bnls,bsnk->blnk", scores.softmax(-1), v)
+    return out, *torch.autograd.grad(out, (q, k, v), grad.double())
+
+
+# card, type, queries, keys, deterministic -> the kernel that serves
+SERVED = [("H100", torch.bfloat16, 37, 37, False, "cudnn"), ("H100", torch.bfloat16, 64, 11, False, "cudnn"),
+          ("B200", torch.float16, 45, 20, False, "cudnn"), ("H100", torch.bfloat16, 37, 1, False, "flash"),
+          ("B200", torch.bfloat16, 1, 37, False, "flash"), ("H100", torch.bfloat16, 37, 11, True, "flash"),
+          ("A100", torch.bfloat16, 37, 11, False, "flash"), ("4090", torch.float16, 64, 37, False, "flash"),
+          ("5090", torch.bfloat16, 33, 33, False, "flash"), ("H100", torch.float32, 37, 11, False, "efficient"),
+          ("A100", torch.float32, 64, 64, True, "efficient"), ("T4", torch.float16, 37, 11, False, "efficient"),
+          ("T4", torch.float32, 33, 64, False, "efficient"), ("V100", torch.float16, 64, 33, False, "efficient")]
+
+
+@pytest.mark.parametrize("name, dtype, L, S, deterministic, kernel", SERVED)
+def test_each_card_attends_by_its_own_kernel(gpu, name, dtype, L, S, deterministic, kernel):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(2, n, 3, 16, generator=generator).to(dtype) for n in (L, S, S, L))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    calls = gpu(name)
+    torch.use_deterministic_algorithms(deterministic)  # True fills torch.empty with nan
+    ours = attention(q, k, v)
+    ours = ours, *torch.autograd.grad(ours, (q, k, v), grad)
+    assert calls == [f"{kernel}_attention", f"{kernel}_attention_backward"]
+    rtol = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    for what, a, b in zip(("out", "dq", "dk", "dv"), ours, dense(q, k, v, grad)):
+        assert a.dtype == dtype and (a - b).abs().max() <= rtol * b.abs().max().clamp_min(1e-3), what
+
+
+def test_the_log_sum_exp_of_every_kernel_is_the_same(gpu):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 16, generator=generator).half() for n in (37, 11, 11))
+    lse = (torch.einsum("blnk,bsnk->bnls", q.double(), k.double()) / 4).logsumexp(-1).float()
+    for name in ("H100", "A100", "T4"):
+        gpu(name)
+        torch.testing.assert_close(ATTEND(q, k, v, [], [], [])[1], lse)
+
+
+@pytest.mark.parametrize("name, dtype, K, tiles", [
+    ("T4", torch.bfloat16, 16, False), ("V100", torch.float32, 16, True), ("T4", torch.float16, 12, False)])
+def test_a_card_below_ampere_is_refused_by_name(gpu, name, dtype, K, tiles):
+    calls, x = gpu(name), torch.randn(1, 64, 2, K, dtype=dtype)
+    with pytest.raises(ValueError) as error:
+        attention(x, x, x, build_metadata((4, 4, 4), (2, 2, 2), (1, 1, 1)) if tiles else None)
+    text = str(error.value)
+    assert CARDS[name].name in text and "sm_80" in text and "\n" not in text and not calls
+    assert "sliding tiles" in text if tiles else str(dtype) in text
+
+
+def test_what_no_kernel_of_pytorch_serves_goes_to_ours(gpu):
+    pytest.importorskip("triton", reason="triton is for Linux")
+    for name, (dtype, K), grid in (("A100", (torch.bfloat16, 16), [4, 4, 4]), ("H100", (torch.float32, 16), [4, 4, 4]),
+                                   ("H100", (torch.bfloat16, 12), []), ("4090", (torch.float32, 6), [])):
+        gpu(name)
+        x = torch.randn(1, 64, 2, K, dtype=dtype)
+        assert module._backend(x, x, grid) == (module._triton, module._triton_backward)
+
+
+# ---- the layout that register_fake promises --------------------------------------------------------------------------
+
+# card, type, over tiles or dense: all of the CPU's and of a GPU's kernels but ours, which test_kernels.py looks at
+BACKENDS = [(None, torch.bfloat16, False), (None, torch.float64, False), (None, torch.bfloat16, True),
+            ("H100", torch.bfloat16, False), ("A100", torch.bfloat16, False), ("T4", torch.float16, False)]
+
+
+@pytest.mark.parametrize("name, dtype, tiles", BACKENDS)
+@pytest.mark.parametrize("view", ["whole", "part", "heads first"])
+def test_results_are_laid_out_as_the_compiler_is_told(gpu, name, dtype, tiles, view):
+    def make():  # (2, 64, 3, 16), whichever way it lies in memory
+        if view == "heads first":
+            return torch.randn(2, 3, 64, 16, dtype=dtype).transpose(1, 2)
+        return torch.randn(2, 64, 3, 16, dtype=dtype) if view == "whole" else torch.randn(2, 64, 3, 48, dtype=dtype)[
+            ..., 16:32]
+    if name:
+        gpu(name)
+    q, k, v, grad = (make() for _ in range(4))
+    pattern = [[4, 4, 4], [2, 2, 2], [1, 1, 1]] if tiles else [[], [], []]
+
+    def run(q, k, v, grad):
+        out, lse = ATTEND(q, k, v, *pattern)
+        return out, lse, *ATTEND_BACKWARD(grad, q, k, v, out, lse, *pattern)
+    told = run(*(x.to("meta") for x in (q, k, v, grad)))
+    for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), run(q, k, v, grad), told, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), what
+        assert a.is_contiguous(), what
+
+
+@pytest.mark.slow
+def test_compiled_code_relies_on_that_layout_and_gets_it(gpu):
+    metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
+    compiled = torch.compile(double_and_sin, fullgraph=True)
+    for name, dtype, tiles in BACKENDS:
+        if dtype != torch.bfloat16:
+            continue
+        q, k, v, grad = inputs(metadata, N=2, K=16, dtype=dtype)
+        if name:
+            gpu(name)
+        ours, theirs = (f(q, k, v, metadata if tiles else None) for f in (compiled, double_and_sin))
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+        for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad)):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

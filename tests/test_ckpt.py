@@ -1,11 +1,16 @@
 """Checkpoints and weight formats: what is saved comes back on any number of ranks, what was altered never does."""
 import errno
+import gc
 import json
+import math
 import os
+import shutil
 import signal
 import threading
+import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,15 +45,15 @@ def blank(rows):
 
 def on_ranks(world, work):
     """[work(rank, agree)] of `world` threads that share an `agree`; an exception is returned in place of a result."""
-    barrier, oks, results = threading.Barrier(world, timeout=20), [None] * world, [None] * world
+    barrier, said, results = threading.Barrier(world, timeout=20), [None] * world, [None] * world
 
     def run(rank):
-        def agree(ok):
-            oks[rank] = bool(ok)
+        def agree(x):
+            said[rank] = x
             barrier.wait()
-            together = all(oks)
+            least = min(said)
             barrier.wait()
-            return together
+            return least
         try:
             results[rank] = work(rank, agree)
         except Exception as error:
@@ -97,18 +102,42 @@ def test_any_world_size_reads_what_any_other_wrote(tmp_path, world, parts):
 
 @pytest.mark.parametrize("world, parts", [(4, 1), (4, 2)])
 def test_replicas_share_the_writing_and_each_row_is_written_once(tmp_path, world, parts):
-    full = {"w": torch.randn(64, 100), "n": torch.tensor(1)}
+    full = {"net.w": torch.randn(64, 100), "net.n": torch.tensor(1)}
     on_ranks(world, lambda rank, agree: ckpt.save(
         tmp_path, 1, shard(full, rank % parts, parts), {}, rank=rank, world=world, agree=agree))
-    files = [torch.load(f, weights_only=True) for f in sorted(tmp_path.glob("ckpt/*/rank_*.pt"))]
-    assert [len(f["w"]) for f in files] == [16] * 4
-    assert ["n" in f for f in files] == [True, False, False, False]
+    files = [torch.load(f, weights_only=True) for f in sorted(tmp_path.glob("ckpt/*/rank_*.net.pt"))]
+    assert [len(f["net.w"]) for f in files] == [16] * 4
+    assert ["net.n" in f for f in files] == [True, False, False, False]
+
+
+def test_what_only_the_order_of_names_tells_apart_is_the_same(tmp_path):
+    full = state()
+
+    def work(rank, agree):
+        rows = shard(full, rank, 2)
+        rows = dict(reversed(rows.items())) if rank else rows
+        return ckpt.save(tmp_path, 1, rows, {}, rank=rank, world=2, agree=agree)
+
+    assert loads(on_ranks(2, work)[0], full)
+
+
+def test_what_rank_0_reads_and_the_manifest_holds_stays_small(tmp_path, monkeypatch):
+    """Names travel once, and tensors that are cut alike share their rows."""
+    full = {f"net.{i}": torch.zeros(8 + 8 * (i % 2), 2) for i in range(100)}
+    read, notes = ckpt.read_json, {}
+    monkeypatch.setattr(ckpt, "read_json", lambda f: notes.setdefault(Path(f).name, read(f)))
+    path = on_ranks(4, lambda rank, agree: ckpt.save(
+        tmp_path, 1, shard(full, rank, 4), {}, rank=rank, world=4, agree=agree))[0]
+    assert ["about" in notes[f"held_{rank:05d}.json"] for rank in range(4)] == [True] + [False] * 3
+    manifest = read(path / "manifest.json")
+    assert manifest["rows"] == [[[r, n * r, n * r + n] for r in range(4)] for n in (2, 4)]
+    assert loads(path, full)
 
 
 def test_a_view_does_not_take_its_storage_along(tmp_path):
     x = torch.randn(1000, 100)
     path = ckpt.save(tmp_path, 1, {"w": (x[:10], 0, (10, 100))}, {})
-    assert (path / "rank_00000.pt").stat().st_size < 10_000
+    assert (path / "rank_00000.w.pt").stat().st_size < 10_000
 
 
 @pytest.mark.parametrize("held, says", [
@@ -139,7 +168,7 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path):
 
 def test_a_flipped_byte_anywhere_is_refused_and_the_checkpoint_before_is_used(tmp_path):
     before, path = save(tmp_path, 1), save(tmp_path, 2)
-    for file in (path / "rank_00000.pt", path / "manifest.json"):
+    for file in (path / "rank_00000.net.pt", path / "manifest.json"):
         for share in (0.0, 0.3, 0.6, 0.999):
             at = int(share * file.stat().st_size)
             flip(file, at)
@@ -156,44 +185,27 @@ def test_a_flipped_byte_anywhere_is_refused_and_the_checkpoint_before_is_used(tm
 
 def test_a_truncated_or_missing_file_is_refused(tmp_path):
     before, path = save(tmp_path, 1), save(tmp_path, 2)
-    file = path / "rank_00000.pt"
+    file = path / "rank_00000.ema.pt"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="rank_00000.pt is missing or not of"):
+    with pytest.raises(ValueError, match="rank_00000.ema.pt is missing or not of"):
         loads(path, state(2))
     file.unlink()
-    with pytest.raises(ValueError, match="rank_00000.pt is missing or not of"):
+    with pytest.raises(ValueError, match="rank_00000.ema.pt is missing or not of"):
         loads(path, state(2))
     assert ckpt.latest(tmp_path, report=lambda _: None) == before
-
-
-def test_a_run_never_starts_again_over_its_damaged_checkpoints_nor_passes_over_the_one_that_is_asked_for(tmp_path):
-    def found(**more):
-        return ckpt.found(tmp_path, flags={"lr": 1}, free=set(), inputs={}, report=lambda _: None, **more)
-
-    for step in (1, 2):
-        ckpt.save(tmp_path, step, shard(state(step)), {"config": {"lr": 1}, "inputs": {}})
-    first, second = ckpt.steps(tmp_path).values()
-    with pytest.raises(ValueError, match="has gone on to step_0000002"):
-        found(resume=first)
-    (second / "rank_00000.pt").unlink()
-    assert found(resume=None)[0] == first == found(resume=first)[0]
-    with pytest.raises(ValueError, match="rank_00000.pt is missing"):
-        found(resume=second)
-    (first / "rank_00000.pt").unlink()
-    with pytest.raises(ValueError, match="every checkpoint of .* is damaged"):
-        found(resume=None)
 
 
 def test_all_ranks_fall_back_when_only_one_of_them_sees_the_damage(tmp_path):
     full = state()
     paths = [on_ranks(2, lambda rank, agree: ckpt.save(
         tmp_path, step, shard(full, rank, 2), {}, rank=rank, world=2, agree=agree))[0] for step in (1, 2)]
-    flip(paths[1] / "rank_00001.pt", 700)
+    bad = list(ckpt.read_manifest(paths[1])["files"])[3]            # file i is read by rank i mod 2
+    flip(paths[1] / bad, 700)
     said = [[], []]
     found = on_ranks(2, lambda rank, agree: ckpt.latest(
         tmp_path, rank=rank, world=2, agree=agree, report=said[rank].append))
     assert found == [paths[0], paths[0]]
-    assert "rank_00001.pt" in said[1][0] and "another rank" in said[0][0]
+    assert bad in said[1][0] and "another rank" in said[0][0]
     errors = on_ranks(2, lambda rank, agree: ckpt.load(
         paths[1], blank(shard(full, rank, 2)), rank=rank, world=2, agree=agree))
     assert isinstance(errors[0], OSError) and isinstance(errors[1], ValueError)
@@ -201,7 +213,7 @@ def test_all_ranks_fall_back_when_only_one_of_them_sees_the_damage(tmp_path):
 
 def test_the_files_are_checked_before_they_are_opened(tmp_path, monkeypatch):
     path = save(tmp_path, 1)
-    flip(path / "rank_00000.pt", 700)
+    flip(path / "rank_00000.net.pt", 700)
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("opened"))
     with pytest.raises(ValueError, match="CRC32"):
         loads(path, state(1))
@@ -209,10 +221,10 @@ def test_the_files_are_checked_before_they_are_opened(tmp_path, monkeypatch):
 
 def forge(path, content):
     """Puts other content into a checkpoint's file and makes size and CRC32 agree with it, as somebody hostile would."""
-    torch.save(content, path / "rank_00000.pt")
-    data = (path / "rank_00000.pt").read_bytes()
+    torch.save(content, path / "rank_00000.net.pt")
+    data = (path / "rank_00000.net.pt").read_bytes()
     manifest = ckpt.read_manifest(path)
-    manifest["files"]["rank_00000.pt"] = {"size": len(data), "crc32": zlib.crc32(data)}
+    manifest["files"]["rank_00000.net.pt"] = {"size": len(data), "crc32": zlib.crc32(data)}
     ckpt.write_json(path / "manifest.json", manifest | {"crc32": ckpt.digest(manifest)})
 
 
@@ -238,7 +250,7 @@ class Evil:
 def test_a_file_that_holds_anything_but_the_manifests_tensors_is_refused(tmp_path, monkeypatch, change, says):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path, 1)
-    forge(path, change(torch.load(path / "rank_00000.pt", weights_only=True)))
+    forge(path, change(torch.load(path / "rank_00000.net.pt", weights_only=True)))
     with pytest.raises(ValueError, match=says):
         loads(path, state(1))
     assert not os.path.exists("evil")
@@ -275,7 +287,7 @@ def test_a_full_disk_on_one_rank_fails_on_all_and_loses_nothing(tmp_path, monkey
         tmp_path, 1, shard(full, rank, 2), {}, rank=rank, world=2, agree=agree, keep=1))[0]
 
     def limited(self, data):
-        if self.file.name.endswith(f"rank_{bad:05d}.pt") and self.size + len(data) > 600:
+        if self.file.name.endswith(f"rank_{bad:05d}.net.pt") and self.size + len(data) > 600:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, data)
 
@@ -321,9 +333,592 @@ def test_pruning_leaves_what_is_newer_than_the_step_saved(tmp_path):
 
 def test_a_step_saved_again_replaces_the_damaged_one(tmp_path):
     path = save(tmp_path, 1)
-    (path / "rank_00000.pt").unlink()
+    (path / "rank_00000.net.pt").unlink()
     assert save(tmp_path, 1) == path and loads(path, state(1))
     assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_0000001"]
+
+
+@pytest.mark.parametrize("keep", range(1, 11))
+def test_just_the_newest_stay_however_many_are_kept(tmp_path, keep):
+    for step in range(1, 13):
+        ckpt.save(tmp_path, step, {"n": (torch.tensor(step), 0, ())}, {}, keep=keep)
+        assert list(ckpt.steps(tmp_path)) == list(range(max(1, step - keep + 1), step + 1))
+
+
+def busy(*_, **__):
+    raise OSError(errno.EBUSY, "Device or resource busy")
+
+
+@pytest.mark.parametrize("what", ["rmtree", "aside", "steps"])
+def test_what_cannot_be_pruned_is_reported_and_goes_with_a_later_save(tmp_path, monkeypatch, what):
+    save(tmp_path, 1)
+    said = []
+    monkeypatch.setattr(*{"rmtree": (shutil, "rmtree", busy)}.get(what, (ckpt, what, busy)))
+    path = save(tmp_path, 2, keep=1, report=said.append)
+    assert len(said) == 1 and "resource busy" in said[0] and str(tmp_path) in said[0]
+    save(tmp_path, 3, keep=1, report=said.append)       # with the leftovers of the first
+    monkeypatch.undo()
+    assert loads(path, state(2)) or what != "aside"
+    assert save(tmp_path, 4, keep=1, report=pytest.fail).exists()
+    assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_0000004"]
+
+
+def test_a_step_is_saved_over_leftovers_that_cannot_be_removed(tmp_path, monkeypatch):
+    path = save(tmp_path, 1)
+    part = path.with_name("step_0000001.tmp")
+    part.mkdir()
+    (part / "rank_00000.net.pt").write_bytes(b"old")
+    (part / "held_00007.json").write_text("[]")
+    said = []
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for _ in range(2):                                  # twice: the ones set aside need names of their own
+        assert save(tmp_path, 1, state(5), report=said.append) == path
+    assert len(said) == 4 and "step_0000001.tmp" in said[0]
+    assert loads(path, state(5)) and not (path / "held_00007.json").exists()
+
+
+def test_notes_that_cannot_be_removed_and_files_of_others_do_no_harm(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Path, "unlink", busy)
+    path = save(tmp_path, 1, report=said.append)
+    assert len(said) == 1 and (path / "held_00000.json").exists()
+    monkeypatch.undo()
+    (path / "notes.json").write_text("{not json")
+    (path / "rank_00007.net.pt").write_bytes(b"")
+    (path / "folder.pt").mkdir()
+    (path.parent / "step_0000009").write_text("")       # no folder
+    (path.parent / "step_best").mkdir()
+    said.clear()
+    assert ckpt.latest(tmp_path, report=said.append) == path and "step_0000009" in said[0]
+    assert loads(path, state(1)) and ckpt.weights(path, "ema").shapes == {"w": (10, 3)}
+    assert save(tmp_path, 10, keep=1, report=said.append).exists()
+
+
+def test_a_failure_to_prune_on_rank_0_fails_no_rank(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    said = [[], []]
+    paths = on_ranks(2, lambda rank, agree: ckpt.save(
+        tmp_path, 2, shard(state(), rank, 2), {}, rank=rank, world=2, agree=agree, keep=1,
+        report=said[rank].append))
+    assert paths == [tmp_path / "ckpt" / "step_0000002"] * 2 and [len(x) for x in said] == [1, 0]
+
+
+def test_torch_computes_no_crc32_of_its_own_and_goes_on_to_afterwards(tmp_path, monkeypatch):
+    real, during = torch.save, []
+
+    def spy(*args):
+        during.append(torch.serialization.get_crc32_options())
+        real(*args)
+
+    monkeypatch.setattr(torch, "save", spy)
+    path = save(tmp_path, 1)
+    assert during and not any(during) and torch.serialization.get_crc32_options()
+    assert loads(path, state(1))
+    monkeypatch.setattr(torch, "save", busy)
+    with pytest.raises(OSError, match="busy"):
+        save(tmp_path, 2)
+    assert torch.serialization.get_crc32_options()
+
+
+# ---- a file for each role ------------------------------------------------------------------------------------------
+
+def run_state():
+    full = {f"{role}.{name}": x for role in ("net", "ema", "critic_opt") for name, x in wan(1).items()}
+    return full | {"null": torch.ones(2, 3)}
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """A checkpoint that two ranks wrote."""
+    return on_ranks(2, lambda rank, agree: ckpt.save(
+        tmp_path, 1, shard(run_state(), rank, 2), {}, rank=rank, world=2, agree=agree))[0]
+
+
+def test_each_role_has_a_file_of_each_rank_that_holds_its_names(two_ranks):
+    files = {f"rank_{r:05d}.{role}.pt" for r in range(2) for role in ("net", "ema", "critic_opt", "null")}
+    assert {p.name for p in two_ranks.iterdir()} == files | {"manifest.json"}
+    for file in files:
+        names = torch.load(two_ranks / file, weights_only=True)
+        assert names and {name.split(".")[0] for name in names} == {file.split(".")[1]}
+    manifest = ckpt.read_manifest(two_ranks)
+    assert manifest["version"] == 2 and manifest["files"].keys() == files
+
+
+def test_only_the_roles_asked_for_are_verified_opened_and_there(two_ranks, monkeypatch):
+    run, opened, load = two_ranks.parent.parent, [], torch.load
+    for file in two_ranks.glob("*.net.pt"):
+        flip(file, 700)
+    (two_ranks / "rank_00001.critic_opt.pt").unlink()
+    monkeypatch.setattr(torch, "load", lambda file, **how: opened.append(file.name) or load(file, **how))
+    for where in (two_ranks, run):
+        source = ckpt.stored(where, {"ema", "null"})
+        assert {name.split(".")[0] for name in source.shapes} == {"ema", "null"}
+        assert torch.equal(source.tensor("null"), torch.ones(2, 3))
+        ema = ckpt.model_of(source, "ema")
+        assert all(torch.equal(ema.tensor(name), x) for name, x in wan(1).items())
+        assert ckpt.weights(where).shapes == ema.shapes
+        with pytest.raises(ValueError, match="net.pt is not what was saved|damaged"):
+            ckpt.weights(where, "net")
+    assert set(opened) == {f"rank_{r:05d}.{role}.pt" for r in range(2) for role in ("ema", "null")}
+    with pytest.raises(ValueError, match="every checkpoint"):      # a resume needs all
+        ckpt.latest(run, report=lambda _: None)
+    with pytest.raises(ValueError, match="net.pt is not what was saved"):
+        ckpt.load(two_ranks, shard(run_state()))
+
+
+def test_ranks_share_the_verification_of_what_they_need(two_ranks, monkeypatch):
+    read = [[], []]
+    seen = threading.local()
+
+    def crc32(file, mtime_ns):
+        read[seen.rank].append(file.name)
+        return ckpt.read_manifest(two_ranks)["files"][file.name]["crc32"]
+
+    def work(rank, agree):
+        seen.rank = rank
+        return ckpt.stored(two_ranks, {"ema", "null"}, rank=rank, world=2, agree=agree)
+
+    monkeypatch.setattr(ckpt, "crc32", crc32)
+    for source in on_ranks(2, work):
+        assert "null" in source.shapes
+    assert [len(x) for x in read] == [2, 2] and not set(read[0]) & set(read[1])
+    read[0].clear(), read[1].clear()
+
+    def weigh(rank, agree):
+        seen.rank = rank
+        return ckpt.weights(two_ranks, "net", rank=rank, world=2, agree=agree)
+
+    for source in on_ranks(2, weigh):
+        assert source.shapes == {name: tuple(x.shape) for name, x in wan(1).items()}
+    assert [len(x) for x in read] == [1, 1]
+
+
+def test_a_role_that_is_not_there_is_named_with_those_that_are(two_ranks):
+    for ask in (lambda: ckpt.stored(two_ranks, {"critic"}), lambda: ckpt.weights(two_ranks.parent.parent, "critic"),
+                lambda: ckpt.model_of(ckpt.stored(two_ranks), "critic")):
+        with pytest.raises(ValueError, match="holds no 'critic', but critic_opt, ema, net, null"):
+            ask()
+
+
+def test_roles_name_the_tensors_of_one_state():
+    a, b, null = (torch.zeros(2), 0, (2,)), (torch.zeros(3), 0, (3,)), (torch.zeros(4), 0, (4,))
+    state = ckpt.roles(net={"w": a}, opt={"w.step": b}, null=null)
+    assert state == {"net.w": a, "opt.w.step": b, "null": null}
+
+
+def mapped(folder):
+    """Files below a folder that this process has open or mapped."""
+    held = {os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")}
+    held |= {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    return sorted(x for x in held if x.startswith(f"{folder}/"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("kind", ["checkpoint", "safetensors"])
+def test_no_file_of_a_source_stays_open_after_it_is_dropped(two_ranks, tmp_path, kind):
+    where = two_ranks
+    if kind == "safetensors":
+        where = tmp_path / "wan.safetensors"
+        save_file(wan(1), where)
+    source = ckpt.weights(where)
+    rows = blank(shard(wan(1)))
+    ckpt.fill(rows, source)
+    assert mapped(tmp_path)                             # the test sees what it looks for
+    del source
+    gc.collect()
+    assert mapped(tmp_path) == []
+    assert all(torch.equal(x, wan(1)[name]) for name, (x, _, _) in rows.items())
+
+
+def test_a_source_of_tensors_in_memory_reads_like_any_other():
+    held = {"w": torch.randn(4, 3), "n": torch.tensor(2.0)}
+    source = ckpt.in_memory(held, "memory")
+    assert source.shapes == {"w": (4, 3), "n": ()} and source.origin == "memory" and source.sampling is None
+    assert torch.equal(source.rows("w", 1, 3), held["w"][1:3]) and source.tensor("n") == 2
+    rows = blank(shard(held))
+    ckpt.fill(rows, source)
+    assert all(torch.equal(x, held[name]) for name, (x, _, _) in rows.items())
+
+
+def test_a_source_says_how_to_sample_from_it(tmp_path):
+    for step, meta in ((1, {"sampling": {"fps": 8}}), (2, {})):
+        path = ckpt.save(tmp_path, step, shard(state(1)), meta)
+        assert ckpt.weights(path).sampling == ckpt.stored(path).sampling == meta.get("sampling")
+
+
+def test_a_base_is_the_checkpoint_that_was_read_though_a_newer_one_has_come(tmp_path):
+    first = save(tmp_path, 1)
+    source = ckpt.weights(tmp_path)
+    save(tmp_path, 2)
+    assert ckpt.base_of(tmp_path, source)["path"] == str(first.resolve())
+    assert ckpt.base_of(first, source)["crc32"] == ckpt.read_manifest(first)["crc32"]
+
+
+# ---- which checkpoint ----------------------------------------------------------------------------------------------
+
+def on_nodes(world, work, *folders):
+    """As on_ranks, work(rank, its folder, its three keywords): rank i sees the folder i."""
+    return on_ranks(world, lambda rank, agree: work(
+        rank, folders[rank], {"rank": rank, "world": world, "agree": agree}))
+
+
+def test_ranks_take_the_newest_that_all_of_them_see(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path / "a", step)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "ckpt" / "step_0000003")
+    shutil.rmtree(tmp_path / "a" / "ckpt" / "step_0000002")
+    said = [[], []]
+    found = on_nodes(2, lambda rank, out, ranks: ckpt.latest(out, report=said[rank].append, **ranks),
+                     tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in found] == ["step_0000001"] * 2
+    for lines in said:
+        assert ["not seen by every rank" in line for line in lines] == [True, True]
+        assert "step_0000003" in lines[0] and "step_0000002" in lines[1]
+
+
+def test_a_step_of_which_ranks_see_different_checkpoints_is_not_taken(tmp_path):
+    for out in ("a", "b"):
+        save(tmp_path / out, 1, state(1))
+        ckpt.save(tmp_path / out, 2, shard(state(2)), {"node": out})
+    said = [[], []]
+    folders = tmp_path / "a", tmp_path / "b"
+    found = on_nodes(2, lambda rank, out, ranks: ckpt.latest(out, report=said[rank].append, **ranks), *folders)
+    assert [path.name for path in found] == ["step_0000001"] * 2
+    assert all("step_0000002 is not the same checkpoint on every rank" in lines[0] for lines in said)
+    paths = [out / "ckpt" / "step_0000002" for out in folders]
+    for work in (lambda rank, path, ranks: ckpt.load(path, shard(state(2)), **ranks),
+                 lambda rank, path, ranks: ckpt.stored(path, {"ema"}, **ranks),
+                 lambda rank, path, ranks: ckpt.newest(tmp_path / "none", path, **ranks)):
+        assert all("not the same checkpoint" in str(e) for e in on_nodes(2, work, *paths))
+
+
+def test_a_run_that_some_rank_does_not_see_is_not_begun_again(tmp_path):
+    save(tmp_path / "a", 1)
+    errors = on_nodes(2, lambda rank, out, ranks: ckpt.newest(out, None, report=lambda _: None, **ranks),
+                      tmp_path / "a", tmp_path / "b")
+    assert all(isinstance(e, ValueError) for e in errors)
+    assert on_nodes(2, lambda rank, out, ranks: ckpt.newest(out, None, **ranks),
+                    tmp_path / "b", tmp_path / "b") == [None, None]
+
+
+def test_weights_that_one_rank_does_not_see_fail_on_all(tmp_path):
+    save_file(wan(), tmp_path / "wan.safetensors")
+    errors = on_nodes(2, lambda rank, path, ranks: ckpt.weights(path, **ranks),
+                      tmp_path / "wan.safetensors", tmp_path / "none.safetensors")
+    assert "another rank" in str(errors[0]) and "no weights at" in str(errors[1])
+
+
+def test_a_run_goes_on_from_its_own_newest_or_from_the_one_asked_for(tmp_path):
+    def newest(out, resume=None):
+        return ckpt.newest(out, resume, report=lambda _: None)
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    other = save(a, 7)
+    assert newest(b) is None and newest(b, other) == other and newest(b, str(other)) == other
+    first, second = save(b, 1), save(b, 2)
+    assert newest(b) == newest(b, other) == newest(b, second) == second
+    with pytest.raises(ValueError, match="has gone on to step_0000002.*--out="):
+        newest(b, first)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing"):
+        newest(b, tmp_path / "nothing")                 # wrong is wrong, needed or not
+    (second / "rank_00000.net.pt").unlink()
+    assert newest(b) == newest(b, first) == first       # falls back
+    with pytest.raises(ValueError, match="rank_00000.net.pt is missing"):
+        newest(b, second)                               # never passes over the one that is asked for
+    (first / "rank_00000.net.pt").unlink()
+    with pytest.raises(ValueError, match="every checkpoint of .* is damaged"):
+        newest(b, other)
+    flip(other / "rank_00000.ema.pt", 700)
+    with pytest.raises(ValueError, match="ema.pt is not what was saved"):
+        newest(tmp_path / "c", other)
+
+
+def differs(flags, inputs=None, free=(), before=None, config=None, held=None):
+    """What `differences` says of flags beside those of a saved run, "" if nothing."""
+    saved = {"meta": {"config": {"lr": 1, "tile": [4, 4], "init": "a", "steps": 5} if config is None else config}}
+    if held is not None:
+        saved["meta"]["inputs"] = held
+    try:
+        ckpt.differences("PATH", saved, flags, inputs or {}, set(free), before)
+    except ValueError as error:
+        assert "PATH is of a run with other flags" in str(error) and "\n" not in str(error)
+        return str(error)
+    return ""
+
+
+def test_flags_that_differ_from_the_saved_run_are_named_and_free_ones_are_not():
+    same = {"lr": 1, "tile": (4, 4), "init": "a", "steps": 5}
+    assert differs(same) == ""
+    assert "--lr=2 (was 1)" in differs(same | {"lr": 2})
+    assert differs(same | {"lr": 2, "steps": 9}, free={"lr", "steps"}) == ""
+    said = differs(same | {"lr": 2, "steps": 9}, free={"lr"})
+    assert "--steps=9 (was 5)" in said and "lr" not in said
+
+
+def test_a_flag_that_the_saved_run_did_not_have_had_the_value_of_its_time():
+    same = {"lr": 1, "tile": (4, 4), "init": "a", "steps": 5}
+    assert differs(same | {"image": None, "causal": False, "crop": (1, 2)},
+                   before={"causal": False, "crop": (1, 2)}) == ""
+    assert "--causal=True (was False)" in differs(same | {"causal": True}, before={"causal": False})
+    assert "--image=x (was None)" in differs(same | {"image": "x"})
+    assert differs(same, before={"lr": 3}) == ""        # what is saved counts, not what others had
+
+
+def test_what_is_named_may_move_but_not_change():
+    same = {"lr": 1, "tile": (4, 4), "init": "b", "steps": 5}
+    assert "--init=b (was a)" in differs(same)
+    assert "--init=b (was a)" in differs(same, inputs={"init": 7})              # an old run knows no CRC32
+    assert "--init=b (was a)" in differs(same, held={"init": 7})                # it is gone: the path counts
+    assert differs(same, inputs={"init": 7}, held={"init": 7}) == ""
+    assert "--init=a (is not what a was)" in differs(same | {"init": "a"}, inputs={"init": 8}, held={"init": 7})
+    # a full finetune reads its --init once: its root names it among the free flags
+    assert differs(same, inputs={"init": 8}, held={"init": 7}, free={"init"}) == ""
+
+
+def test_the_flags_of_a_run_are_those_of_its_newest_readable_manifest(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert ckpt.flags_of(a, None) == {}
+    for step in (1, 2):
+        ckpt.save(a, step, shard(state(step)), {"config": {"lr": step}})
+    first, second = ckpt.steps(a).values()
+    (second / "rank_00000.net.pt").unlink()             # of the manifest alone
+    assert ckpt.flags_of(a, None) == ckpt.flags_of(a, first) == {"lr": 2}
+    assert ckpt.flags_of(b, first) == {"lr": 1}
+    (second / "manifest.json").write_text("{")
+    assert ckpt.flags_of(a, None) == {"lr": 1}
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        ckpt.flags_of(b, b / "nothing")
+
+
+# ---- whose a folder is ---------------------------------------------------------------------------------------------
+
+class Elsewhere:
+    """Another process that claims a folder: `said` is "mine" or why not; it lives until it is killed."""
+
+    def __init__(self, out):
+        mine, its = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:                                           # pragma: no cover
+            try:
+                ckpt.claim(out)
+                os.write(its, b"mine")
+            except ValueError as error:
+                os.write(its, str(error).encode())
+            finally:
+                while True:
+                    time.sleep(60)
+        os.close(its)
+        self.said = os.read(mine, 10_000).decode()
+        os.close(mine)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def elsewhere():
+    """Starts processes that end with the test."""
+    started = []
+    yield lambda out: started.append(Elsewhere(out)) or started[-1]
+    for process in started:
+        try:
+            process.kill()
+        except ProcessLookupError:
+            pass
+
+
+def test_a_folder_is_one_processes_until_it_is_killed(tmp_path, elsewhere):
+    out = tmp_path / "new" / "out"
+    other = elsewhere(out)
+    assert other.said == "mine"
+    with pytest.raises(ValueError) as error:
+        ckpt.claim(out)
+    who = json.loads((out / ".owner").read_text())
+    for what in (f"--out={out} is in use", f"process {other.pid}", os.uname().nodename, who["start"]):
+        assert what in str(error.value) and "\n" not in str(error.value)
+    ckpt.claim(tmp_path / "another")
+    other.kill()
+    ckpt.claim(out)
+    ckpt.claim(out)                                     # what is ours stays ours
+    assert f"process {os.getpid()}" in elsewhere(out).said
+    shutil.rmtree(out)                                  # and is claimed anew where it was removed
+    ckpt.claim(out)
+    assert f"process {os.getpid()}" in elsewhere(out).said
+
+
+def no_flock(monkeypatch, system):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    without = SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=flock)
+    monkeypatch.setattr(ckpt, "fcntl", {"Lustre": without, "Windows": None}[system])
+    monkeypatch.setattr(ckpt, "BEAT", 0.05)
+    monkeypatch.setattr(ckpt, "STALE", 4)
+
+
+@pytest.mark.parametrize("system", ["Lustre", "Windows"])
+def test_where_flock_is_not_supported_a_lock_that_is_touched_holds(tmp_path, monkeypatch, elsewhere, system):
+    no_flock(monkeypatch, system)
+    other, said = elsewhere(tmp_path), []
+    assert other.said == "mine"
+    with pytest.raises(ValueError, match=f"in use by process {other.pid} on "):
+        ckpt.claim(tmp_path, report=said.append)
+    os.kill(other.pid, signal.SIGSTOP)
+    os.utime(tmp_path / ".lock", (time.time() - 3.8,) * 2)
+    ckpt.claim(tmp_path, report=said.append)            # nobody touched it for STALE seconds
+    other.kill()
+    assert len(said) == 2 and "touched 4 s ago" in said[1]
+    assert f"process {os.getpid()}" in elsewhere(tmp_path).said
+
+
+def test_a_lock_that_was_left_long_ago_is_taken_at_once(tmp_path, monkeypatch):
+    no_flock(monkeypatch, "Lustre")
+    (tmp_path / ".lock").touch()
+    os.utime(tmp_path / ".lock", (time.time() - 5,) * 2)
+    monkeypatch.setattr(ckpt.time, "sleep", lambda _: pytest.fail("waits"))
+    monkeypatch.setattr(threading.Thread, "start", lambda self: None)
+    ckpt.claim(tmp_path, report=pytest.fail)
+    assert time.time() - (tmp_path / ".lock").stat().st_mtime < 4       # touched: ours from now on
+
+
+def claims(*folders):
+    return on_nodes(len(folders), lambda rank, out, ranks: ckpt.claim(out, **ranks), *folders)
+
+
+def test_a_folder_that_nodes_do_not_share_is_found_at_the_start(tmp_path, monkeypatch):
+    assert claims(tmp_path / "a", tmp_path / "a", tmp_path / "a") == [None] * 3
+    monkeypatch.setattr(ckpt, "PATIENCE", 0.2)
+    for _ in range(2):                                  # the second time b is there, with a run's file of its own
+        ours, theirs = claims(tmp_path / "a", tmp_path / "b")
+        assert isinstance(theirs, ValueError) and isinstance(ours, OSError) and "another rank" in str(ours)
+        assert f"--out={tmp_path / 'b'} is another folder for rank 1 on {os.uname().nodename}" in str(theirs)
+        assert "\n" not in str(theirs)
+        claims(tmp_path / "b")
+
+
+def test_a_rank_waits_until_it_sees_what_rank_0_wrote(tmp_path, monkeypatch):
+    owner, late = ckpt.owner, iter([{}, {"token": 1}])
+    monkeypatch.setattr(ckpt, "owner", lambda out: next(late, None) or owner(out))
+    assert claims(tmp_path, tmp_path) == [None, None]
+
+
+def test_a_folder_in_use_is_refused_on_all_ranks(tmp_path, elsewhere):
+    elsewhere(tmp_path)
+    ours, theirs = claims(tmp_path, tmp_path)
+    assert "in use by process" in str(ours) and "another rank" in str(theirs)
+
+
+# ---- version 1 -----------------------------------------------------------------------------------------------------
+
+V1 = Path(__file__).parent / "v1"       # a run's folder as commit 496ae65 wrote it on two ranks, its meta by train.py
+V1_PATH = V1 / "ckpt" / "step_0000002"
+
+
+def v1_state():
+    """What is saved in V1."""
+    shapes = {"blocks.0.self_attn.q.weight": (10, 3), "blocks.0.modulation": (1, 6, 4), "head.head.bias": (7,)}
+    state = {f"{role}.{name}": shape for role in ("net", "ema") for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        state |= {f"opt.{name}.step": (), f"opt.{name}.exp_avg": shape, f"opt.{name}.exp_avg_sq": shape}
+    state["null"] = (2, 5)
+    return {name: ((torch.arange(math.prod(shape)) + zlib.crc32(name.encode()) % 1000) / 8).reshape(shape)
+            for name, shape in state.items()}
+
+
+def as_version_1(path):
+    """Rewrites a checkpoint in place as commit 496ae65 wrote it: one file a rank, each tensor's rows with it."""
+    path = Path(path)
+    manifest = ckpt.read_manifest(path)
+    tensors = ckpt.described(manifest)
+    files = {}
+    for rank in range(1 + max(r for t in tensors.values() for r, _, _ in t["rows"])):
+        held = {}
+        for file in sorted(path.glob(f"rank_{rank:05d}.*.pt")):
+            held |= {name: x.clone() for name, x in torch.load(file, weights_only=True).items()}
+            file.unlink()
+        file = path / f"rank_{rank:05d}.pt"
+        torch.save({name: held[name] for name in tensors if name in held}, file)
+        files[file.name] = {"size": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+    old = {"version": 1, "step": manifest["step"], "meta": manifest["meta"], "files": files, "tensors": tensors}
+    ckpt.write_json(path / "manifest.json", old | {"crc32": ckpt.digest(old)})
+    return path
+
+
+@pytest.fixture(params=["496ae65", "rewritten"])
+def old(request, tmp_path):
+    """A run's folder of version 1: that commit's own, and what as_version_1 makes."""
+    if request.param == "496ae65":
+        return V1
+    meta = ckpt.read_manifest(V1_PATH)["meta"]
+    as_version_1(on_ranks(2, lambda rank, agree: ckpt.save(
+        tmp_path, 2, shard(v1_state(), rank, 2), meta, rank=rank, world=2, agree=agree))[0])
+    return tmp_path
+
+
+def test_a_rewritten_checkpoint_is_laid_out_as_the_old_code_did(tmp_path):
+    rows = [shard(v1_state(), rank, 2) for rank in range(2)]
+    path = on_ranks(2, lambda rank, agree: ckpt.save(
+        tmp_path, 2, rows[rank], ckpt.read_manifest(V1_PATH)["meta"], rank=rank, world=2, agree=agree))[0]
+    ours, theirs = ckpt.read_manifest(as_version_1(path)), ckpt.read_manifest(V1_PATH)
+    assert sorted(p.name for p in path.iterdir()) == sorted(p.name for p in V1_PATH.iterdir())
+    assert list(ours) == list(theirs) and ours["files"].keys() == theirs["files"].keys()
+    for part in ("version", "step", "meta"):
+        assert ours[part] == theirs[part]
+    split = [name for name in theirs["tensors"] if name != "null"]     # of the old test's null, each rank wrote a row
+    assert all(ours["tensors"][name] == theirs["tensors"][name] for name in split)
+    assert ours["tensors"].keys() == theirs["tensors"].keys()
+
+
+def test_version_1_resumes_on_any_number_of_ranks(old):
+    assert ckpt.newest(old, None, report=pytest.fail) == old / "ckpt" / "step_0000002"
+    for world in (1, 2, 3):
+        def read(rank, agree):
+            want = blank(shard(v1_state(), rank, world))
+            path = ckpt.newest(old, None, rank=rank, world=world, agree=agree)
+            manifest = ckpt.load(path, want, rank=rank, world=world, agree=agree)
+            for name, (x, _, _) in shard(v1_state(), rank, world).items():
+                assert torch.equal(want[name][0], x)
+            return manifest["step"], manifest["meta"]["counts"]["updates"]
+        assert on_ranks(world, read) == [(2, 2)] * world
+
+
+def test_version_1_gives_its_weights_and_how_to_sample_from_them(old):
+    for where in (old, old / "ckpt" / "step_0000002"):
+        source = ckpt.stored(where, {"ema", "null"})
+        assert {name.split(".")[0] for name in source.shapes} == {"ema", "null"}
+        assert source.sampling["model"] == "tiny" and source.sampling["sampler"] == "euler"
+        assert torch.equal(source.tensor("null"), v1_state()["null"])
+        for role in ("ema", "net"):
+            rows = blank({name.removeprefix(f"{role}."): part for name, part in shard(v1_state()).items()
+                          if name.startswith(f"{role}.")})
+            weights = ckpt.weights(where, role)
+            ckpt.fill(rows, weights)
+            assert all(torch.equal(x, v1_state()[f"{role}.{name}"]) for name, (x, _, _) in rows.items())
+        assert ckpt.base_of(where, weights)["crc32"] == ckpt.fingerprint(weights)
+    with pytest.raises(ValueError, match="holds no 'critic', but ema, net, null, opt"):
+        ckpt.weights(old, "critic")
+
+
+def test_the_flags_of_version_1_are_compared_as_any(old):
+    saved = ckpt.read_manifest(old / "ckpt" / "step_0000002")
+    flags, inputs = ckpt.flags_of(old, None), saved["meta"]["inputs"]
+    assert flags["lr"] == 0.008 and flags["tile"] == [4, 4, 8]
+    ckpt.differences(old, saved, flags | {"tile": (4, 4, 8), "new": 0}, inputs, set(), {"new": 0})
+    with pytest.raises(ValueError, match="--new=1 .was 0."):
+        ckpt.differences(old, saved, flags | {"new": 1}, inputs, set(), {"new": 0})
+
+
+def test_damage_to_version_1_is_found(old, tmp_path):
+    shutil.copytree(old / "ckpt", tmp_path / "copy" / "ckpt")
+    path = tmp_path / "copy" / "ckpt" / "step_0000002"
+    flip(path / "rank_00001.pt", 1000)
+    with pytest.raises(ValueError, match="rank_00001.pt is not what was saved"):
+        ckpt.stored(path, {"null"})
+    with pytest.raises(ValueError, match="every checkpoint"):
+        ckpt.latest(tmp_path / "copy", report=lambda _: None)
 
 
 # ---- what does not fit ---------------------------------------------------------------------------------------------
@@ -347,8 +942,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(tmp_path
 
 def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path, 1)
-    monkeypatch.setattr(ckpt, "VERSION", 2)
-    with pytest.raises(ValueError, match="is of version 1, this code reads version 2"):
+    monkeypatch.setattr(ckpt, "VERSION", 1)
+    with pytest.raises(ValueError, match="is of version 2, this code reads versions up to 1"):
         loads(path, state(1))
 
 
@@ -489,8 +1084,6 @@ def test_a_run_or_a_checkpoint_gives_the_weights_of_a_role(tmp_path):
         assert torch.equal(net.tensor("w"), full["net.w"]) and torch.equal(ema.rows("w", 2, 4), full["ema.w"][2:4])
         assert ema.manifest["meta"] == {"note": "step 1"}
     assert torch.equal(ckpt.stored(path).tensor("null"), full["null"])
-    with pytest.raises(ValueError, match="holds no 'critic', but ema, net"):
-        ckpt.weights(tmp_path, "critic")
-    flip(path / "rank_00000.pt", 700)
+    flip(path / "rank_00000.ema.pt", 700)
     with pytest.raises(ValueError, match="CRC32"):
         ckpt.weights(path)

@@ -2,13 +2,18 @@
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
 
+import codec
 import log as logs
 from log import MACHINE, Clock, Log, check_wandb, circumstances, curves, holds, panel, peak, running_mean
 
@@ -228,6 +233,148 @@ def test_mfu_is_given_for_bf16_on_known_devices_only(monkeypatch):
 def test_a_file_of_a_step_sorts_by_step(tmp_path):
     log = Log(tmp_path, {}, steps=10)
     assert log.file("samples", 500, "mp4") == tmp_path / "samples/step_0000500.mp4" and (tmp_path / "samples").is_dir()
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+EVIL = '<script>alert("&")</script>'
+
+
+class Links(HTMLParser):
+    """Every tag of a page, its src and href, and its text."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], ""
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def validate(log, step, captions=("a red circle",), rows=(), suffix="mp4", kind="samples"):
+    path = log.file(kind, step, suffix)
+    path.touch()
+    log(step, val_loss=1 / (1 + step))
+    log.video(step, path, captions, rows)
+
+
+def test_the_page_escapes_all_text_and_its_links_are_relative_and_exist(tmp_path):
+    log = Log(tmp_path / EVIL.replace("/", "|"), {"data": EVIL, "tile": (4, 4, 8), "init": None}, steps=20)
+    log(10, loss=0.5, note=EVIL)
+    validate(log, 10, captions=[EVIL, "a \ud800 half"], rows=[EVIL], kind="<b>")
+    log.close()
+    page = Links(log.out / "index.html")
+    assert page.tags.count("script") == 0 and page.tags.count("b") == 0
+    assert page.text.count(EVIL) == 4       # the flag, the note, the caption, the row
+    assert "4 4 8" in page.text
+    assert sorted(page.links) == ["%3Cb%3E/step_0000010.mp4", "curves.png"]
+    assert all((log.out / unquote(link)).is_file() for link in page.links)
+
+
+def test_the_page_shows_validations_newest_first_with_their_numbers(tmp_path):
+    log = Log(tmp_path, {}, steps=100)
+    for step in (9, 20, 100):
+        validate(log, step)
+        validate(log, step, ("a", "b"), rows=("student", "teacher"), kind="inside")
+    validate(log, 100, kind="aside")
+    page = Links(tmp_path / "index.html")
+    shown = [(100, "samples"), (100, "aside"), (100, "inside"), (20, "samples"), (20, "inside"), (9, "samples"),
+             (9, "inside")]
+    assert page.links == [f"{kind}/step_{step:07d}.mp4" for step, kind in shown]
+    assert "step 9 val_loss 0.1" in page.text
+    assert page.text.count("studentteacher") == 3
+    log.close()
+    assert "curves.png" in Links(tmp_path / "index.html").links
+
+
+def test_the_page_of_a_resumed_run_keeps_the_validations_before_it(tmp_path):
+    log = Log(tmp_path, {}, steps=100)
+    for step in (25, 50, 75):
+        validate(log, step, captions=[f"clip of {step}"])
+    again = Log(tmp_path, {}, step=50, steps=100)
+    again.draw()
+    page = Links(tmp_path / "index.html")
+    assert page.links == ["samples/step_0000050.mp4", "samples/step_0000025.mp4", "curves.png"]    # 75 comes again
+    assert "clip of 25" in page.text and "clip of 75" not in page.text
+    validate(again, 75, captions=["another"])
+    page = Links(tmp_path / "index.html")
+    assert page.links[0] == "samples/step_0000075.mp4"
+    assert all(caption in page.text for caption in ("clip of 25", "clip of 50", "another"))
+
+
+def test_the_page_says_where_latents_are_that_were_not_decoded(tmp_path, capsys):
+    log = Log(tmp_path, {}, steps=100)
+    validate(log, 10, suffix="npy")
+    page = Links(tmp_path / "index.html")
+    assert page.links == ["samples/step_0000010.npy"] and "video" not in page.tags
+    assert "latents, not decoded: samples/step_0000010.npy" in page.text
+    assert f"latents in {tmp_path}/samples/step_0000010.npy" in capsys.readouterr().out
+    validate(log, 10)       # a resumed run that has the decoder
+    assert Links(tmp_path / "index.html").links == ["samples/step_0000010.mp4"]
+    validate(log, 10, suffix="npy")     # and one that has not
+    assert Links(tmp_path / "index.html").links == ["samples/step_0000010.npy"]
+
+
+def test_the_page_shows_videos_of_a_run_that_noted_no_captions(tmp_path):
+    log = Log(tmp_path, {}, steps=100)
+    log.file("samples", 10, "mp4").touch()
+    log.file("samples", 10, "npy").touch()
+    (tmp_path / "samples/captions.json").write_text("torn {")
+    (tmp_path / "ckpt/step_0000010").mkdir(parents=True)
+    log(10, loss=1.0)
+    log.close()
+    assert Links(tmp_path / "index.html").links == ["samples/step_0000010.mp4", "curves.png"]
+
+
+def test_the_page_does_not_grow_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "VALIDATIONS", 3)
+    log = Log(tmp_path, {}, steps=100)
+    for step in (1, 2, 3):
+        validate(log, step)
+    assert "newest" not in Links(tmp_path / "index.html").text
+    validate(log, 4)
+    page = Links(tmp_path / "index.html")
+    assert page.links == [f"samples/step_000000{step}.mp4" for step in (4, 3, 2)]
+    assert "The newest 3 of 4 validations" in page.text
+
+
+def test_a_full_disk_costs_the_page_and_not_the_run(tmp_path, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    log = Log(tmp_path, {}, steps=100)
+    monkeypatch.setattr(logs, "write", full)
+    validate(log, 10)
+    log.close()
+    assert capsys.readouterr().out.count("not up to date: [Errno 28] No space left on device") == 2
+
+
+def test_a_browser_plays_the_page_from_disk(tmp_path):
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium here: apt-get install chromium")
+    log = Log(tmp_path / "a run", {"lr": 0.1}, steps=100)
+    colours = np.random.default_rng(0).integers(0, 255, (4, 5, 1, 1, 3)).astype(np.uint8)
+    for step, kind in [(50, "samples"), (100, "samples"), (100, "inside")]:
+        path = log.file(kind, step, "mp4")
+        codec.write_video(path, colours.repeat(32, 2).repeat(32, 3), fps=8, columns=2)
+        log(step, val_loss=0.5)
+        log.video(step, path, ["a red circle", EVIL], rows=["student", "teacher"])
+    log.close()
+    watch = """<script>addEventListener("load", () => document.title = [...document.images].map(i => i.naturalWidth > 0)
+        .concat([...document.querySelectorAll("video")].map(v => v.readyState > 1 && v.videoWidth > 64)))</script>"""
+    page = log.out / "watched.html"
+    page.write_text((log.out / "index.html").read_text(encoding="utf-8") + watch, encoding="utf-8")
+    seen = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()], capture_output=True, text=True)
+    assert "<title>true,true,true,true</title>" in seen.stdout      # the curves and three videos
+    assert "CONSOLE" not in seen.stderr
 
 
 # ---- wandb ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """One spawn of four gloo ranks walks through every mesh and writes down what it got; tests compare it with one rank."""
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -170,7 +172,45 @@ def report(world):
         seen["compiled"] = compiled(world)
     seen["mean"] = parallel.mean({"a": float(world.rank), "b": torch.tensor([world.rank, 1.0])}, world)
     seen["agree"] = [parallel.agree(ok, world) for ok in (True, world.rank != world.size - 1, False)]
+    seen["least"] = [parallel.agree(x, world) for x in (2**60 + world.rank, -world.rank)]
+    seen["spread"] = {n: gathered(world, n) for n in COUNTS}
+    if world.size > 1:
+        seen["cards"] = [shared(world, *uuids) for uuids in (range(4), (0, 1, 1, 2), (5, 5, 5, 5))]
     return seen
+
+
+COUNTS = (1, 3, 8, 9)       # clips: fewer than ranks, and what they do not divide
+
+
+def made(places):
+    """Stands for a sampler; values that bf16 would round."""
+    return torch.tensor(places, dtype=torch.float32)[:, None, None].add(torch.tensor([0.1, 1 / 3])).mul(math.pi)
+
+
+def gathered(world, n):
+    """-> what spread(made) gives, the places of each call, the bytes that were sent and to whom."""
+    calls, sent, send = [], [], torch.distributed.send
+
+    def make(places):
+        calls.append(places)
+        return made(places)
+
+    def spy(tensor, to):
+        sent.append((tensor.numel() * tensor.element_size(), to))
+        send(tensor, to)
+
+    with mock.patch.object(parallel.dist, "send", spy):
+        return parallel.spread(make, n, 2, world), calls, sent
+
+
+def shared(world, *uuids):
+    """What a rank says to the GPUs of all."""
+    card = mock.Mock(uuid=f"GPU-{uuids[world.rank]}")
+    with mock.patch.object(torch.cuda, "get_device_properties", lambda device: card):
+        try:
+            parallel.check_cards(torch.device("cuda", 0), world.size)
+        except RuntimeError as refused:
+            return str(refused)
 
 
 def walk(rank, folder, ports):
@@ -316,7 +356,36 @@ def test_means_and_agreement_are_over_all_ranks(ran, mesh):
     mean = (mesh[0] - 1) / 2
     for r in ran[mesh]:
         assert r["mean"]["a"] == mean and r["mean"]["b"].tolist() == [mean, 1.0]
-        assert r["agree"] == [True, False, False]
+        assert r["agree"] == [True, False, False] and all(type(ok) is bool for ok in r["agree"])
+        assert r["least"] == [2**60, 1 - mesh[0]] and all(type(x) is int for x in r["least"])
+
+
+@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)
+def test_what_ranks_make_together_is_on_rank_0_and_nothing_else_travels(ran, mesh, n):
+    reports = [r["spread"][n] for r in ran[mesh]]
+    results, calls, _ = reports[0]
+    assert torch.equal(results, made(range(n))) and results.dtype == torch.float32
+    assert all(result is None for result, _, _ in reports[1:])
+    for _, others, _ in reports:        # sharded ranks forward in step, at most two places at once
+        assert [len(places) for places in others] == [len(places) for places in calls]
+        assert all(1 <= len(places) <= 2 and 0 <= min(places) <= max(places) < n for places in others)
+    for rank, (_, others, _) in enumerate(reports):
+        assert others == reports[rank // mesh[2] * mesh[2]][1]      # those that share a sample make the same
+    of_rank_0 = sum(map(len, calls))
+    sent = [message for _, _, messages in reports for message in messages]
+    assert sum(size for size, _ in sent) == (n - of_rank_0) * 2 * 4 and all(to == 0 for _, to in sent)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_two_ranks_on_one_gpu_are_named(ran, mesh):
+    host = socket.gethostname()
+    for r in ran[mesh]:
+        apart, two, one = r["cards"]
+        assert apart is None
+        assert two == (f"ranks 1 and 2 share {host}'s GPU GPU-1: start one process per GPU" if mesh[0] == 4 else None)
+        ranks = " and ".join(map(str, range(mesh[0])))
+        assert one == f"ranks {ranks} share {host}'s GPU GPU-5: start one process per GPU"
 
 
 # ---- one process ----------------------------------------------------------------------------------------------------
@@ -361,23 +430,113 @@ def test_sizes_that_do_not_divide_the_world_are_refused_with_the_choices(monkeyp
         parallel.init("cpu", **{flag: value})
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_a_gpu_that_is_there_and_does_not_work_is_an_error_with_the_reason(monkeypatch, device):
+def no_gpu_works(monkeypatch, built):
+    """A machine with an NVIDIA device that PyTorch cannot use, built with CUDA or not."""
     def broken():
+        if not built:
+            raise AssertionError("Torch not compiled with CUDA enabled")
         raise RuntimeError("The NVIDIA driver on your system is too old")
     monkeypatch.setattr(parallel, "nvidia_present", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", broken)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_is_there_and_does_not_work_is_an_error_with_the_reason(monkeypatch, device):
+    no_gpu_works(monkeypatch, built=True)
     with pytest.raises(RuntimeError, match="driver on your system is too old.*--device=cpu"):
         parallel.pick_device(device)
     assert parallel.pick_device("cpu").type == "cpu"
 
 
-def test_more_local_ranks_than_gpus_are_an_error(monkeypatch):
+def test_a_pytorch_without_cuda_says_so_once_a_machine_and_takes_the_cpu(monkeypatch, capsys):
+    no_gpu_works(monkeypatch, built=False)
+    assert [parallel.pick_device("auto", rank, 2).type for rank in range(2)] == ["cpu", "cpu"]
+    assert capsys.readouterr().out == (f"this machine has a GPU, but PyTorch {torch.__version__} is a build without CUDA: "
+                                       "running on the CPU\n")
+    with pytest.raises(RuntimeError, match="not compiled with CUDA.*--device=cpu"):
+        parallel.pick_device("cuda")
+    monkeypatch.setattr(parallel, "nvidia_present", lambda: False)
+    assert parallel.pick_device("auto").type == "cpu" and capsys.readouterr().out == ""
+
+
+def with_gpus(monkeypatch, count):
+    """-> the numbers of the GPUs that will be taken, of `count` that this process sees."""
+    taken = []
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(RuntimeError, match="2 processes on a machine with 1 GPU"):
-        parallel.pick_device("cuda", local_rank=0, local_size=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
+
+
+def test_more_local_ranks_than_gpus_are_an_error(monkeypatch):
+    with_gpus(monkeypatch, 2)
+    with pytest.raises(RuntimeError, match="3 processes on a machine with 2 GPUs: use --nproc_per_node=2"):
+        parallel.pick_device("cuda", local_rank=0, local_size=3)
+
+
+@pytest.mark.parametrize("count, local_rank, index", [(1, 0, 0), (1, 3, 0), (4, 0, 0), (4, 3, 3), (8, 3, 3)])
+def test_a_rank_takes_its_gpu_or_the_only_one_that_it_sees(monkeypatch, count, local_rank, index):
+    taken = with_gpus(monkeypatch, count)
+    assert parallel.pick_device("cuda", local_rank, local_size=4) == torch.device("cuda", index) and taken == [index]
+
+
+@pytest.mark.parametrize("device, nccl, size, wanted", [
+    ("cpu", True, 2, "gloo"), ("cuda", True, 1, "cpu:gloo,cuda:nccl"), ("cuda", True, 2, "cpu:gloo,cuda:nccl"),
+    ("cuda", False, 1, "gloo")])
+def test_flags_travel_by_gloo_and_one_process_needs_no_nccl(monkeypatch, device, nccl, size, wanted):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
+    assert parallel.backend(torch.device(device), size) == wanted
+    if not nccl:
+        with pytest.raises(RuntimeError, match="2 processes on GPUs need NCCL"):
+            parallel.backend(torch.device(device), 2)
+
+
+@pytest.mark.parametrize("device, size, asked, became", [
+    ("cpu", 1, (None, None), ("fp32", False)), ("cuda", 1, (None, None), ("bf16", True)),
+    ("cpu", 2, ("bf16", True), ("bf16", True)), ("cuda", 2, ("fp32", False), ("fp32", False))])
+def test_a_gpu_brings_bf16_and_the_compiler_unless_told_otherwise(monkeypatch, device, size, asked, became):
+    calls = mock.Mock()
+    monkeypatch.setattr(parallel, "pick_device", lambda *_: torch.device(device))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    for owner, name in ((parallel, "check_cards"), (torch.distributed, "init_process_group"), (parallel, "init_device_mesh")):
+        monkeypatch.setattr(owner, name, getattr(calls, name))
+    for name, value in dict(RANK=0, WORLD_SIZE=size).items():
+        monkeypatch.setenv(name, str(value))
+    world = parallel.init(device, 1, 1, *asked)
+    assert (world.precision, world.compile) == became and world.device.type == device
+    checked = ["check_cards"] if (device, size) == ("cuda", 2) else []      # when there is a group, before any NCCL
+    assert [name for name, _, _ in calls.mock_calls] == ["init_process_group", *checked, "init_device_mesh"]
+
+
+def test_64_ranks_that_make_8_clips_move_8():
+    """Ranks one after another in this process; rank 0 last, for it receives."""
+    for n, sp in ((8, 1), (8, 2), (100, 1), (100, 4), (1, 64)):
+        sent, lengths = {}, set()
+        worlds = [parallel.imagine(64, sp=sp)._replace(rank=rank) for rank in range(64)]
+
+        def make(places):
+            lengths.add(len(places))
+            return made(places)
+        for world in reversed(worlds):
+            with mock.patch.object(parallel.dist, "send", lambda x, to: sent.update({world.rank: x.clone()})), \
+                    mock.patch.object(parallel.dist, "recv", lambda x, rank: x.copy_(sent.pop(rank))):
+                if world.rank == 0:
+                    assert sum(map(len, sent.values())) == n - math.ceil(n / world.data_size)
+                results = parallel.spread(make, n, 100, world)
+        assert torch.equal(results, made(range(n))) and not sent and len(lengths) == 1
+
+
+@pytest.mark.parametrize("size, sp", [(1, 1), (4, 1), (4, 2), (64, 1)])
+def test_shares_are_equally_long_and_count_each_thing_once(size, sp):
+    worlds = [parallel.imagine(size, sp=sp)._replace(rank=rank) for rank in range(size)]
+    for n in (0, 1, 2, 7, 64, 65):
+        shares = [parallel.share(n, world) for world in worlds]
+        assert len({len(share) for share in shares}) == 1
+        assert all(0 <= i < n for share in shares for i, _ in share)
+        assert sorted(i for share in shares[::sp] for i, counts in share if counts) == list(range(n))
+        assert all(shares[rank] == shares[rank // sp * sp] for rank in range(size))
 
 
 def test_heads_that_sp_does_not_divide_are_refused():
@@ -385,3 +544,90 @@ def test_heads_that_sp_does_not_divide_are_refused():
     _, attend, _ = world.ulysses(attention, 9)
     with pytest.raises(ValueError, match="4 heads .* --sp=3"):
         attend(*torch.zeros(3, 1, 3, 4, 8))
+
+
+# ---- being asked to stop ------------------------------------------------------------------------
+
+# PyTorch's collectives wait in C, where no handler runs: so does a lock that is taken twice.
+PRELUDE = """
+import ctypes, os, signal, time
+import parallel
+parallel.BEAT, parallel.PATIENCE = 0.2, 4.0
+
+def wait_in_c():
+    lock = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+world = parallel.init("cpu")
+stopped = parallel.stop_requested(world)
+print("ready", flush=True)
+"""
+
+
+def start(folder, code, nproc):
+    """Starts the prelude and code, in one process or under torchrun, which has 600 s of patience as in recipes."""
+    script = folder / "script.py"
+    script.write_text(PRELUDE + code)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return subprocess.Popen([sys.executable, *torchrun, str(script)], env=env, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def end_of(process):
+    """-> its exit code and what it printed; one that is still there after two minutes is ended and fails."""
+    try:
+        printed, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split()
+        for pid in [process.pid, *map(int, children)]:
+            os.kill(pid, signal.SIGKILL)
+        pytest.fail(f"still there: {process.communicate()[0]}")
+    return process.returncode, printed
+
+
+def test_ranks_agree_to_stop_when_one_is_asked(tmp_path):
+    code = """
+seen = [stopped()]
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+seen += [stopped(), stopped()]
+time.sleep(3 * parallel.PATIENCE)       # a long save; the rank that was asked looks for signs of life all the while
+print("rank", world.rank, seen, flush=True)
+parallel.leave()
+"""
+    rc, printed = end_of(start(tmp_path, code, 2))
+    assert rc == 0 and all(f"rank {rank} [False, True, True]" in printed for rank in range(2)), printed
+
+
+def test_a_rank_does_not_outlive_a_dead_one_for_long(tmp_path):
+    code = """
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+wait_in_c()
+"""
+    rc, printed = end_of(start(tmp_path, code, 2))
+    assert rc == 1 and "rank 0 ends: ranks [1] have given no sign of life for 4 s" in printed, printed
+
+
+@pytest.mark.parametrize("number, waiting", [(signal.SIGTERM, "wait_in_c()"),
+                                             (signal.SIGINT, "while True:\n    time.sleep(0.1)")])
+def test_a_second_signal_ends_a_run_at_once_and_the_first_does_not(tmp_path, number, waiting):
+    process = start(tmp_path, waiting, 1)
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid, number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    os.kill(process.pid, number)
+    assert end_of(process)[0] != 0
+
+
+def test_one_process_is_asked_to_stop(tmp_path):
+    code = """
+assert stopped() is False
+os.kill(os.getpid(), signal.SIGINT)
+assert stopped() is True
+parallel.leave()
+"""
+    assert end_of(start(tmp_path, code, 1)) == (0, "ready\n")
