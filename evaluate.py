@@ -42,7 +42,7 @@ class Config:
 
     ckpt: str = "out/train"                             # run folder (its newest checkpoint) or checkpoint
     weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
-    teacher: str | None = None                          # checkpoint that the student was distilled from, to compare with
+    teacher: str | None = None                          # checkpoint that a student was distilled from
     guidance: tuple[float, ...] = ()                    # guidance scales to try; none: the checkpoint's own
     steps: tuple[int, ...] = ()                         # numbers of sampling steps to try; none: the checkpoint's own
     n: int = 300                                        # clips per system; the 96 captions take turns
@@ -58,14 +58,16 @@ def main(cfg):
         student = stored(cfg.ckpt, cfg, world)
         teacher = stored(cfg.teacher, cfg, world) if cfg.teacher else None
         sampling = student.sampling
-        if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or sampling["codec"]["name"] != "dct":
-            raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {sampling['codec']['name']}: "
-                             f"the judge reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
+        made_by = sampling["codec"]["name"]
+        if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or made_by != "dct":
+            raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {made_by}: the judge "
+                             f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
         systems = systems_of(student, teacher, cfg)
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(cfg.n)]
-    captions += [CAPTIONS[i * len(CAPTIONS) // PROMPTS] for i in range(PROMPTS) for _ in range(SEEDS)]
+    for i in range(PROMPTS):
+        captions += [CAPTIONS[i * len(CAPTIONS) // PROMPTS]] * SEEDS
     coder = codec.load(sampling["codec"])
     latents = {system.name: sampled(system, coder, captions, cfg, world) for system in systems}
     if world.rank > 0:
@@ -89,7 +91,8 @@ def main(cfg):
     for pair, differences in pairs.items():
         print(f"{pair}: {differences}")
     out = Path(cfg.out) if cfg.out else folder(cfg.ckpt) / "evaluate.json"
-    report = {"flags": asdict(cfg), "step": student.manifest["step"], "table": table, "paired": pairs}
+    report = {"flags": asdict(cfg), "step": student.manifest["step"], "table": table,
+              "paired": pairs}
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {out}")
 
@@ -119,21 +122,29 @@ def systems_of(student, teacher, cfg):
     sampling, weights = student.sampling, ckpt.model_of(student, cfg.weights)
     if "times" not in sampling:
         if teacher:
-            raise ValueError(f"{cfg.ckpt} is no distilled student, so --teacher={cfg.teacher} is not its teacher")
-        return [System(f"{steps} steps, s={scale:g}", student, weights, sampling | {"steps": steps, "guidance": scale})
-                for steps in cfg.steps or (sampling["steps"],) for scale in cfg.guidance or (sampling["guidance"],)]
+            raise ValueError(f"{cfg.ckpt} is no distilled student, so --teacher={cfg.teacher} "
+                             "is not its teacher")
+        systems = []
+        for steps in cfg.steps or [sampling["steps"]]:
+            for scale in cfg.guidance or [sampling["guidance"]]:
+                own = sampling | {"steps": steps, "guidance": scale}
+                systems.append(System(f"{steps} steps, s={scale:g}", student, weights, own))
+        return systems
 
     if cfg.guidance or cfg.steps:
-        raise ValueError(f"{cfg.ckpt} is a student: it has its own times {sampling['times']} and no guidance")
+        raise ValueError(f"{cfg.ckpt} is a student: it has its own times {sampling['times']} "
+                         "and no guidance")
     few = f"{len(sampling['times'])} steps"
     systems = [System(f"student, {few}", student, weights, sampling)]
     if teacher:
         base = student.manifest["meta"]["base"]
         if teacher.manifest["crc32"] != base["crc32"]:
-            raise ValueError(f"{cfg.teacher} is not what {cfg.ckpt} was distilled from: that was {base['path']}")
+            raise ValueError(f"{cfg.teacher} is not what {cfg.ckpt} was distilled from: "
+                             f"that was {base['path']}")
         many, weights = teacher.sampling, ckpt.model_of(teacher, cfg.weights)
-        undistilled = sampling | {name: many[name] for name in ("window", "tile", "dense_ends")}
-        systems += [System(f"teacher, {many['steps']} steps, s={many['guidance']:g}", teacher, weights, many),
+        name = f"teacher, {many['steps']} steps, s={many['guidance']:g}"
+        undistilled = sampling | {key: many[key] for key in ("window", "tile", "dense_ends")}
+        systems += [System(name, teacher, weights, many),
                     System(f"teacher, {few}, undistilled", teacher, weights, undistilled)]
     return systems
 
@@ -158,8 +169,11 @@ def real_clips(coder, sampling, captions, seed, i):
     (_, F, H, W), (f, h, w) = sampling["shapes"][0], coder.stride
     mean, std = constants(sampling)
     size, frames = (H * h, W * w), (F - 1) * f + 1
-    videos = (clip(stream(seed, "val", i, slot), size, frames, caption)[0] for slot, caption in enumerate(captions))
-    return torch.stack([(coder.encode(video) - mean) / std for video in videos])
+    latents = []
+    for slot, caption in enumerate(captions):
+        video, _ = clip(stream(seed, "val", i, slot), size, frames, caption)
+        latents.append((coder.encode(video) - mean) / std)
+    return torch.stack(latents)
 
 
 def sampled(system, coder, captions, cfg, world):
@@ -168,7 +182,8 @@ def sampled(system, coder, captions, cfg, world):
     The ranks share the clips. Rank 0 keeps them on disk, for the next time that they are asked for.
     """
     _, saved, source, sampling = system
-    key = zlib.crc32(json.dumps([sampling, saved.manifest["crc32"], cfg.weights, captions, cfg.seed]).encode())
+    asked = [sampling, saved.manifest["crc32"], cfg.weights, captions, cfg.seed]
+    key = zlib.crc32(json.dumps(asked).encode())
     file = Path(saved.origin).parent.parent / "evaluate" / f"{key:08x}.npy"
     if parallel.agree(file.exists(), world):
         return torch.from_numpy(np.load(file))
@@ -182,13 +197,13 @@ def sampled(system, coder, captions, cfg, world):
     for padded, row in zip(text, coder.embed(captions)):
         padded[:len(row)] = row
     null = saved.tensor("null").to(world.device)
-    draws = range(len(sampling.get("times", [1])))      # a student's sampler adds noise before each step
+    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a clip
     hidden = True if world.rank > 0 else None
     bar = tqdm(total=len(captions), desc="sampling", leave=False, disable=hidden)
 
     @torch.no_grad()
     def draw(places):
-        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in draws]
+        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
         cond = Cond(text[places].to(world.device))
         uncond = Cond(null.expand_as(cond.text))
         bar.update(len(places) * world.size)
@@ -275,7 +290,8 @@ def vendi(xx):
 
 def spread(x):
     """Mean distance between clips of the same prompt."""
-    return np.mean([distances(same, same).sum() / (SEEDS * (SEEDS - 1)) for same in np.split(x, PROMPTS)])
+    sums = [distances(same, same).sum() for same in np.split(x, PROMPTS)]
+    return np.mean([total / (SEEDS * (SEEDS - 1)) for total in sums])
 
 
 def motion(latents):
@@ -284,10 +300,10 @@ def motion(latents):
 
 
 def paired(a, b, real, others, draws=200):
-    """a against b on the same captions and noises: McNemar's test of joint, 95 % intervals of a - b in the other figures.
+    """a against b on the same captions and noises: McNemar's test of joint, 95 % intervals of a - b in the rest.
 
-    The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and hold
-    no clip twice, which recall would take for a neighbour.
+    The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and
+    hold no clip twice, which recall would take for a neighbour.
     """
     n, unit = len(a.right), real.features.std(0)
     x, y, z = (clips.features[:n] / unit for clips in (a, b, others[0]))
@@ -302,14 +318,19 @@ def paired(a, b, real, others, draws=200):
         energies.append(energy(xx[half], xz[half], zz[half]) - energy(yy[half], yz[half], zz[half]))
         recalls.append(recall(xx[half], xz[half]) - recall(yy[half], yz[half]))
     only_a, only_b, p = mcnemar(a.right.all(1), b.right.all(1))
-    return {"energy": interval(energies), "recall": interval(recalls),
-            "only the first right": only_a, "only the second right": only_b, "McNemar p": round(p, 3)}
+    return {
+        "energy": interval(energies),
+        "recall": interval(recalls),
+        "only the first right": only_a,
+        "only the second right": only_b,
+        "McNemar p": round(p, 3),
+    }
 
 
 def mcnemar(a, b):
-    """Whether two systems, right (n,) on the same captions, are equally often right: McNemar's exact test.
+    """McNemar's exact test of two systems on the same captions, a, b (n,) where each is right.
 
-    -> (how often a alone is right, b alone, the two-sided p: of a fair coin's tosses, one for each of both).
+    -> (captions that a alone has right, b alone, two-sided p): a fair coin would choose between the two.
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     tosses = only_a + only_b

@@ -27,7 +27,7 @@ from model import MODELS, Cond, bind, blank, token_grid
 
 @dataclass(frozen=True)
 class Config:
-    """Sample videos from a checkpoint. A sampling flag whose default is None takes the checkpoint's own value."""
+    """Sample videos from a checkpoint. A sampling flag that is None takes the checkpoint's own value."""
 
     ckpt: str = "out/train"                             # run folder (its newest checkpoint) or checkpoint
     weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
@@ -35,35 +35,36 @@ class Config:
     file: str | None = None                             # text file with more prompts, one per line
     negative: str | None = None                         # prompt to guide away from; None: training's null text
     n: int = 1                                          # videos per prompt
-    out: str = "out/samples"                            # folder that the videos are written to
+    out: str = "out/samples"                            # folder for the videos
     seed: int = 0                                       # random seed; video i gets the same noise in every run
 
     steps: int | None = None                            # number of sampling steps
     guidance: float | None = None                       # guidance scale s in u + s (c - u); 1 turns it off
     shift: float | None = None                          # shift of the sampling times towards noise
-    size: tuple[int, int, int] | None = None            # frames, height, width in pixels; None: the most common bucket
+    size: tuple[int, int, int] | None = None            # frames, height, width in pixels; None: most clips' size
 
-    batch: int | None = None                            # videos a rank samples at once; None: what takes about 8 GB
+    batch: int | None = None                            # videos that a rank samples at once; None: what 8 GB hold
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is a GPU
-    precision: Literal["fp32", "bf16"] | None = None    # what the model computes in; None: bf16 on a GPU, else fp32
-    vae: str | None = None                              # folder or hub id of the Wan VAE; wan codec only
-    text: str | None = None                             # folder or hub id of the UMT5 text encoder; wan codec only
+    precision: Literal["fp32", "bf16"] | None = None    # what the net computes in; None: bf16 on a GPU, else fp32
+    vae: str | None = None                              # folder or hub id of the Wan VAE; codec wan only
+    text: str | None = None                             # folder or hub id of the UMT5 text encoder; codec wan only
 
 
 def main(cfg):
     with flags.door(__file__):
         world = parallel.init(cfg.device, precision=cfg.precision)
         captions = captions_of(cfg)
-        mine = range(world.rank, len(captions), world.size)     # ranks sample on their own
+        mine = range(world.rank, len(captions), world.size)
         saved = stored(cfg, world)
         sampling = chosen(saved.sampling, cfg)
         shape = latent_shape(sampling, cfg)
         source = ckpt.model_of(saved, cfg.weights)
-        texts = embedded([captions[i] for i in mine], sampling, cfg, world)
-        null = saved.tensor("null")
+        prompts = [captions[i] for i in mine]
         if cfg.negative:
-            null = embedded([cfg.negative], sampling, cfg, world)[cfg.negative]
-        torch.cuda.empty_cache()    # the text encoder is freed before the VAE and the net come
+            prompts.append(cfg.negative)
+        texts = embedded(prompts, sampling, cfg, world.device)
+        null = texts[cfg.negative] if cfg.negative else saved.tensor("null")
+        torch.cuda.empty_cache()    # the text encoder is gone before the VAE and the net come
         coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
 
     net = blank(sampling["model"])
@@ -74,14 +75,14 @@ def main(cfg):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
-    size = cfg.batch or batch_size(net.net.config, shape)
-    batches = [mine[i:i + size] for i in range(0, len(mine), size)]
+    at_once = cfg.batch or batch_size(net.net.config, shape)
+    batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
+    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a video
     mean, std = (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
     for places in tqdm(batches, unit="batch", disable=True if world.rank > 0 else None):
         text = padded([texts[captions[i]] for i in places], sampling).to(world.device)
         uncond = padded([null] * len(places), sampling).to(world.device)
-        draws = range(len(sampling.get("times", [1])))          # a student's sampler adds noise before each step
-        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in draws]
+        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
         with torch.no_grad():
             x0 = step.sample(net, noises, Cond(text), Cond(uncond), sampling)
         for i, z in zip(places, x0.cpu() * std + mean):
@@ -100,8 +101,8 @@ def captions_of(cfg):
         prompts += Path(cfg.file).read_text().splitlines()
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts or cfg.n < 1 or (cfg.batch is not None and cfg.batch < 1):
-        raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: give --prompts \"…\" or --file, "
-                         "and 1 or more of each")
+        raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: "
+                         "give --prompts \"…\" or --file, and 1 or more of each")
     return [prompt for prompt in prompts for _ in range(cfg.n)]
 
 
@@ -117,13 +118,13 @@ def chosen(sampling, cfg):
     given = dict(steps=cfg.steps, guidance=cfg.guidance, shift=cfg.shift)
     given = {name: value for name, value in given.items() if value is not None}
     if "times" in sampling and given:
-        raise ValueError(f"{cfg.ckpt} is a student distilled for times {sampling['times']} without guidance: "
-                         f"{', '.join(given)} cannot be chosen")
+        raise ValueError(f"{cfg.ckpt} is a student distilled for times {sampling['times']} "
+                         f"without guidance: {', '.join(given)} cannot be chosen")
     sampling = sampling | given
     steps, shift, guidance = sampling.get("steps", 1), sampling["shift"], sampling["guidance"]
     if steps < 1 or not 0 < shift < math.inf or not 0 <= guidance < math.inf:
-        raise ValueError(f"--steps={steps} --shift={shift} --guidance={guidance}: steps are 1 or more, the shift is "
-                         "above 0, the guidance not below")
+        raise ValueError(f"--steps={steps} --shift={shift} --guidance={guidance}: "
+                         "steps are 1 or more, the shift is above 0, the guidance not below")
     if cfg.negative and guidance == 1:
         raise ValueError("--negative does nothing without guidance")
     return sampling
@@ -137,19 +138,23 @@ def latent_shape(sampling, cfg):
     channels, strides = sampling["codec"]["channels"], sampling["codec"]["stride"]
     steps = [s * p for s, p in zip(strides, MODELS[sampling["model"]].patch)]
     if (f - 1) % strides[0] or h % steps[1] or w % steps[2] or min(cfg.size) < 1:
-        raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, height of {steps[1]}, "
-                         f"width of {steps[2]}")
+        raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, "
+                         f"height of {steps[1]}, width of {steps[2]}")
     return (channels, (f - 1) // strides[0] + 1, h // strides[1], w // strides[2])
 
 
-def embedded(prompts, sampling, cfg, world):
-    """{prompt: (S_i, E)}. Prompts are embedded one by one, so that no row depends on the others or on their number."""
-    coder = codec.load(sampling["codec"], text=cfg.text, device=world.device)
-    rows = {prompt: coder.embed([prompt])[0] for prompt in dict.fromkeys(prompts)}
-    most = sampling["text"]["length"]
-    for prompt, row in rows.items():
-        if len(row) > most:
-            raise ValueError(f"{prompt!r} has {len(row)} tokens, the model was trained with {most} at most")
+def embedded(prompts, sampling, cfg, device):
+    """{prompt: (S_i, E)}. The text encoder is loaded here and freed on return.
+
+    Prompts are embedded one by one: rows embedded together differ in the last bits with what they are padded to.
+    """
+    coder = codec.load(sampling["codec"], text=cfg.text, device=device)
+    rows = {}
+    for prompt in dict.fromkeys(prompts):
+        rows[prompt], = coder.embed([prompt])
+        if len(rows[prompt]) > sampling["text"]["length"]:
+            raise ValueError(f"{prompt!r} has {len(rows[prompt])} tokens, "
+                             f"the model was trained with {sampling['text']['length']} at most")
     return rows
 
 
@@ -162,10 +167,11 @@ def padded(rows, sampling):
 
 
 def batch_size(config, shape):
-    """As many videos as take 8 GB beside the weights, from 1 to 8.
+    """As many videos as 8 GB hold beside the weights, from 1 to 8.
 
-    A forward without gradient holds at most 40 bytes per token and channel of D in bf16 (35 to 38 for Wan's models, 64
-    in fp32). At 480 x 832 x 81 that is 2.0 GB a video of wan-1.3b and 6.7 GB of wan-14b, which has 29 GB of weights.
+    In bf16, a forward without gradient holds at most 40 bytes per token and model channel (Wan's models 34 to 38), in
+    fp32 at most 64. 81 frames of 480 x 832 are 32,760 tokens: 2.0 GB a video of wan-1.3b, so 3 at once; 6.7 GB of
+    wan-14b, whose weights are 29 GB.
     """
     held = 40 * math.prod(token_grid(config, shape)) * config.dim
     return min(max(1, int(8e9 / held)), 8)
@@ -180,11 +186,11 @@ def file_name(i, caption):
 def contact_sheet(path, files, captions, shape, stride, fps):
     """A picture of six frames of each video. They are read back from the files: in memory they would not all fit."""
     frames, h, w = (shape[1] - 1) * stride[0] + 1, shape[2] * stride[1], shape[3] * stride[2]
-    small = min(1, 160 / h)
+    size = round(h * min(1, 160 / h)), round(w * min(1, 160 / h))
     strips, shown = [], []
     for file, caption in zip(files, captions):
         if file.exists():       # nodes that share no disk keep their own
-            (video, _), = codec.read_video(file, sizes=[(round(h * small), round(w * small))], frames=frames, fps=fps)
+            (video, _), = codec.read_video(file, sizes=[size], frames=frames, fps=fps)
             strips.append(video[[round(i * (frames - 1) / 5) for i in range(6)]])
             shown.append(caption)
     codec.contact_sheet(path, strips, shown)
