@@ -284,6 +284,11 @@ class Latents:
         """(C, F, H, W) of a sample's latent."""
         return self.shapes[self.find(id)[0]]
 
+    def commonest_shapes(self):
+        """The buckets' shapes, that of most samples first."""
+        buckets = sorted(self.manifest["buckets"], key=lambda bucket: -bucket["count"])
+        return [tuple(bucket["shape"]) for bucket in buckets]
+
     def caption(self, id):
         """The sample's caption."""
         with open(self.captions, "rb") as lines:

@@ -11,7 +11,6 @@ Reads top to bottom: flags, setup in five steps, the loop, the two losses, valid
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -27,7 +26,7 @@ import codec
 import flags
 import parallel
 import plan
-from data import Latents, noise, stratified, stream
+from data import Ahead, Latents, noise, stratified, stream
 from log import Clock, Log, check_wandb, holds
 from model import MODELS, Cond, bind, blank, fits, initial
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, euler, flow_loss, grid, guided_x0, lr_at,
@@ -207,7 +206,7 @@ def main(cfg):
 
     # 5) the loop
     nets = partial(bound, student_net, critic_net, teacher_net, origin.teacher, cfg, world)
-    draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
+    draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
     K, clip, goal = len(cfg.times), DEFAULTS[cfg.model]["clip"], []
     for step in range(origin.step, cfg.steps + 1):
         # once in a while: save, then validate; a run killed in between validates when it resumes
@@ -348,22 +347,6 @@ def due(step, every):
 # ---- draws ----------------------------------------------------------------------------------------------------------
 
 
-class Ahead:
-    """draws(role, step) -> [Draw], made by a thread while the update before runs; stride: steps between a role's."""
-
-    def __init__(self, draw, stride):
-        self.draw, self.stride = draw, stride
-        self.thread, self.next = ThreadPoolExecutor(1), {}
-
-    def __call__(self, role, step):
-        now = self.next.pop((role, step), None)
-        if now is None:
-            now = self.thread.submit(self.draw, role, step)
-        after = step + self.stride[role]
-        self.next[role, after] = self.thread.submit(self.draw, role, after)
-        return now.result()
-
-
 def draw(data, cfg, role, step):
     """This rank's draws for one update -> [Draw], a pure function of role, step and each sample's slot in the batch."""
     bucket, ids = prompts(data, cfg, role, step)
@@ -377,7 +360,7 @@ def draw(data, cfg, role, step):
         noises = []
         for k in range(K - 1):
             noises.append(noise(cfg.seed, f"{role}_renoise", step, [slot * K + k for slot in slots], shape))
-        micros.append(data.to_device(Draw(text, data.null, z, e, u[slots], noises)))
+        micros.append(Draw(text, data.null, z, e, u[slots], noises))
     return micros
 
 
