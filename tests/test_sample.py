@@ -237,8 +237,8 @@ def test_ranks_divide_the_videos_and_embed_no_others(teacher, tmp_path, as_rank,
 @pytest.mark.slow
 def test_two_ranks_of_torchrun_make_the_videos_of_one(teacher, tmp_path, capsys):
     run(config(teacher, tmp_path / "one"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = [f"--ckpt={teacher}", f"--out={tmp_path / 'two'}", "--device=cpu", "--prompts", *PROMPTS]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    flags = [f"--ckpt={teacher}", f"--out={tmp_path / 'two'}", "--n=1", "--device=cpu", "--prompts", *PROMPTS]
     done = subprocess.run([*launch, str(ROOT / "sample.py"), *flags], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
