@@ -1,7 +1,8 @@
 """Videos from a checkpoint and a few words: `python sample.py --ckpt=out/train --prompts "a red circle moving left"`.
 
-A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Under torchrun each
-rank samples its share of the videos; a video is the same whatever their number. Imports model and leaves.
+A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Many GPUs share the
+videos, which are the same whatever their number: `torchrun --nproc_per_node=8 -- sample.py …` (without --, torchrun
+takes --n for a flag of its own). Imports model and leaves.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
 """
@@ -66,6 +67,8 @@ def main(cfg):
         null = texts[cfg.negative] if cfg.negative else saved.tensor("null")
         torch.cuda.empty_cache()    # the text encoder is gone before the VAE and the net come
         coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
+        if not coder.decodes:
+            raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
 
     net = blank(sampling["model"])
     parallel.prepare(net, world, trainable=False)
