@@ -112,10 +112,9 @@ def peak():     # MB; what the system's getrusage says would count the parent's
 path, spec, null = sys.argv[1], json.loads(sys.argv[2]), torch.zeros(1, 8)
 imported = peak()
 {before}
-began = time.perf_counter()
+began, busy = time.perf_counter(), time.process_time()
 {measured}
-seconds = time.perf_counter() - began
-print(json.dumps([seconds, peak(), imported]))
+print(json.dumps([time.perf_counter() - began, time.process_time() - busy, peak(), imported]))
 """
 OPEN = "latents = Latents(path, seed=0, batch=8, val=16)"
 STARTS = {  # what is measured: (what runs before, what runs), on one rank
@@ -137,16 +136,16 @@ def bench_start(cfg, ranks=8):
     table = {}
     with tempfile.TemporaryDirectory(dir=cfg.dir) as folder:
         write_many(Path(folder), cfg.start, ranks)
-        print(f"{cfg.start:,} samples of {ranks} ranks: one rank's   seconds   peak MB   MB of imports")
+        print(f"{cfg.start:,} samples of {ranks} ranks: one rank's   seconds  of a CPU  peak MB  of imports")
         for name, (before, measured) in STARTS.items():
             code = PROBE.format(before=before, measured=measured)
             done = subprocess.run([sys.executable, "-c", code, folder, json.dumps(spec)], check=True, text=True,
                                   stdout=subprocess.PIPE, cwd=Path(__file__).parent)
             table[name] = json.loads(done.stdout)
-            print("{:42} {:13.2f} {:9.0f} {:15.0f}".format(name, *table[name]))
+            print("{:45} {:10.2f} {:9.2f} {:8.0f} {:11.0f}".format(name, *table[name]))
     path = Path(cfg.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": asdict(cfg), "seconds, peak MB, MB of imports": table}, indent=1))
+    path.write_text(json.dumps({"config": asdict(cfg), "seconds, of a CPU, peak MB, of imports": table}, indent=1))
     print(f"written to {path}")
 
 
