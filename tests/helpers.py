@@ -114,7 +114,7 @@ def shapes_dataset(folder, clips=60):
 
 
 def spied(monkeypatch, module, name, record):
-    """Replaces a module's function by itself followed by record(out, *args, **more) -> the list of what that returns."""
+    """Replaces a module's function by itself followed by record(out, *args, **more) -> list of what that returns."""
     original, seen = getattr(module, name), []
 
     @wraps(original)
