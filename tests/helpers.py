@@ -1,12 +1,14 @@
 """What several test files share: a root run in this process or as a command line, and what a run leaves behind."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from functools import wraps
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -111,6 +113,19 @@ def shapes_dataset(folder, clips=60):
     """A dataset of moving shapes in a folder -> its path, as flags take it."""
     run(prepare.main, prepare.Config(clips=clips, out=str(folder)))
     return str(folder)
+
+
+def told(main, cfg, capsys):
+    """-> (exit code, {what: GB}, stderr) of a dry run."""
+    with pytest.raises(SystemExit) as end:
+        main(cfg)
+    out, err = capsys.readouterr()
+    return end.value.code, {what: float(n) for n, what in re.findall(r"^ +([\d.]+)  (.+)$", out, re.M)}, err
+
+
+def total(lines, line="in all"):
+    """The figure of the line that begins so."""
+    return next(n for what, n in lines.items() if what.startswith(line))
 
 
 def spied(monkeypatch, module, name, record):
