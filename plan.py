@@ -23,8 +23,9 @@ from data import check_batch, read_manifest
 from model import MODELS, USUAL, Cond, bind, blank, fits
 
 # Latent channels: GB of the VAE's weights, and of decoding one clip per latent row and column: about 14 maps of 4 frames of
-# the decoder's last and widest stage (96 and 256 channels), the caches of its convolutions among them, in fp32.
-VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 14 * 4 * 256 * 8 * 8 * 4e-9)}
+# the decoder's last and widest stage (96 channels), the caches of its convolutions among them, in fp32; with the shortcuts
+# of Wan 2.2's decoder 23 (256 channels).
+VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 23 * 4 * 256 * 8 * 8 * 4e-9)}
 
 
 class Weight(NamedTuple):
