@@ -1,7 +1,7 @@
 """What a run takes, counted on meta tensors: memory of a rank, disk. `--dry_run` prints it; every start on a GPU asks.
 
-What is held all the time (weights, gradients, optimizer, average) is exact. Activations are those of PyTorch's eager mode,
-an upper bound for compiled blocks; what kernels need inside is not seen. Imports model, parallel and data.
+What is held all the time (weights, gradients, optimizer, average) is exact. Activations are those of eager PyTorch, an
+upper bound for compiled blocks; what kernels need inside is not seen. Imports model, parallel and data.
 
 C F H W latent channels, frames, rows, columns
 """
@@ -22,9 +22,9 @@ import parallel
 from data import check_batch, read_manifest
 from model import MODELS, USUAL, Cond, bind, blank, fits
 
-# Latent channels: GB of the VAE's weights, and of decoding one clip per latent row and column: about 14 maps of 4 frames of
-# the decoder's last and widest stage (96 channels), the caches of its convolutions among them, in fp32; with the shortcuts
-# of Wan 2.2's decoder 23 (256 channels).
+# Latent channels: GB of the VAE's weights, and of decoding one clip per latent row and column: about 14 maps of 4 frames
+# of the decoder's last and widest stage (96 channels), the caches of its convolutions among them, in fp32; 23 with the
+# shortcuts of Wan 2.2's decoder (256 channels).
 VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 23 * 4 * 256 * 8 * 8 * 4e-9)}
 
 
