@@ -142,7 +142,10 @@ def test_what_rank_0_reads_and_the_manifest_holds_stays_small(tmp_path, monkeypa
     read, notes = ckpt.read_json, {}
     monkeypatch.setattr(ckpt, "read_json", lambda f: notes.setdefault(Path(f).name, read(f)))
     path = saved_by(4, tmp_path, 1, full)[0]
-    assert ["about" in notes[f"held_{rank:05d}.json"] for rank in range(4)] == [True] + [False] * 3
+    held = [notes[f"held_{rank:05d}.json"] for rank in range(4)]
+    assert ["about" in note for note in held] == [True] + [False] * 3
+    for r, note in enumerate(held):
+        assert note["spans"] == [[2 * r, 2 * r + 2], [4 * r, 4 * r + 4]]
     manifest = read(path / "manifest.json")
     assert manifest["rows"] == [[[r, n * r, n * r + n] for r in range(4)] for n in (2, 4)]
     assert loads(path, full)
