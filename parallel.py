@@ -422,11 +422,6 @@ def stop_requested(world):
     might wait an hour: see `watch`.
     """
     asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
     store = None
     if world.size > 1:
         store = dist.PrefixStore("beats", dist.distributed_c10d._get_default_store().clone())
@@ -437,7 +432,7 @@ def stop_requested(world):
     signal.set_wakeup_fd(outbox.fileno())
     threading.Thread(target=watch, args=(world, store, inbox, outbox), daemon=True).start()
     for number in STOP:
-        signal.signal(number, ask)
+        signal.signal(number, lambda number, frame: asked.append(number))
     return lambda: not agree(not asked, world)
 
 
