@@ -1,7 +1,7 @@
 """What only a GPU would execute, on fake tensors whose device is meta, which stands for the GPU here.
 
 A fake tensor has a shape, a dtype and a device but no values: a forward and a backward take no memory, and an operator
-that meets tensors of two devices raises, as it would on a GPU. A fake cuda tensor cannot run a backward without a driver.
+that meets tensors of two devices raises, as on a GPU. A fake cuda tensor cannot run a backward without a driver.
 """
 from contextlib import contextmanager
 from functools import partial
@@ -150,6 +150,7 @@ def test_figures_of_a_line_are_computed_from_what_is_on_the_gpu(folder, gpu, mon
 @pytest.mark.parametrize("flags", [dict(), SPARSE], ids=str)
 def test_validation_forwards_and_samples_on_the_gpu(folder, gpu, monkeypatch, flags):
     written = []
+    monkeypatch.setitem(train.DEFAULTS["tiny"], "sample_steps", 2)
     monkeypatch.setattr(train.codec, "write_clips", lambda stem, x0, *args, **more: written.append(x0))
     cfg = train.resolve(train.Config(batch=4, samples=3, micro_batch=2, **flags))
     with fake(), torch.no_grad():
@@ -173,7 +174,8 @@ def distilling(cfg, world):
         teacher.requires_grad_(False)
     sampling = {"window": None, "tile": (4, 4, 8), "dense_ends": 0, "steps": 3, "shift": 1.0}
     nets = partial(distill.bound, student, critic, teacher, sampling, cfg, world)
-    return nets, distill.learner("student", student, cfg, world), distill.learner("critic", critic, cfg, world), sampling
+    learners = distill.learner("student", student, cfg, world), distill.learner("critic", critic, cfg, world)
+    return nets, *learners, sampling
 
 
 def distill_config(monkeypatch, **flags):
@@ -244,14 +246,19 @@ def test_a_tensor_that_was_left_on_the_cpu_raises(gpu):
 
 def test_batches_reach_the_gpu_through_page_locked_memory(folder, gpu, monkeypatch):
     locked = []
-    monkeypatch.setattr(data, "page_locked", lambda shape, dtype=torch.float32: locked.append(shape) or torch.empty(shape))
+
+    def page_locked(shape, dtype=torch.float32):
+        locked.append(tuple(shape))
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setattr(data, "page_locked", page_locked)
     source = Latents(folder, seed=0, batch=4, val=2, device=GPU)
     micro = source.at(0)[0]
     assert {getattr(micro, name).device for name in ("x0", "text", "null", "drop", "u", "e")} == {GPU}
-    assert (4, *SHAPE) in [tuple(shape) for shape in locked]
+    assert (4, *SHAPE) in locked
 
 
-def test_a_start_on_a_gpu_says_what_it_takes_and_decodes_a_clip_after_the_first_update(folder, gpu, monkeypatch, capsys):
+def test_a_start_on_a_gpu_says_what_it_takes_and_decodes_a_clip_at_once(folder, gpu, monkeypatch, capsys):
     monkeypatch.setattr(plan, "memory_of", lambda device, ranks: 80e9)
     cfg = train.resolve(train.Config(batch=4, vae="somewhere"))
     source = Latents(folder, seed=0, batch=4, val=2)
