@@ -4,6 +4,7 @@ A fake tensor has a shape, a dtype and a device but no values: a forward and a b
 that meets tensors of two devices raises, as on a GPU. A fake cuda tensor cannot run a backward without a driver.
 """
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -41,6 +42,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "on_gpu", lambda device: device.type in ("meta", "cuda"))
     monkeypatch.setattr(data, "page_locked", lambda shape, dtype=torch.float32: torch.empty(shape, dtype=dtype))
     monkeypatch.setattr(torch.Tensor, "item", lambda x: 1.0)
+    monkeypatch.setitem(model.MODELS, "tiny", replace(model.MODELS["tiny"], blocks=3))     # with an inner one
     monkeypatch.setattr(parallel, "mean", lambda values, world: values)
     for root in (train, distill):
         monkeypatch.setattr(root, "numbers", lambda seen: seen)
@@ -203,7 +205,7 @@ def test_a_students_and_a_critics_update_stay_on_the_gpu(folder, gpu, monkeypatc
 def test_validation_of_a_student_shows_all_three_nets_from_the_gpu(folder, gpu, monkeypatch):
     written = []
     monkeypatch.setattr(distill.codec, "write_clips", lambda stem, x0, *args, **more: written.append(x0))
-    cfg = distill_config(monkeypatch, samples=2, micro_batch=3)
+    cfg = distill_config(monkeypatch, samples=2, micro_batch=2)
     with fake(), torch.no_grad():
         nets, _, _, sampling = distilling(cfg, gpu)
         origin = SimpleNamespace(teacher=sampling, student={})
