@@ -40,29 +40,29 @@ class Config:
     """Make a dataset of moving shapes, or of --videos, --prompts or --parquet. Flags left None take their DEFAULTS."""
 
     # what
-    videos: str | None = None           # folder of films, each with a caption in NAME.txt or captions.jsonl
+    videos: str | None = None           # folder of films; captions in NAME.txt or captions.jsonl
     prompts: str | None = None          # file with a prompt per line, for a dataset without latents
     parquet: str | None = None          # folder of parquet files from FastVideo's preprocessing
-    clips: int = 4000                   # how many moving shapes to draw, if none of these three is given
+    clips: int = 4000                   # how many moving shapes to draw, without these three
     seed: int = 0                       # random seed of the moving shapes
-    out: str | None = None              # folder of the dataset; None = data/ and shapes or the source's name
+    out: str | None = None              # the dataset's folder; None = data/ and the source's name
 
     # clips
-    sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; each film is cropped to the nearest shape
+    sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; films are cropped to the nearest
     frames: int | None = None                       # frames per clip
-    fps: float | None = None                        # frames per second of the clips, whatever the film's rate
-    cuts: Literal["first", "all"] = "first"         # take a film's first clip, or all its consecutive clips
-    caption: str | None = None                      # caption of films that have none; None = skip these films
-    shape: tuple[int, int, int, int] | None = None  # C F H W of the latents to distil from --prompts
+    fps: float | None = None                        # frames per second of clips, whatever the film's
+    cuts: Literal["first", "all"] = "first"         # take a film's first clip, or all, one by one
+    caption: str | None = None                      # caption of films without one; None = skip these
+    shape: tuple[int, int, int, int] | None = None  # C F H W of latents to distil from --prompts
 
     # codec
-    codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan needs weights, given by --vae and --text
-    vae: str | None = None                          # Wan's VAE: folder or hub id of a diffusers pipeline
+    codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan needs --vae and --text
+    vae: str | None = None                          # Wan's VAE: a diffusers folder or hub id
     text: str | None = None                         # Wan's text encoder UMT5: likewise
     text_length: int | None = None                  # tokens that a caption may have
-    negative: str = ""                              # prompt of the null text, used by dropout and guidance
-    dtype: Literal["bf16", "fp32"] = "bf16"         # precision of the stored latents and text embeddings
-    device: Literal["auto", "cpu", "cuda"] = "auto" # where the wan codec computes; dct runs on the CPU
+    negative: str = ""                              # prompt of dropout's and guidance's null text
+    dtype: Literal["bf16", "fp32"] = "bf16"         # precision of stored latents and text
+    device: Literal["auto", "cpu", "cuda"] = "auto" # where the wan codec computes; dct uses the CPU
 
 
 DEFAULTS = {    # of flags left None
