@@ -106,8 +106,11 @@ def init(device="auto", shard=1, sp=1, precision=None, compile=None, determinist
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shard = imagine(size, shard, sp).mesh.size(1)
     device = pick_device(device, local_rank, local_size)
+    old = on_gpu(device) and torch.cuda.get_device_capability(device)[0] < 8       # before Ampere: no bf16
     if precision is None:
-        precision = "bf16" if on_gpu(device) else "fp32"
+        precision = "bf16" if on_gpu(device) and not old else "fp32"
+    if precision == "bf16" and old:
+        raise RuntimeError(f"{torch.cuda.get_device_name(device)} does not compute in bf16: --precision=fp32")
     if compile is None:
         compile = on_gpu(device)
     if deterministic:
