@@ -642,8 +642,9 @@ def test_mean_and_std_are_the_same_bits_whatever_is_read_at_once(tmp_path, monke
     assert manifest(tmp_path / "b") == whole
 
 
-def test_many_samples_take_little_memory(tmp_path):
-    """At 496ae65 a sample took 1.9 kB of `finish` and 1.3 kB of a Writer's start, on every rank."""
+def test_many_samples_take_little_memory(tmp_path, monkeypatch):
+    """Bytes for each. At 496ae65: 1349 of a Writer's start, on every rank, 1639 of `finish`, 135 of Latents."""
+    monkeypatch.setattr(data, "BLOCK", 1 << 16)
     count, prompts = 20_000, spec(shape=list(SMALL))
     line = {"rank": 1, "key": "", "caption": "a dozen words " * 6, "source": "film.mp4", "rows": 2, "shape": list(SMALL),
             "crc": [0, zlib.crc32(bytes(32))]}
@@ -662,9 +663,9 @@ def test_many_samples_take_little_memory(tmp_path):
         return (most - before) / count, result
 
     each, writer = peak(lambda: Writer(tmp_path, prompts))
-    assert each < 50
-    assert peak(lambda: writer.finish(NULL))[0] < 350
-    assert peak(lambda: opened(tmp_path, val=16))[0] < 100
+    assert each < 40
+    assert peak(lambda: writer.finish(NULL))[0] < 200
+    assert peak(lambda: opened(tmp_path, val=16))[0] < 80
 
 
 def test_a_rank_that_starts_late_leaves_the_files_of_others_alone(tmp_path):

@@ -1,0 +1,142 @@
+"""What several test files share: a root run in this process or as a command line, and what a run leaves behind."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import wraps
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ckpt
+import prepare
+from conftest import ROOT
+from log import MACHINE
+
+TIMINGS = set(MACHINE)      # differ between runs that are otherwise identical
+
+
+def run(main, *args):
+    """One process's main(cfg), in this process, which afterwards is as it was: no group, no handlers of signals."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return main(*args)
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shell(nproc, script, *flags, **more):
+    """A command line as README has it, started; its output, errors among it, is the process's stdout."""
+    launch = [sys.executable]
+    if nproc > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    return subprocess.Popen(
+        [*launch, str(ROOT / script), *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **more,
+    )
+
+
+def finished(process, timeout=300):
+    """What a process printed, once it has ended well."""
+    printed, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def wait_until(happened, process, seconds=200):
+    """Waits until happened(), while the process lives."""
+    deadline = time.monotonic() + seconds
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def signal_one_of_two(script, flags, out):
+    """Two ranks, one of which is told to end once both are at work: both end, and have saved the same step."""
+    def at_work():
+        return (out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes().count(b"\n") > 2
+
+    both = shell(2, script, *flags)
+    wait_until(at_work, both)
+    ranks = subprocess.run(["pgrep", "-P", str(both.pid), "-f", script], text=True, capture_output=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGTERM)
+    assert "the same command goes on" in finished(both, 120)
+    assert log_of(out)[-1]["step"] <= ckpt.read_manifest(ckpt.latest(out))["step"]
+
+
+def as_flags(cfg):
+    """The command line of a Config: the flags that differ from their defaults."""
+    default, words = type(cfg)(), []
+    for name, value in vars(cfg).items():
+        usual = getattr(default, name)
+        if value == usual:
+            continue
+        if isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(usual, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def state(out):
+    """Every tensor of a run's newest checkpoint."""
+    source = ckpt.stored(ckpt.latest(out))
+    return {name: source.tensor(name).clone() for name in source.shapes}
+
+
+def log_of(out):
+    """The lines of a run's log without what depends on the machine's speed."""
+    with open(f"{out}/log.jsonl") as file:
+        lines = [json.loads(line) for line in file]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def same(a, b):
+    """Whether two {name: tensor} are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def shapes_dataset(folder, clips=60):
+    """A dataset of moving shapes in a folder -> its path, as flags take it."""
+    run(prepare.main, prepare.Config(clips=clips, out=str(folder)))
+    return str(folder)
+
+
+def told(main, cfg, capsys):
+    """-> (exit code, {what: GB}, stderr) of a dry run."""
+    with pytest.raises(SystemExit) as end:
+        main(cfg)
+    out, err = capsys.readouterr()
+    return end.value.code, {what: float(n) for n, what in re.findall(r"^ +([\d.]+)  (.+)$", out, re.M)}, err
+
+
+def total(lines, line="in all"):
+    """The figure of the line that begins so."""
+    return next(n for what, n in lines.items() if what.startswith(line))
+
+
+def spied(monkeypatch, module, name, record):
+    """Replaces a module's function by itself followed by record(out, *args, **more) -> list of what that returns."""
+    original, seen = getattr(module, name), []
+
+    @wraps(original)
+    def told(*args, **more):
+        out = original(*args, **more)
+        seen.append(record(out, *args, **more))
+        return out
+
+    monkeypatch.setattr(module, name, told)
+    return seen
