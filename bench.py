@@ -559,15 +559,19 @@ def bench_step(cfg):
                   remat=cfg.model != "tiny" if cfg.remat is None else cfg.remat)
     fits(cfg.model, cfg.shape[0], MODELS[cfg.model].text_dim, [cfg.shape], 1, cfg.window, cfg.tile)
     world = parallel.init(cfg.device, precision=cfg.precision, compile=cfg.compile)
-    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch, precision=world.precision, compile=world.compile)
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch, precision=world.precision,
+                  compile=world.compile)
     name = machine(world.device)
-    print(f"{name}, torch {torch.__version__}, {cfg.precision}{', compiled' * cfg.compile}{', remat' * cfg.remat}: "
-          f"{cfg.model}, batch {cfg.batch} of {cfg.shape}, {cfg.length} text tokens")
-    results = {"device": name, "torch": torch.__version__, "config": asdict(cfg), "updates": [], "saves": {}}
+    how = f"{cfg.precision}{', compiled' * cfg.compile}{', remat' * cfg.remat}"
+    print(f"{name}, torch {torch.__version__}, {how}: {cfg.model}, batch {cfg.batch} of {cfg.shape}, "
+          f"{cfg.length} text tokens")
+    results = {"device": name, "torch": torch.__version__, "config": asdict(cfg), "updates": [],
+               "saves": {}}
     with tempfile.TemporaryDirectory(dir=cfg.dir) as folder:
         folder = Path(folder)
         write_random(folder / "latents", cfg)
-        data = Latents(folder / "latents", seed=0, batch=cfg.batch, micro_batch=cfg.micro_batch, device=world.device)
+        data = Latents(folder / "latents", seed=0, batch=cfg.batch, micro_batch=cfg.micro_batch,
+                       device=world.device)
         for what, make in (("train", training), ("distill", distillation)):
             if cfg.what in (what, "both"):
                 updates, state = make(cfg, data, world)
@@ -602,7 +606,8 @@ def write_random(path, cfg):
     for i in range(4 * cfg.batch):
         rng = stream(0, "sample", 0, i)
         rows = int(rng.integers(1, cfg.length + 1))
-        writer.add(normal(rng, cfg.shape), normal(rng, (rows, width)), caption=f"{i}", source=f"{i}", key=f"{i}")
+        latent, text = normal(rng, cfg.shape), normal(rng, (rows, width))
+        writer.add(latent, text, caption=f"{i}", source=f"{i}", key=f"{i}")
     writer.finish(torch.zeros(1, width))
 
 
@@ -629,7 +634,8 @@ def training(cfg, data, world):
 
         bound, some = bind(net, cfg.shape, world, window, cfg.tile, lora=adapter), data.at(0)
         forward = bound.flops(cfg.shape, cfg.length)
-        meta = bind(blank(cfg.model, cfg.remat, lora), cfg.shape, NOWHERE, window, cfg.tile, lora=adapter)
+        meta = blank(cfg.model, cfg.remat, lora)
+        meta = bind(meta, cfg.shape, NOWHERE, window, cfg.tile, lora=adapter)
         runs = executed(flow, meta, send(some[0], NOWHERE.device)) * len(some)
         bare = partial(bare_update, me, bound, [], [(m.x0, m.u, Cond(m.text)) for m in some], world)
         updates.append(Update("train", window, partial(ours, bound=bound), bare,
@@ -677,17 +683,19 @@ def distillation(cfg, data, world):
         some = draw(data, cfg, "critic", 0)
         fixed = [send([m.z, m.u, Cond(m.text)], world.device) for m in some]
         s, full = (bound.flops(cfg.shape, cfg.length) for bound in bounds[:2])
-        learning, again, micro = 2 if lora else 3, (K - 1) / 2 * s * cfg.batch, send(some[0], NOWHERE.device)
+        learning, micro = 2 if lora else 3, send(some[0], NOWHERE.device)
+        more = (K - 1) / 2 * s * cfg.batch      # forwards of the student that the mean exit adds to exit 0
+        scores = [bounds[1], bounds[2], bounds[2]]
         for role, me, loss, needs, at, others in (
-                ("student", student, student_loss, s * learning + 3 * full, 0, [bounds[1], bounds[2], bounds[2]]),
+                ("student", student, student_loss, s * learning + 3 * full, 0, scores),
                 ("critic", critic, critic_loss, s + full * learning, 1, [bounds[0]])):
-            # what the mean exit adds: so many forwards of the student without gradient
-            runs = again + len(some) * executed(loss, meta, micro, times, 0)
-            bare = partial(bare_update, me, bounds[at], others, fixed, world, bounds[0], cycle(range(K)))
+            runs = more + len(some) * executed(loss, meta, micro, times, 0)
+            exits = cycle(range(K))
+            bare = partial(bare_update, me, bounds[at], others, fixed, world, bounds[0], exits)
             update = partial(ours, role=role, me=me, loss=loss, bounds=bounds)
-            updates.append(Update(role, window, update, bare, needs * cfg.batch + again, runs, K))
-    return updates, ckpt.roles(net=student.rows, opt=student.opt_rows, ema=student.average, critic=critic.rows,
-                               critic_opt=critic.opt_rows)
+            updates.append(Update(role, window, update, bare, needs * cfg.batch + more, runs, K))
+    return updates, ckpt.roles(net=student.rows, opt=student.opt_rows, ema=student.average,
+                               critic=critic.rows, critic_opt=critic.opt_rows)
 
 
 def bound_all(nets, names, patterns, cfg, world):
@@ -702,7 +710,8 @@ def draw(data, cfg, role, step):
     for slots in data.slots:
         text = data.text([(step * cfg.batch + slot) % data.count for slot in slots])
         z, e = (noise(0, f"{role}_{kind}", step, slots, cfg.shape) for kind in ("z", "score_noise"))
-        noises = [noise(0, f"{role}_renoise", step, [slot * K + k for slot in slots], cfg.shape) for k in range(K - 1)]
+        noises = [noise(0, f"{role}_renoise", step, [slot * K + k for slot in slots], cfg.shape)
+                  for k in range(K - 1)]
         micros.append(Random(text, data.null, z, e, u[slots], noises))
     return micros
 
@@ -734,7 +743,8 @@ def windows(cfg):
 
 def build(cfg, world, lora, patterns, trainable=True):
     net = blank(cfg.model, cfg.remat, lora)
-    return parallel.prepare(net, world, trainable=trainable, shapes=2 * (1 + len(lora)) * len(patterns))
+    shapes = 2 * (1 + len(lora)) * len(patterns)
+    return parallel.prepare(net, world, trainable=trainable, shapes=shapes)
 
 
 def learner(net, adapter, world):
@@ -798,7 +808,7 @@ def in_turns(updates, log, clock, cfg, world):
             torch.cuda.synchronize()
         return (perf_counter() - began) / steps
 
-    spent = [[] for _ in updates]       # per round (seconds of ours, of them waiting for data, seconds of the bare one)
+    spent = [[] for _ in updates]       # per round (seconds, those of them that data took, the bare one's)
     first, memory, empty = [], [0.0] * len(updates), lambda: None
     for update in updates:              # compiles, and fills caches
         first.append(turn(partial(update.ours, log, clock), update.turn) * update.turn)
@@ -810,27 +820,42 @@ def in_turns(updates, log, clock, cfg, world):
             Log.speed(0, world.device, cfg.precision)       # the peak starts anew
             waits.add("data_wait", 0)
             ours = turn(partial(update.ours, log, waits), steps)
-            memory[i] = max(memory[i], Log.speed(0, world.device, cfg.precision).get("memory_gb", 0.0))
+            used = Log.speed(0, world.device, cfg.precision)
+            memory[i] = max(memory[i], used.get("memory_gb", 0.0))
             spent[i].append((ours, waits.take(steps)["data_wait"], turn(update.bare, steps)))
 
     top = peak(machine(world.device)) if cuda and cfg.precision == "bf16" else None
     tokens = prod(token_grid(MODELS[cfg.model], cfg.shape)) * cfg.batch
-    print(f"  {'update':8}{'window':>9}{'ms':>10}{'bare ms':>10}{'loop':>8}{'data ms':>9}{'tokens/s':>11}{'TFLOP/s':>9}"
-          f"{'MFU':>7}{'HFU':>7}{'peak GB':>9}{'first s':>9}")
+    print(f"  {'update':8}{'window':>9}{'ms':>10}{'bare ms':>10}{'loop':>8}{'data ms':>9}"
+          f"{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'HFU':>7}{'peak GB':>9}{'first s':>9}")
     rows = []
     for update, seconds, start, gb in zip(updates, spent, first, memory):
         ours, wait, bare = (median(each) for each in zip(*seconds))
         rate = update.needs / ours / 1e12
         mfu, hfu = (rate / top, rate / top * update.runs / update.needs) if top else (None, None)
-        row = {"what": update.what, "window": update.window, "ms": 1000 * ours, "bare_ms": 1000 * bare,
-               "overhead": median(a / b for a, _, b in seconds) - 1, "data_wait_ms": 1000 * wait,
-               "tokens_per_s": tokens / ours, "tflops": rate, "executed": update.runs / update.needs, "mfu": mfu,
-               "hfu": hfu, "memory_gb": gb, "first_s": start, "of_updates": update.turn, "rounds": seconds}
+        row = {
+            "what": update.what,
+            "window": update.window,
+            "ms": 1000 * ours,
+            "bare_ms": 1000 * bare,
+            "overhead": median(a / b for a, _, b in seconds) - 1,
+            "data_wait_ms": 1000 * wait,
+            "tokens_per_s": tokens / ours,
+            "tflops": rate,
+            "executed": update.runs / update.needs,
+            "mfu": mfu,
+            "hfu": hfu,
+            "memory_gb": gb,
+            "first_s": start,
+            "of_updates": update.turn,
+            "rounds": seconds,
+        }
         rows.append(row)
         window = " ".join(map(str, update.window)) if update.window else "dense"
         share = "".join(f"{f'{x:.1%}' if top else '':>7}" for x in (mfu or 0, hfu or 0))
-        print(f"  {update.what:8}{window:>9}{row['ms']:10.2f}{row['bare_ms']:10.2f}{row['overhead']:8.1%}"
-              f"{row['data_wait_ms']:9.2f}{row['tokens_per_s']:11.0f}{rate:9.3f}{share}{gb:9.2f}{start:9.2f}")
+        print("  {what:8}".format(**row) + f"{window:>9}" +
+              "{ms:10.2f}{bare_ms:10.2f}{overhead:8.1%}{data_wait_ms:9.2f}{tokens_per_s:11.0f}"
+              "{tflops:9.3f}".format(**row) + share + "{memory_gb:9.2f}{first_s:9.2f}".format(**row))
     return rows
 
 

@@ -1,13 +1,15 @@
-"""Runs on one GPU what cannot be seen without: out/gpu/report.json, and report.txt to read. Exit code 0 if all passed.
+"""Runs on one GPU what cannot be seen without it: out/gpu/report.json, and report.txt to read.
 
-    tests/gpu.sh                    all but `tune` within five minutes; stops at nothing
-    tests/gpu.sh run wan            these parts, each with four times as long
+    tests/gpu.sh                    all but `tune`, within five minutes; stops at nothing
+    tests/gpu.sh run wan            these parts, each with four times as long, and wan with more updates
     tests/gpu.sh --device=cpu run   the same commands at a size for a CPU
 
-Each part is some commands in processes of their own, which share a time limit. A command's --out is read back.
+Each part is some commands in processes of their own, which share a time limit: what has compiled once is found in caches
+by the next run. A command's --out is read back. Exit code 0 if nothing failed, also where there is no GPU.
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,26 +22,29 @@ OUT = "out/gpu"
 SHAPES = f"--data={OUT}/shapes"
 STEP = "bench.py step --device={device}"
 WAN = STEP + " --model={model} --batch=1 --saves=0"
-FEW = "--steps=10 --rounds=1"
+TRAIN = f"train.py --device={{device}} {SHAPES} --out={OUT}/train --samples=2 --val=4"
 PARTS = {   # seconds in a run of all parts, the modules that it needs, the commands
-    "tests": (60, ["pytest"], ["-m pytest -q -rs tests/test_gpu.py -k {device}"]),
     "attention": (60, ["triton"], [
         f"bench.py attention --device={{device}} --rounds=3 {{grid}} --out={OUT}/attention.json"]),
-    "step": (70, [], [
-        f"{STEP} --rounds=3 --window 3 3 3 --tile 2 2 2 --out={OUT}/step_tiny.json",
-        f"{WAN} --what=train --window 3 3 3 {FEW} --out={OUT}/step_wan.json"]),
-    "run": (50, ["av", "matplotlib", "tqdm"], [
+    "tests": (60, ["pytest"], ["-m pytest -v -rs --tb=short tests/test_gpu.py -k {device}"]),
+    "run": (45, ["av", "matplotlib", "tqdm"], [
         f"prepare.py --clips=100 --out={OUT}/shapes",
-        f"train.py --device={{device}} {SHAPES} --out={OUT}/train --steps=20 --warmup=2 --samples=2 --val=4",
-        f"train.py --device={{device}} {SHAPES} --out={OUT}/train --steps=24 --allow decay_steps --samples=2",
-        f"distill.py --device={{device}} {SHAPES} --teacher={OUT}/train --out={OUT}/few --steps=20 --samples=1",
+        f"{TRAIN} --steps=20 --warmup=2",
+        f"{TRAIN} --steps=24 --warmup=2 --allow decay_steps",
+        f"distill.py --device={{device}} {SHAPES} --teacher={OUT}/train --out={OUT}/few"
+        " --steps=20 --samples=1",
         f"sample.py --device={{device}} --ckpt={OUT}/few --out={OUT}/samples --prompts one two",
         f"evaluate.py --device={{device}} --ckpt={OUT}/few --n=40 --out={OUT}/evaluate.json"]),
-    "wan": (60, [], [
-        f"{WAN} --what=train --lora_rank=32 --window 3 3 3 {FEW} --out={OUT}/step_wan_lora.json",
-        f"{WAN} --what=distill --lora_rank=32 --steps=4 --rounds=1 --out={OUT}/step_wan_dmd.json"]),
+    "step": (65, [], [
+        f"{STEP} --rounds=3 --steps=4 --window 3 3 3 --tile 2 2 2 --out={OUT}/step_tiny.json",
+        f"{WAN} --what=train --window 3 3 3 {{few}} --out={OUT}/step_wan.json"]),
+    "wan": (65, [], [
+        f"{WAN} --what=train --lora_rank=32 {{few}} --out={OUT}/step_wan_lora.json",
+        f"{WAN} --what=distill --lora_rank=32 --student_steps=1 {{few}}"
+        f" --out={OUT}/step_wan_dmd.json"]),
     "tune": (150, ["triton"], [
-        f"bench.py attention --device={{device}} --no-check --rounds=3 --tune {{grid}} --out={OUT}/tune.json"]),
+        f"bench.py attention --device={{device}} --no-check --rounds=3 --tune {{grid}}"
+        f" --out={OUT}/tune.json"]),
 }
 SIZES = {   # what stands for {model} and {grid}
     "cuda": {"model": "wan-1.3b", "grid": "--grid 30 48 80 --tile 6 8 8 --heads=24"},
@@ -56,6 +61,8 @@ def main(arguments):
         sys.exit(f"gpu.sh: the parts are {', '.join(PARTS)}, not {' '.join(arguments)}")
     os.chdir(ROOT)
     Path(OUT).mkdir(parents=True, exist_ok=True)
+    for earlier in ("shapes", "train", "few", "samples"):       # a finished run would not run again
+        shutil.rmtree(Path(OUT, earlier), ignore_errors=True)
     name = gpu() if device == "cuda" else "the CPU"
     report = {"device": name or "no GPU", "python": sys.version.split()[0], "parts": {}}
     for part in arguments or [part for part in PARTS if part != "tune"]:
@@ -65,10 +72,12 @@ def main(arguments):
         if missing:
             result = {"state": ", ".join(missing)}
         else:
-            limit *= ALONE if arguments else 1
-            result = run([command.format(device=device, **SIZES[device]) for command in commands], limit)
+            sizes = SIZES[device] | {"device": device, "few": "--steps=1 --rounds=1"}
+            if arguments:
+                limit, sizes = ALONE * limit, sizes | {"few": "--steps=5 --rounds=2"}
+            result = run([command.format(**sizes) for command in commands], limit)
         report["parts"][part] = result
-        write(report)           # after each part: whatever ends this, the report has what was before
+        write(report)           # whatever ends this, the report has what was before
     print(Path(OUT, "report.txt").read_text())
     return any(part["state"] == "failed" for part in report["parts"].values())
 
@@ -81,7 +90,7 @@ def gpu():
 
 
 def run(commands, limit):
-    """Runs all commands, also after one that failed, until the time is up -> what the report says of them."""
+    """Runs all commands, also after one that failed, until the time is up -> their report."""
     end, seen = time.monotonic() + limit, []
     for command in commands:
         print(f"python {command}", flush=True)
@@ -94,7 +103,8 @@ def run(commands, limit):
         if code == 0 and out.suffix == ".json" and out.exists():
             entry["results"] = json.loads(out.read_text())
         seen.append(entry)
-    return {"state": "failed" if any(entry["code"] for entry in seen) else "passed", "limit": limit, "commands": seen}
+    failed = any(entry["code"] for entry in seen)
+    return {"state": "failed" if failed else "passed", "limit": limit, "commands": seen}
 
 
 def execute(command, seconds):
@@ -102,8 +112,8 @@ def execute(command, seconds):
     began = time.monotonic()
     if seconds <= 0:
         return "time is up", "", 0.0
-    process = subprocess.Popen([sys.executable, *command.split()], text=True, start_new_session=True,
-                               errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([sys.executable, *command.split()], text=True, errors="replace",
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         printed, _ = process.communicate(timeout=seconds)
         code = process.returncode

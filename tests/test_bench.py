@@ -86,7 +86,7 @@ def test_mfu_is_a_share_of_the_peak_and_hfu_of_what_is_executed(monkeypatch):
 
 
 def test_executed_flops_count_what_remat_and_attention_compute_again():
-    """Without remat a backward is twice the forward, less what no gradient is wanted of, and attention's 5/4 of that."""
+    """A backward is two forwards, less what needs no gradient, and five quarters of that for attention."""
     S, shape = 8, (24, 5, 8, 8)
     for window in (None, (1, 1, 1)):
         counted = {}
