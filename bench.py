@@ -2,27 +2,32 @@
 
     python bench.py data        samples per second: the loader, np.memmap, torch.load, parquet
     python bench.py attention   sliding-tile attention, checked, then timed beside dense SDPA, FlexAttention and peers
+    python bench.py step        one update of training and of distillation beside the bare model's, and a save
     python bench.py sparsity    what tiles and windows save on Wan's grids
 
-Imports data, attention, log and model.
+`step` repeats a few lines of the roots, which never import each other; all else is theirs too. Imports every leaf but
+codec, shapes and flags; attention and model.
 
 B batch · C F H W latent channels, frames, rows, columns · L video tokens · S text tokens · E text width
 N heads · K head width
 """
+import gc
+import io
 import json
 import os
 import platform
+import re
 import tempfile
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
+from itertools import count, cycle, product
 from math import prod
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import Literal
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -31,12 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention as sliding
+import ckpt
+import parallel
 from attention import attention, build_metadata, reference
-from data import Latents, Writer, normal, stream
-from log import peak
-from model import MODELS, flops
+from data import Ahead, Latents, Writer, noise, normal, send, stratified, stream
+from log import Clock, Log, peak
+from model import MODELS, USUAL, Cond, bind, blank, fits, flops, initial, token_grid
+from step import (Learner, adamw, copies, dmd_loss, flow_loss, grid, numbers, rollout, sample_t, train_step)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -493,6 +502,378 @@ def tune(metadata, q, k, v, grad, rounds):
     sliding.HALF[key] = shipped
 
 
+# ---- step -----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class StepConfig:
+    """One update of train.py and of distill.py beside the bare model's, dense and with --window, and a save."""
+    what: Literal["train", "distill", "both"] = "both"      # distill: one update of the student and one of its critic
+    model: Literal[tuple(MODELS)] = "tiny"                  # model size, a row of model.MODELS
+    shape: tuple[int, int, int, int] | None = None          # latent C F H W; None = what the model is mostly trained on
+    length: int | None = None                               # text tokens; None = the same
+    batch: int | None = None                                # samples per update; None = 16 for tiny, else 1
+    micro_batch: int | None = None                          # samples forwarded at once; None = batch
+    window: tuple[int, int, int] | None = None              # tiles; timed beside dense. In distill.py the student's
+    tile: tuple[int, int, int] = (4, 4, 8)                  # tokens of a tile
+    lora_rank: int = 0                                      # LoRA rank; 0 trains all weights
+    student_steps: int = 4                                  # sampling steps of the student, whose mean is shown
+    remat: bool | None = None                               # recompute activations; None = for all but tiny
+    device: Literal["auto", "cpu", "cuda"] = "auto"         # auto = cuda where there is a GPU
+    precision: Literal["fp32", "bf16"] | None = None        # None = bf16 on a GPU, else fp32
+    compile: bool | None = None                             # compile the blocks; None = on a GPU
+    steps: int = 10                                         # updates in a row; the student's are whole rounds of steps
+    rounds: int = 5                                         # times that each takes its turn; medians are shown
+    saves: int = 1                                          # checkpoints to write, 0 = none; the median is shown
+    dir: str | None = None                                  # where dataset and saves go; None = the temporary folder
+    out: str = "out/bench/step.json"                        # file of the results
+
+
+EVERY = 10          # updates to a line of the log
+
+
+class Update(NamedTuple):
+    """An update as its root makes it, and the bare model's that does the same work."""
+    what: str           # train, student or critic
+    window: tuple | None
+    ours: Callable      # update(log, clock)
+    bare: Callable      # update()
+    needs: float        # FLOPs that the model needs for it: a backward is twice its forward
+    runs: float         # FLOPs that are executed: also what is computed again
+    turn: int = 1       # updates of which only the mean counts
+
+
+class Random(NamedTuple):
+    """Everything random of one micro-batch of distillation."""
+    text: torch.Tensor
+    null: torch.Tensor
+    z: torch.Tensor
+    e: torch.Tensor
+    u: torch.Tensor
+    noises: list
+
+
+def bench_step(cfg):
+    shape, length = USUAL[cfg.model]
+    cfg = replace(cfg, shape=cfg.shape or shape, length=cfg.length or length,
+                  batch=cfg.batch or (16 if cfg.model == "tiny" else 1),
+                  remat=cfg.model != "tiny" if cfg.remat is None else cfg.remat)
+    fits(cfg.model, cfg.shape[0], MODELS[cfg.model].text_dim, [cfg.shape], 1, cfg.window, cfg.tile)
+    world = parallel.init(cfg.device, precision=cfg.precision, compile=cfg.compile)
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch, precision=world.precision,
+                  compile=world.compile)
+    name = machine(world.device)
+    how = f"{cfg.precision}{', compiled' * cfg.compile}{', remat' * cfg.remat}"
+    print(f"{name}, torch {torch.__version__}, {how}: {cfg.model}, batch {cfg.batch} of {cfg.shape}, "
+          f"{cfg.length} text tokens")
+    results = {"device": name, "torch": torch.__version__, "config": asdict(cfg), "updates": [],
+               "saves": {}}
+    with tempfile.TemporaryDirectory(dir=cfg.dir) as folder:
+        folder = Path(folder)
+        write_random(folder / "latents", cfg)
+        data = Latents(folder / "latents", seed=0, batch=cfg.batch, micro_batch=cfg.micro_batch,
+                       device=world.device)
+        for what, make in (("train", training), ("distill", distillation)):
+            if cfg.what in (what, "both"):
+                updates, state = make(cfg, data, world)
+                log, clock = quiet(Log, folder / what, asdict(cfg), steps=10**6), Clock()
+                results["updates"] += in_turns(updates, log, clock, cfg, world)
+                results["saves"][what] = save_times(folder / what, state, cfg)
+                quiet(log.close)
+                updates = state = log = None            # the next one needs their memory
+                gc.collect()
+                torch.cuda.empty_cache()
+        data = None
+    path = Path(cfg.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1))
+    print(f"written to {path}")
+
+
+def machine(device):
+    """The name of what computes."""
+    if parallel.on_gpu(device):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_random(path, cfg):
+    """A dataset of random latents and texts, four batches of it."""
+    width = MODELS[cfg.model].text_dim
+    codec = {"name": "random", "text_width": width, "text_length": cfg.length}
+    writer = Writer(path, {"codec": codec, "fps": 16, "dtype": "bf16"})
+    for i in range(4 * cfg.batch):
+        rng = stream(0, "sample", 0, i)
+        rows = int(rng.integers(1, cfg.length + 1))
+        latent, text = normal(rng, cfg.shape), normal(rng, (rows, width))
+        writer.add(latent, text, caption=f"{i}", source=f"{i}", key=f"{i}")
+    writer.finish(torch.zeros(1, width))
+
+
+def training(cfg, data, world):
+    """-> [Update] of train.py, dense and with the window, and the state that it saves."""
+    lora = {"main": (cfg.lora_rank, cfg.lora_rank)} if cfg.lora_rank else {}
+    adapter = "main" if lora else None
+    net = build(cfg, world, lora, windows(cfg))
+    ckpt.fill(parallel.local_rows(net), values)
+    me = learner(net, adapter, world)
+    me.average = copies(me.rows)
+    steps, updates = count(), []
+    for window in windows(cfg):
+        def losses_of(micros, bound):
+            return [partial(flow, bound, micro) for micro in micros]
+
+        def ours(log, clock, bound):
+            step = next(steps)
+            with clock("seconds"):
+                with clock("data_wait"):
+                    micros = data.at(step)
+                seen = train_step(me, losses_of(micros, bound), lr=1e-6, clip=1.0, ema=0.999)
+            line(log, step, seen, clock, world)
+
+        bound, some = bind(net, cfg.shape, world, window, cfg.tile, lora=adapter), data.at(0)
+        forward = bound.flops(cfg.shape, cfg.length)
+        meta = blank(cfg.model, cfg.remat, lora)
+        meta = bind(meta, cfg.shape, NOWHERE, window, cfg.tile, lora=adapter)
+        runs = executed(flow, meta, send(some[0], NOWHERE.device)) * len(some)
+        bare = partial(bare_update, me, bound, [], [(m.x0, m.u, Cond(m.text)) for m in some], world)
+        updates.append(Update("train", window, partial(ours, bound=bound), bare,
+                              (2 if lora else 3) * forward * cfg.batch, runs))
+    return updates, ckpt.roles(net=me.rows, opt=me.opt_rows, ema=me.average)
+
+
+def flow(net, micro):
+    """train.py's loss."""
+    drop = micro.drop < 0.1
+    text = torch.where(drop[:, None, None], micro.null, micro.text)
+    return flow_loss(net, micro.x0, Cond(text), sample_t(micro.u, "uniform", 3.0), micro.e)
+
+
+def distillation(cfg, data, world):
+    """-> [Update] of distill.py, student and critic, dense and with the window, and the state that it saves."""
+    K, lora = cfg.student_steps, cfg.lora_rank
+    adapters = dict.fromkeys(("student", "critic"), (lora, lora)) if lora else {}
+    names = ("student", "critic", None) if lora else (None, None, None)
+    base = build(cfg, world, adapters, windows(cfg), trainable=bool(lora))
+    ckpt.fill(parallel.local_rows(base), values)
+    nets = [base if lora else build(cfg, world, {}, windows(cfg)) for _ in names[:2]] + [base]
+    student, critic = (learner(net, name, world) for net, name in zip(nets, names[:2]))
+    if not lora:
+        source = parallel.local_rows(base)
+        for me in (student, critic):
+            ckpt.fill(me.rows, lambda name, shape, first, last: source[name].tensor)
+    student.average = copies(student.rows)
+    draws = Ahead(partial(draw, data, cfg), {"student": 1, "critic": 1}, world.device)
+    steps, updates, times = {"student": count(), "critic": count()}, [], grid(K, 5.0)
+    for window in windows(cfg):
+        def ours(log, clock, role, me, loss, bounds):
+            step = next(steps[role])
+            with clock("seconds"):
+                with clock("data_wait"):
+                    micros = draws(role, step)
+                losses = [partial(loss, bounds, micro, times, step % K) for micro in micros]
+                seen = train_step(me, losses, lr=1e-6, clip=10.0, ema=0.99 if me.average else None)
+            line(log, step, seen, clock, world)
+
+        patterns = window, None, None
+        bounds = bound_all(nets, names, patterns, cfg, world)
+        blanks = [blank(cfg.model, cfg.remat, adapters) for _ in nets[:1 if lora else 3]]
+        meta = bound_all(blanks * 3 if lora else blanks, names, patterns, cfg, NOWHERE)
+        some = draw(data, cfg, "critic", 0)
+        fixed = [send([m.z, m.u, Cond(m.text)], world.device) for m in some]
+        s, full = (bound.flops(cfg.shape, cfg.length) for bound in bounds[:2])
+        learning, micro = 2 if lora else 3, send(some[0], NOWHERE.device)
+        more = (K - 1) / 2 * s * cfg.batch      # forwards of the student that the mean exit adds to exit 0
+        scores = [bounds[1], bounds[2], bounds[2]]
+        for role, me, loss, needs, at, others in (
+                ("student", student, student_loss, s * learning + 3 * full, 0, scores),
+                ("critic", critic, critic_loss, s + full * learning, 1, [bounds[0]])):
+            runs = more + len(some) * executed(loss, meta, micro, times, 0)
+            exits = cycle(range(K))
+            bare = partial(bare_update, me, bounds[at], others, fixed, world, bounds[0], exits)
+            update = partial(ours, role=role, me=me, loss=loss, bounds=bounds)
+            updates.append(Update(role, window, update, bare, needs * cfg.batch + more, runs, K))
+    return updates, ckpt.roles(net=student.rows, opt=student.opt_rows, ema=student.average,
+                               critic=critic.rows, critic_opt=critic.opt_rows)
+
+
+def bound_all(nets, names, patterns, cfg, world):
+    return [bind(net, cfg.shape, world, window, cfg.tile, lora=name)
+            for net, name, window in zip(nets, names, patterns)]
+
+
+def draw(data, cfg, role, step):
+    """What distill.py draws for one update."""
+    K, micros = cfg.student_steps, []
+    u = stratified(0, f"{role}_score_t_perm", f"{role}_score_t", step, cfg.batch)
+    for slots in data.slots:
+        text = data.text([(step * cfg.batch + slot) % data.count for slot in slots])
+        z, e = (noise(0, f"{role}_{kind}", step, slots, cfg.shape) for kind in ("z", "score_noise"))
+        noises = [noise(0, f"{role}_renoise", step, [slot * K + k for slot in slots], cfg.shape)
+                  for k in range(K - 1)]
+        micros.append(Random(text, data.null, z, e, u[slots], noises))
+    return micros
+
+
+def student_loss(nets, micro, times, exit):
+    """distill.py's loss of the student, with guidance at every t."""
+    student, critic, teacher = nets
+    cond, uncond = Cond(micro.text), Cond(micro.null.expand_as(micro.text))
+    x0 = rollout(student, micro.z, cond, times, micro.noises, exit)
+    t = sample_t(micro.u, "uniform", 5.0, (0.02, 0.98))
+    return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, torch.full_like(t, 4.0))
+
+
+def critic_loss(nets, micro, times, exit):
+    """distill.py's loss of the critic."""
+    student, critic, _ = nets
+    cond = Cond(micro.text)
+    with torch.no_grad():
+        x0 = rollout(student, micro.z, cond, times, micro.noises, exit)
+    return flow_loss(critic, x0, cond, sample_t(micro.u, "uniform", 5.0, (0.02, 0.98)), micro.e)
+
+
+NOWHERE = parallel.imagine(1)       # where FLOPs are counted: on meta
+
+
+def windows(cfg):
+    return [None, cfg.window] if cfg.window else [None]
+
+
+def build(cfg, world, lora, patterns, trainable=True):
+    net = blank(cfg.model, cfg.remat, lora)
+    shapes = 2 * (1 + len(lora)) * len(patterns)
+    return parallel.prepare(net, world, trainable=trainable, shapes=shapes)
+
+
+def learner(net, adapter, world):
+    """A whole net, or one adapter of it, as train_step takes it."""
+    rows = parallel.local_rows(net, trained=True)
+    if adapter:
+        rows = {name: part for name, part in rows.items() if f".lora.{adapter}." in name}
+    opt, opt_rows = adamw(rows, (0.9, 0.999), 0.01)
+    return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world))
+
+
+def values(name, shape, first, last):
+    """An initial value, but for the head's, which is 0 there: GPUs multiply zeros faster."""
+    return initial(name.replace("head.head", "head"), shape, stream(0, "init", 0))[first:last]
+
+
+def executed(loss, *inputs):
+    """The FLOPs of a loss and its backward, counted operator by operator on meta."""
+    with FlopCounterMode(display=False) as counter:
+        loss(*inputs)[0].backward()
+    return counter.get_total_flops()
+
+
+def bare_update(me, net, others, inputs, world, student=None, exits=None):
+    """Forward, backward and AdamW on fixed inputs, after the forwards without gradient that a distillation needs."""
+    extra = [student] * next(exits) if exits else []
+    for i, (x, t, cond) in enumerate(inputs, 1):
+        with torch.no_grad():
+            for other in (*extra, *others):
+                other(x, t, cond)
+        me.sync(i == len(inputs))
+        (net(x, t, cond).square().mean() / len(inputs)).backward()
+    parallel.collect(net.net, me.rows)
+    me.opt.found_inf = None
+    me.opt.step()
+    me.opt.zero_grad(set_to_none=True)
+
+
+def line(log, step, seen, clock, world):
+    """A line of the log, as often as train.py writes one."""
+    if (step + 1) % EVERY == 0:
+        quiet(log, step + 1, **numbers(parallel.mean(seen | clock.sums, world)))
+
+
+def quiet(function, *args, **more):
+    """Calls it without what it prints."""
+    with redirect_stdout(io.StringIO()):
+        return function(*args, **more)
+
+
+def in_turns(updates, log, clock, cfg, world):
+    """Prints and returns a row per update: a busy moment of the machine is everybody's."""
+    cuda = parallel.on_gpu(world.device)
+
+    def turn(run, steps):
+        """Seconds of one update, when all that they began is done."""
+        began = perf_counter()
+        for _ in range(steps):
+            run()
+        if cuda:
+            torch.cuda.synchronize()
+        return (perf_counter() - began) / steps
+
+    spent = [[] for _ in updates]       # per round (seconds, those of them that data took, the bare one's)
+    first, memory, empty = [], [0.0] * len(updates), lambda: None
+    for update in updates:              # compiles, and fills caches
+        first.append(turn(partial(update.ours, log, clock), update.turn) * update.turn)
+        turn(update.bare, update.turn)
+    for _ in range(cfg.rounds):
+        for i, update in enumerate(updates):
+            steps, waits = -(-cfg.steps // update.turn) * update.turn, Clock()
+            turn(empty, 1)
+            Log.speed(0, world.device, cfg.precision)       # the peak starts anew
+            waits.add("data_wait", 0)
+            ours = turn(partial(update.ours, log, waits), steps)
+            used = Log.speed(0, world.device, cfg.precision)
+            memory[i] = max(memory[i], used.get("memory_gb", 0.0))
+            spent[i].append((ours, waits.take(steps)["data_wait"], turn(update.bare, steps)))
+
+    top = peak(machine(world.device)) if cuda and cfg.precision == "bf16" else None
+    tokens = prod(token_grid(MODELS[cfg.model], cfg.shape)) * cfg.batch
+    print(f"  {'update':8}{'window':>9}{'ms':>10}{'bare ms':>10}{'loop':>8}{'data ms':>9}"
+          f"{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'HFU':>7}{'peak GB':>9}{'first s':>9}")
+    rows = []
+    for update, seconds, start, gb in zip(updates, spent, first, memory):
+        ours, wait, bare = (median(each) for each in zip(*seconds))
+        rate = update.needs / ours / 1e12
+        mfu, hfu = (rate / top, rate / top * update.runs / update.needs) if top else (None, None)
+        row = {
+            "what": update.what,
+            "window": update.window,
+            "ms": 1000 * ours,
+            "bare_ms": 1000 * bare,
+            "overhead": median(a / b for a, _, b in seconds) - 1,
+            "data_wait_ms": 1000 * wait,
+            "tokens_per_s": tokens / ours,
+            "tflops": rate,
+            "executed": update.runs / update.needs,
+            "mfu": mfu,
+            "hfu": hfu,
+            "memory_gb": gb,
+            "first_s": start,
+            "of_updates": update.turn,
+            "rounds": seconds,
+        }
+        rows.append(row)
+        window = " ".join(map(str, update.window)) if update.window else "dense"
+        share = "".join(f"{f'{x:.1%}' if top else '':>7}" for x in (mfu or 0, hfu or 0))
+        print("  {what:8}".format(**row) + f"{window:>9}" +
+              "{ms:10.2f}{bare_ms:10.2f}{overhead:8.1%}{data_wait_ms:9.2f}{tokens_per_s:11.0f}"
+              "{tflops:9.3f}".format(**row) + share + "{memory_gb:9.2f}{first_s:9.2f}".format(**row))
+    return rows
+
+
+def save_times(out, state, cfg):
+    """How long a save of the state blocks training -> {seconds, gb, gb_per_s}, None where --saves=0."""
+    seconds = []
+    for step in range(cfg.saves):
+        began = perf_counter()
+        path = ckpt.save(out, step, state, {}, keep=1)
+        seconds.append(perf_counter() - began)
+    if not seconds:
+        return None
+    gb = sum(file.stat().st_size for file in path.iterdir()) / 1e9
+    row = {"seconds": median(seconds), "gb": gb, "gb_per_s": gb / median(seconds)}
+    print("  a save blocks training for {seconds:.2f} s: {gb:.3f} GB, {gb_per_s:.2f} GB/s".format(**row))
+    return row
+
+
 # ---- sparsity -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -521,7 +902,7 @@ def bench_sparsity(cfg):
 
 
 COMMANDS = {"data": (DataConfig, bench_data), "attention": (AttentionConfig, bench_attention),
-            "sparsity": (SparsityConfig, bench_sparsity)}
+            "step": (StepConfig, bench_step), "sparsity": (SparsityConfig, bench_sparsity)}
 
 
 def main(cfg):
@@ -529,4 +910,7 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}))
+    chosen = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()})
+    main(chosen)
+    if type(chosen) is StepConfig:
+        parallel.leave()
