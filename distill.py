@@ -28,7 +28,7 @@ import parallel
 import plan
 from data import Ahead, Latents, noise, stratified, stream
 from log import Clock, Log, check_wandb, holds
-from model import MODELS, Cond, bind, blank, fits, initial
+from model import MODELS, Cond, bind, blank, fits, initial, shapes_of
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, euler, flow_loss, grid, guided_x0, lr_at,
                   numbers, rollout, sample_t, start_average, to_x0, train_step)
 
@@ -413,6 +413,7 @@ def begin(cfg):
     check_wandb(cfg.wandb if world.main else "off")
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
+    ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
     base = ckpt.base_of(cfg.teacher, weights)
     inputs = {"data": data.manifest["crc32"], "teacher": base["crc32"]}
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)

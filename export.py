@@ -12,8 +12,6 @@ import json
 import math
 import re
 import shutil
-import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +20,8 @@ import torch
 import tyro
 
 import ckpt
-from model import MODELS, DiT
+import flags
+from model import MODELS, shapes_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Config:
 
 
 def main(cfg):
-    with door():
+    with flags.door(__file__):
         if cfg.shard_gb <= 0:
             raise ValueError(f"--shard_gb={cfg.shard_gb}: above 0")
         saved = ckpt.role_of(ckpt.stored(cfg.ckpt, {cfg.weights}), cfg.weights)
@@ -61,9 +60,7 @@ def main(cfg):
         else:
             source = ckpt.merged(saved, cfg.base) if cfg.merge else saved
             config = MODELS[saved.sampling["model"]]
-            with torch.device("meta"):
-                shapes = {name: tuple(p.shape) for name, p in DiT(config).named_parameters()}
-            ckpt.match(shapes, source.shapes, source.origin)
+            ckpt.match(shapes_of(saved.sampling["model"]), source.shapes, source.origin)
             source = ckpt.renamed(source, NAMES[cfg.format])
             if cfg.format in CONFIG:
                 beside["config.json"] = CONFIG[cfg.format](config, saved.sampling)
@@ -72,16 +69,6 @@ def main(cfg):
     print(f"{saved.origin}, step {step}: {len(source.shapes)} tensors, read back bit for bit, in")
     for file in sorted(Path(cfg.out).iterdir()):
         print(f"  {file}  {file.stat().st_size / 1e6:,.1f} MB")
-
-
-@contextmanager
-def door():
-    """Bad input is refused in one line, exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 # ---- formats --------------------------------------------------------------------------------------------------------

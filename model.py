@@ -340,6 +340,11 @@ def blank(name, remat=False, lora={}):
     return net
 
 
+def shapes_of(name):
+    """{parameter: shape} of the model called `name`."""
+    return {key: tuple(p.shape) for key, p in blank(name).named_parameters()}
+
+
 def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
     """ValueError unless the model called `name` takes latents of these shapes (C, F, H, W) and texts of this width."""
     config = MODELS[name]

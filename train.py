@@ -25,7 +25,7 @@ import parallel
 import plan
 from data import Latents, noise, stream
 from log import Clock, Log, check_wandb, holds
-from model import MODELS, Cond, bind, blank, fits, initial, token_grid
+from model import MODELS, Cond, bind, blank, fits, initial, shapes_of, token_grid
 from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, numbers, sample_t,
                   start_average, train_step)
 
@@ -304,6 +304,7 @@ def begin(cfg):
     # A full finetune needs --init for its first start alone: later it may be gone.
     if cfg.init and (cfg.lora_rank or not path or Path(cfg.init).exists()):
         weights = ckpt.weights(cfg.init, **world.ranks)
+        ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
         inputs["init"] = ckpt.fingerprint(weights)
     base = ckpt.base_of(cfg.init, weights) if cfg.lora_rank else None
     step, counts = 0, None
