@@ -258,6 +258,9 @@ def plain_readers(folder, cfg):
 
 def evict(folder):
     """Drops the folder's files from the page cache, so that they are read from disk."""
+    import gc
+
+    gc.collect()    # a Latents and its thread hold one another, and pages that are mapped stay
     for file in folder.rglob("*"):
         if file.is_file():
             with open(file, "rb") as opened:

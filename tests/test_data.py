@@ -647,8 +647,8 @@ def test_many_samples_take_little_memory(tmp_path, monkeypatch):
     """Bytes for each. At 496ae65: 1349 of a Writer's start, on every rank, 1639 of `finish`, 135 of Latents."""
     monkeypatch.setattr(data, "BLOCK", 1 << 16)
     count, prompts = 20_000, spec(shape=list(SMALL))
-    line = {"rank": 1, "key": "", "caption": "a dozen words " * 6, "source": "film.mp4", "rows": 2, "shape": list(SMALL),
-            "crc": [0, zlib.crc32(bytes(32))]}
+    line = {"rank": 1, "key": "", "caption": "a dozen words " * 6, "source": "film.mp4", "rows": 2,
+            "shape": list(SMALL), "crc": [0, zlib.crc32(bytes(32))]}
     tmp_path.joinpath("journal.1.jsonl").write_text("".join(json.dumps(line | {"key": f"{i}"}) + "\n"
                                                             for i in range(count)))
     with open(tmp_path / "text.1.bin", "wb") as file:
