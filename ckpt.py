@@ -87,7 +87,7 @@ def save(out, step, rows, meta, *, keep=3, report=print, rank=0, world=1, agree=
         # Rank 0 reads a note of every rank: a description travels only where it says something new.
         same = alike(crc_of(about), agree)
         with together(agree, path):
-            note = {"spans": [[first, first + count(x.shape)] for x, first, _ in rows.values()]}
+            note = spans_of(rows)
             if rank == 0 or not same:
                 note["about"] = about
             write_json(part / f"held_{rank:05d}.json", note)
@@ -294,11 +294,19 @@ def alike(number, agree):
     return least == greatest
 
 
+def spans_of(rows):
+    """{"spans": [[first, last], …], "which": [the number of its span, of each tensor]}: most share a few."""
+    spans, which = {}, []
+    for x, first, _ in rows.values():
+        which.append(spans.setdefault((first, first + count(x.shape)), len(spans)))
+    return {"spans": list(spans), "which": which}
+
+
 def divide(notes):
     """Who writes which rows: ranks that hold the same ones take equal parts, and the first of them a 0-d tensor.
 
-    notes: each rank's {"about": {name: [dtype, shape]}, "spans": [[first, last] of each]}, about only where it differs
-    from rank 0's -> {"tensors": {name: {dtype, shape, rows: i}}, "rows": [[[rank, first, last], …], …]}.
+    notes: each rank's spans_of, with "about": {name: [dtype, shape]} of rank 0 and of those that differ from it
+    -> {"tensors": {name: {dtype, shape, rows: i}}, "rows": [[[rank, first, last], …], …]}.
     ValueError where ranks disagree on a tensor, or hold only some of its rows.
     """
     about = notes[0]["about"]
@@ -309,21 +317,22 @@ def divide(notes):
             if here != there:
                 raise ValueError(f"{name} is {there} on rank {rank}, {here} on rank 0")
         if list(other) != list(about):
-            spans = dict(zip(other, note["spans"]))
-            note["spans"] = [spans[name] for name in about]
+            which = dict(zip(other, note["which"]))
+            note["which"] = [which[name] for name in about]
     tensors, rows, numbers = {}, [], {}
-    for name, *spans in zip(about, *(note["spans"] for note in notes)):
+    for name, *which in zip(about, *(note["which"] for note in notes)):
         dtype, shape = about[name]
-        cut = (count(shape), *map(tuple, spans))
+        cut = (count(shape), *which)
         if cut not in numbers:
             numbers[cut] = len(rows)
-            rows.append(shares(name, *cut))
+            spans = [tuple(note["spans"][i]) for note, i in zip(notes, which)]
+            rows.append(shares(name, count(shape), spans))
         tensors[name] = {"dtype": dtype, "shape": shape, "rows": numbers[cut]}
     return {"tensors": tensors, "rows": rows}
 
 
-def shares(name, n, *spans):
-    """[[rank, first, last], …] that cover rows [0, n) once, of ranks that hold these spans."""
+def shares(name, n, spans):
+    """[[rank, first, last], …] that cover rows [0, n) once; spans: (first, last) of what each rank holds."""
     holders, parts, end = {}, [], 0
     for rank, span in enumerate(spans):
         holders.setdefault(span, []).append(rank)

@@ -14,7 +14,7 @@ A dataset is a folder of raw numbers that `Writer` writes and `Latents` reads:
     captions.jsonl           id, caption and source of each sample
     journal.0.jsonl          what rank 0 has stored, from where an interrupted Writer goes on; spec.json: its settings
 
-Nothing here holds a whole dataset's records: with millions of samples each costs some ten bytes of a rank's memory.
+Nothing here holds a whole dataset's records: of millions of samples, each costs a rank some 25 bytes.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
@@ -42,7 +42,7 @@ import torch
 VERSION = 1
 PAGE = 4096
 WORKERS = min(4, os.cpu_count())    # threads that read and draw noise
-BLOCK = 1 << 22                     # bytes read at once where a file is gone through from end to end
+BLOCK = 1 << 22                     # bytes read at once of a file that is read from end to end
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -63,7 +63,8 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
 
 def stream(seed, purpose, step, slot=0):
     """The numpy Generator of one purpose at one step and slot: distinct arguments give distinct counters of Philox."""
-    return np.random.Generator(np.random.Philox(key=[seed, PURPOSES.index(purpose)], counter=[0, 0, slot, step]))
+    philox = np.random.Philox(key=[seed, PURPOSES.index(purpose)], counter=[0, 0, slot, step])
+    return np.random.Generator(philox)
 
 
 def normal(rng, shape):
@@ -127,19 +128,21 @@ class Order:
     def interleaved(self, epoch):
         """The bucket of each batch of an epoch."""
         counts = np.subtract(self.before(epoch + 1), self.before(epoch))
-        return stream(self.seed, "epoch", epoch).permutation(np.repeat(np.arange(len(counts), dtype=np.uint16), counts))
+        buckets = np.repeat(np.arange(len(counts), dtype=np.uint16), counts)
+        return stream(self.seed, "epoch", epoch).permutation(buckets)
 
     def permutation(self, bucket, i):
         """The order of a bucket's samples in its pass i."""
         return stream(self.seed, "order", i, bucket).permutation(self.counts[bucket])
 
 
-# ---- a step ahead, and to the GPU -------------------------------------------------------------------------------------
+# ---- a step ahead, and to the GPU -----------------------------------------------------------------------------------
 
 class Ahead:
-    """draws(role, step) -> draw(role, step) on the device. A thread draws a role's next step while this one is used.
+    """ahead(role, step) -> draw(role, step) on the device. A thread draws a role's next step while this one is used.
 
-    draw: a pure function that gives [NamedTuple of CPU tensors]; stride: {role: steps from one of its draws to the next}.
+    draw: a pure function that gives [NamedTuple of CPU tensors]; stride: {role: steps from one of its draws to the
+    next}. The default device copies nothing.
     """
 
     def __init__(self, draw, stride, device=torch.device("cpu")):
@@ -149,7 +152,7 @@ class Ahead:
 
     def __call__(self, role, step):
         expected, future = self.next.pop(role, (None, None))
-        if step != expected:                                # the first one, or a step that is not the next
+        if step != expected:                                # the first, or not the next
             future = self.begin(role, step)
         after = step + self.stride[role]
         self.next[role] = after, self.begin(role, after)
@@ -209,28 +212,35 @@ class Latents:
     Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
     """
 
-    def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0, device="cpu"):
+    def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0,
+                 device="cpu"):
         micro_batch = micro_batch or max(batch // world, 1)
         check_batch(batch, micro_batch, world)
-        self.path, self.seed, self.batch, self.device = Path(path), seed, batch, torch.device(device)
-        self.slots = [list(range(i, i + micro_batch))
-                      for i in range(rank * batch // world, (rank + 1) * batch // world, micro_batch)]
+        self.path, self.device = Path(path), torch.device(device)
+        self.seed, self.batch = seed, batch
+        ours = range(rank * batch // world, (rank + 1) * batch // world)
+        self.slots = [list(range(i, i + micro_batch)) for i in ours[::micro_batch]]
 
         self.manifest = read_manifest(path)
         allow_files(len(self.manifest["files"]))
-        buckets, text, dtype = self.manifest["buckets"], self.manifest["text"], DTYPES[self.manifest["dtype"]]
+        buckets, text = self.manifest["buckets"], self.manifest["text"]
+        dtype = DTYPES[self.manifest["dtype"]]
         self.shapes = [tuple(bucket["shape"]) for bucket in buckets]
-        self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()      # ids: bucket after bucket
+        # ids run from bucket to bucket
+        self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()
         self.count = self.first[-1]
-        self.latents = [Rows(path, b["files"], stride(b["shape"], dtype) // dtype.itemsize, dtype) for b in buckets]
+        widths = [stride(shape, dtype) // dtype.itemsize for shape in self.shapes]
+        self.latents = [Rows(path, b["files"], width, dtype) for b, width in zip(buckets, widths)]
         self.tokens = Rows(path, text["files"], text["width"], dtype)
         self.text_off = np.load(self.path / "text_off.npy", mmap_mode="r")
         self.crc = np.load(self.path / "crc.npy", mmap_mode="r")
         self.checked = np.zeros((self.count, 2), bool)
-        self.mean, self.std = (torch.tensor(self.manifest[key] or []).view(-1, 1, 1, 1) for key in ("mean", "std"))
+        self.mean = torch.tensor(self.manifest["mean"] or []).view(-1, 1, 1, 1)
+        self.std = torch.tensor(self.manifest["std"] or []).view(-1, 1, 1, 1)
 
         # The same samples for every seed, so that the validation losses of two seeds compare.
-        self.held_out = stream(0, "held_out", 0).permutation(self.count)[:min(val, self.count // 20)].tolist()
+        shuffled = stream(0, "held_out", 0).permutation(self.count)
+        self.held_out = shuffled[:min(val, self.count // 20)].tolist()
         self.train = np.delete(np.arange(self.count), self.held_out)
         bounds = np.searchsorted(self.train, self.first)
         self.buckets = [self.train[a:b] for a, b in zip(bounds, bounds[1:])]
@@ -251,13 +261,15 @@ class Latents:
         """What `at` gives, on the CPU."""
         bucket, ids = self.batch_ids(step)
         if not self.manifest["buckets"][bucket]["files"]:
-            raise ValueError(f"{self.path} holds prompts without latents: one can distil from it, not train on it")
+            raise ValueError(f"{self.path} holds prompts without latents: "
+                             "one can distil from it, not train on it")
         self.will_need([ids[slot] for slots in self.slots for slot in slots])
         u = stratified(self.seed, "t_perm", "t", step, self.batch)
-        return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots]) for slots in self.slots]
+        return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots])
+                for slots in self.slots]
 
     def micro(self, step, ids, slots, u):
-        def fill(out, slot):                                # as `noise` does, shared among the workers
+        def fill(out, slot):                                # `noise`, shared among the workers
             stream(self.seed, "noise", step, slot).standard_normal(dtype=np.float32, out=out)
 
         x0, text = self.sample(ids)
@@ -322,8 +334,9 @@ class Latents:
         bucket, row = self.find(id)
         z = self.latents[bucket](row)[0, :x.numel()].view(x.shape)
         self.check(id, 0, z, self.latents[bucket], row)
-        x.copy_(z).sub_(self.mean).div_(self.std)           # the one place where latents are normalised
-        # torch.sub(z, mean, out=x) gives the same bits and takes longer: it makes an fp32 copy of z first
+        # The one place where latents are normalised. torch.sub(z, mean, out=x) would give the same bits, and takes
+        # longer: it makes an fp32 copy of z first.
+        x.copy_(z).sub_(self.mean).div_(self.std)
 
     def read_text(self, id, padded):
         first, count, _ = self.text_off[id].tolist()
@@ -337,7 +350,8 @@ class Latents:
             if zlib.crc32(raw(stored)) != self.crc[id, part]:
                 file = self.path / source.files[source.find(row)[0]]
                 raise ValueError(f"{file}: sample {id} is not what was written (its checksum differs). "
-                                 f"Copy the file again, or delete {self.path} and run the same prepare.py command")
+                                 f"Copy the file again, or delete {self.path} and run "
+                                 "the same prepare.py command")
             self.checked[id, part] = True
 
     def will_need(self, ids):
@@ -380,7 +394,7 @@ class Rows:
         self.row_bytes, self.maps, self.tensors = width * dtype.itemsize, [], []
         for name in self.files:
             with open(Path(path) / name, "rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")             # torch has no read-only tensors: nothing here writes
+                warnings.simplefilter("ignore")             # of read-only memory: nothing writes
                 self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 self.tensors.append(torch.frombuffer(self.maps[-1], dtype=dtype).view(-1, width))
 
@@ -423,32 +437,37 @@ def check_batch(batch, micro_batch, world):
     unit = world * micro_batch
     if batch < 1 or batch % unit:
         micro = [f"--micro_batch={n}" for n in range(1, batch + 1) if batch % (world * n) == 0]
-        whole = [f"--batch={n}" for n in (batch // unit * unit, batch // unit * unit + unit) if n > 0]
-        raise ValueError(f"--batch={batch} does not divide into micro-batches of {micro_batch} on {world} data ranks; "
-                         f"these do: {', '.join(micro + whole)}")
+        below = batch // unit * unit
+        whole = [f"--batch={n}" for n in (below, below + unit) if n > 0]
+        raise ValueError(f"--batch={batch} does not divide into micro-batches of {micro_batch} on "
+                         f"{world} data ranks; these do: {', '.join(micro + whole)}")
 
 
 def read_manifest(path):
-    """The manifest of a dataset. Compares its own checksum, all files' sizes, and small files' checksums but captions'."""
+    """The manifest of a dataset. Compares its checksum, all files' sizes, and checksums of small files but captions."""
     path, file = Path(path), Path(path) / "manifest.json"
     if not file.exists():
         if list(path.glob("journal.*.jsonl")):
-            raise FileNotFoundError(f"the dataset in {path} is unfinished: the same prepare.py command goes on with it")
-        raise FileNotFoundError(f"no dataset in {path}: `python prepare.py --out={path}` writes one of moving shapes, "
-                                f"`python prepare.py --videos=DIR --out={path}` one of your clips")
+            raise FileNotFoundError(f"the dataset in {path} is unfinished: "
+                                    "the same prepare.py command goes on with it")
+        raise FileNotFoundError(f"no dataset in {path}: `python prepare.py --out={path}` writes one of "
+                                f"moving shapes, `python prepare.py --videos=DIR --out={path}` one of "
+                                "your clips")
     try:
         manifest = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}. {ANEW}") from error
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{path} is a dataset of version {manifest.get('version')}, and this code reads version "
-                         f"{VERSION}: make it again with this prepare.py")
+        raise ValueError(f"{path} is a dataset of version {manifest.get('version')}, and this code "
+                         f"reads version {VERSION}: make it again with this prepare.py")
     if manifest.get("crc32") != manifest_crc32(manifest):
         raise ValueError(f"{file} is not what was written (its checksum differs). {ANEW}")
-    for name, wanted in manifest["files"].items():      # before mapping: reading past a file's end kills the process
+    for name, wanted in manifest["files"].items():      # reading a map past its file's end kills
         size = (path / name).stat().st_size if (path / name).exists() else "no"
         if size != wanted["size"]:
-            way = ANEW if "crc32" in wanted else f"Copy it again, or delete {path} and run the same prepare.py command"
+            way = f"Copy it again, or delete {path} and run the same prepare.py command"
+            if "crc32" in wanted:
+                way = ANEW
             raise ValueError(f"{path / name} has {size} bytes instead of {wanted['size']}. {way}")
         if "crc32" in wanted and name != "captions.jsonl":
             check_crc32(path, name, manifest)
@@ -475,7 +494,8 @@ def crc32_of(path):
 
 def allow_files(more):
     """Lets this process open so many files more, if the system allows: Python keeps a mapped file open."""
-    with suppress(ImportError, ValueError, OSError):        # Windows has no such limit; some systems give less than told
+    # Windows has no such limit; some systems give less than they say.
+    with suppress(ImportError, ValueError, OSError):
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -528,12 +548,15 @@ class Writer:
         """Stores a sample: latent (C, F, H, W), None for a prompt alone, and text (S_i, E); key: its name in `done`."""
         length, width = self.spec["codec"]["text_length"], self.spec["codec"]["text_width"]
         if text.ndim != 2 or text.shape[1] != width or len(text) > length:
-            raise ValueError(f"{source}: text of shape {tuple(text.shape)}, wanted at most {length} rows of {width}")
+            raise ValueError(f"{source}: text of shape {tuple(text.shape)}, "
+                             f"wanted at most {length} rows of {width}")
         if not all(part.isfinite().all() for part in (latent, text) if part is not None):
             raise ValueError(f"{source}: a latent or text with numbers that are not finite")
-        parts = [b"" if part is None else raw(part.to(self.dtype)).tobytes() for part in (latent, text)]
-        record = {"rank": self.rank, "key": key, "caption": caption, "source": source, "rows": len(text),
-                  "shape": self.spec.get("shape") or list(latent.shape), "crc": [zlib.crc32(part) for part in parts]}
+        parts = [b"" if part is None else raw(part.to(self.dtype)).tobytes()
+                 for part in (latent, text)]
+        record = {"rank": self.rank, "key": key, "caption": caption, "source": source,
+                  "rows": len(text), "shape": self.spec.get("shape") or list(latent.shape),
+                  "crc": [zlib.crc32(part) for part in parts]}
         for part, (name, size) in zip(parts, self.sizes(record).items()):
             if size and name not in self.files:
                 self.files[name] = self.open_at(name, 0)
@@ -591,10 +614,11 @@ class Writer:
         # 4) the manifest, which makes a dataset of them
         files = {name: {"size": size} for name, size in sizes.items()}
         for name in ("text.null.bin", "captions.jsonl", "text_off.npy", "crc.npy"):
-            files[name] = {"size": (self.path / name).stat().st_size, "crc32": crc32_of(self.path / name)}
+            file = self.path / name
+            files[name] = {"size": file.stat().st_size, "crc32": crc32_of(file)}
         manifest = {"version": VERSION, "codec": self.spec["codec"], "mean": mean, "std": std,
-                    "dtype": self.spec["dtype"], "fps": self.spec["fps"], "buckets": buckets, "text": text,
-                    "files": files}
+                    "dtype": self.spec["dtype"], "fps": self.spec["fps"], "buckets": buckets,
+                    "text": text, "files": files}
         manifest["crc32"] = manifest_crc32(manifest)
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items()]
         with write_whole(self.path / "manifest.json") as file:
@@ -616,9 +640,12 @@ class Writer:
 
         samples = np.fromiter(rows(), SAMPLE)
         shapes = sorted(found)
-        place = {found[shape]: i for i, shape in enumerate(shapes)}
-        samples["shape"] = np.array([place[i] for i in range(len(place))], np.int32)[samples["shape"]]
-        return [list(shape) for shape in shapes], samples[np.argsort(samples["shape"], kind="stable")]
+        place = np.empty(len(shapes), np.int32)             # of a shape that was found n-th
+        for i, shape in enumerate(shapes):
+            place[found[shape]] = i
+        samples["shape"] = place[samples["shape"]]
+        samples = samples[np.argsort(samples["shape"], kind="stable")]
+        return [list(shape) for shape in shapes], samples
 
     def buckets(self, shapes, samples):
         """The manifest's buckets, and {file: bytes} of their latents."""
@@ -627,7 +654,8 @@ class Writer:
             ranks, counts = np.unique(samples["rank"][samples["shape"] == i], return_counts=True)
             files = []
             if "shape" not in self.spec:                    # prompts have no latents
-                files = [[latent_file(shape, rank), n] for rank, n in zip(ranks.tolist(), counts.tolist())]
+                files = [[latent_file(shape, rank), n]
+                         for rank, n in zip(ranks.tolist(), counts.tolist())]
             sizes |= {name: n * stride(shape, self.dtype) for name, n in files}
             buckets.append({"shape": shape, "count": int(counts.sum()), "files": files})
         return buckets, sizes
@@ -643,32 +671,39 @@ class Writer:
         total = sum(rows for _, rows in files)
         if null_rows:
             files = [*files, ["text.null.bin", null_rows]]
-        return {"width": codec["text_width"], "length": codec["text_length"], "rows": total, "files": files,
-                "null": [total, null_rows]}, sizes
+        text = {"width": codec["text_width"], "length": codec["text_length"], "rows": total,
+                "files": files, "null": [total, null_rows]}
+        return text, sizes
 
     def moments(self, buckets, half_power):
-        """Mean and divisor of each channel over all latents stored -> [C], [C]; None, None where there are none.
-
-        Reads some MB at a time: of a mapped file the system counts, and keeps, all pages that were touched.
-        """
+        """Mean and divisor of each channel over all latents stored -> [C], [C]; None, None where there are none."""
         count, total, squares = 0, 0, 0
         for bucket in buckets:
-            shape, size = bucket["shape"], math.prod(bucket["shape"])
-            row = stride(shape, self.dtype)
-            for name, n in bucket["files"]:
-                with open(self.path / name, "rb") as file:
-                    while n:
-                        many = min(n, ceil_div(BLOCK, row))
-                        block = torch.from_numpy(np.fromfile(file, np.uint8, many * row)).view(self.dtype)
-                        z = block.view(many, -1)[:, :size].reshape(many, shape[0], -1).double()
-                        for mean, square in zip(z.sum(2), z.square().sum(2)):   # sample by sample, for the same bits
-                            total, squares = total + mean, squares + square
-                        count, n = count + many * z.shape[2], n - many
+            for z in self.stored(bucket):
+                count += z.shape[0] * z.shape[2]
+                for mean, square in zip(z.sum(2), z.square().sum(2)):   # the bits of a plain loop
+                    total, squares = total + mean, squares + square
         if count == 0:
             return None, None
         mean = total / count
-        std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()     # a channel may be constant
-        return mean.tolist(), ((std * std.mean()).sqrt() if half_power else std).tolist()
+        std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()     # of a constant channel
+        if half_power:
+            std = (std * std.mean()).sqrt()
+        return mean.tolist(), std.tolist()
+
+    def stored(self, bucket):
+        """All latents of a bucket, some MB at a time -> float64 (n, C, positions of all axes).
+
+        They are not mapped: the system counts all pages of a map that were touched, and keeps them.
+        """
+        row, size = stride(bucket["shape"], self.dtype), math.prod(bucket["shape"])
+        for name, left in bucket["files"]:
+            with open(self.path / name, "rb") as file:
+                while left:
+                    n = min(left, ceil_div(BLOCK, row))
+                    block = torch.from_numpy(np.fromfile(file, np.uint8, n * row)).view(self.dtype)
+                    yield block.view(n, -1)[:, :size].reshape(n, bucket["shape"][0], -1).double()
+                    left -= n
 
     def write_captions(self, file, samples):
         """Writes the line of each sample -> where each begins. Caption and source are copied from its journal's line,
@@ -689,7 +724,8 @@ class Writer:
 
     def lines(self):
         """Lines of all journals, rank after rank -> (where it begins in its file, line)."""
-        for file in sorted(self.path.glob("journal.*.jsonl"), key=lambda file: int(file.name.split(".")[1])):
+        files = self.path.glob("journal.*.jsonl")
+        for file in sorted(files, key=lambda file: int(file.name.split(".")[1])):
             start = 0
             for line in whole_lines(file):
                 yield start, line
@@ -701,14 +737,15 @@ class Writer:
             return {}
         latent = 0 if "shape" in self.spec else stride(record["shape"], self.dtype)
         text = record["rows"] * self.spec["codec"]["text_width"] * self.dtype.itemsize
-        return {latent_file(record["shape"], record["rank"]): latent, text_file(record["rank"]): text}
+        rank = record["rank"]
+        return {latent_file(record["shape"], rank): latent, text_file(rank): text}
 
     def open_at(self, name, size):
         """Opens a file to append after its first `size` bytes."""
         file = open(self.path / name, "ab")
         if file.tell() < size:
-            raise ValueError(f"{self.path / name} has {file.tell()} bytes where the journal lists {size}: "
-                             f"delete {self.path} and run the same command again")
+            raise ValueError(f"{self.path / name} has {file.tell()} bytes where the journal lists "
+                             f"{size}: delete {self.path} and run the same command again")
         file.truncate(size)
         return file
 
@@ -721,10 +758,12 @@ SAMPLE = np.dtype([("shape", np.int32), ("rank", np.int32), ("line", np.int64), 
 class Keys:
     """`key in keys`, of lines of journals: 8 bytes for each. Two of 10⁶ keys hash alike once in 10⁷ datasets."""
 
-    KEY = re.compile(rb'"key": ("[^"\\]*(?:\\.[^"\\]*)*")')   # the line's first; no more of it is parsed
+    # the line's first: no more of it is parsed
+    KEY = re.compile(rb'"key": ("[^"\\]*(?:\\.[^"\\]*)*")')
 
     def __init__(self, lines):
-        self.hashes = np.sort(np.fromiter((hash(self.KEY.search(line)[1]) for line in lines), np.int64))
+        hashes = (hash(self.KEY.search(line)[1]) for line in lines)
+        self.hashes = np.sort(np.fromiter(hashes, np.int64))
 
     def __contains__(self, key):
         wanted = hash(json.dumps(key).encode())

@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GRAPHS = 8          # per compiled shape: with and without gradient, at 3 batch sizes, and 2 to spare
+GRAPHS = 8          # per compiled shape: with and without gradient, 3 batch sizes, 2 to spare
 STOP = signal.SIGTERM, signal.SIGINT
 BEAT = 5.0          # seconds between two signs of life of a rank
 PATIENCE = 60.0     # seconds without one, after a signal, that mean its death
@@ -106,8 +106,11 @@ def init(device="auto", shard=1, sp=1, precision=None, compile=None, determinist
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shard = imagine(size, shard, sp).mesh.size(1)
     device = pick_device(device, local_rank, local_size)
+    old = on_gpu(device) and torch.cuda.get_device_capability(device)[0] < 8       # before Ampere: no bf16
     if precision is None:
-        precision = "bf16" if on_gpu(device) else "fp32"
+        precision = "bf16" if on_gpu(device) and not old else "fp32"
+    if precision == "bf16" and old:
+        raise RuntimeError(f"{torch.cuda.get_device_name(device)} does not compute in bf16: --precision=fp32")
     if compile is None:
         compile = on_gpu(device)
     if deterministic:
@@ -177,12 +180,12 @@ def backend(device, size):
     if dist.is_nccl_available():
         return "cpu:gloo,cuda:nccl"
     if size > 1:
-        raise RuntimeError(f"{size} processes on GPUs need NCCL, which this PyTorch lacks: start one")
+        raise RuntimeError(f"{size} processes on GPUs need NCCL, which this PyTorch lacks: run 1")
     return "gloo"
 
 
 def check_cards(device, size):
-    """Raises RuntimeError where two ranks have one GPU. Numbers do not tell: each process may see just one, number 0."""
+    """Raises RuntimeError where two ranks have one GPU. Numbers do not tell: each process may see one as number 0."""
     cards = [None] * size
     uuid = torch.cuda.get_device_properties(device).uuid
     dist.all_gather_object(cards, f"{socket.gethostname()}'s GPU {uuid}")
@@ -272,7 +275,7 @@ def shard(net, world):
 
 
 def unwrapped(net, world):
-    """Parameters that skip FSDP: they need no cast, gather or reduction. It would keep a second copy of a LoRA's base."""
+    """Parameters that skip FSDP: they need no cast, gather or reduction. It would copy a LoRA's base a second time."""
     if world.mesh.size(1) > 1:
         return set()
     alone = world.size == 1 and world.precision == "fp32"
@@ -455,11 +458,6 @@ def stop_requested(world):
     might wait an hour: see `watch`.
     """
     asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
     store = None
     if world.size > 1:
         store = dist.PrefixStore("beats", dist.distributed_c10d._get_default_store().clone())
@@ -470,7 +468,7 @@ def stop_requested(world):
     signal.set_wakeup_fd(outbox.fileno())
     threading.Thread(target=watch, args=(world, store, inbox, outbox), daemon=True).start()
     for number in STOP:
-        signal.signal(number, ask)
+        signal.signal(number, lambda number, frame: asked.append(number))
     return lambda: not agree(not asked, world)
 
 
@@ -485,7 +483,7 @@ def watch(world, store, inbox, outbox):
     ranks = [str(rank) for rank in range(world.size)]
     signals = b""
     beats = [b""] * world.size
-    missed = [0] * world.size   # looks in a row without a new beat: seconds would count a suspension
+    missed = [0] * world.size   # polls in a row without a new beat; seconds would count suspensions
     while True:
         try:
             signals += inbox.recv(64)
@@ -527,7 +525,7 @@ def ulysses(attention, length, world):
     """
     sp, part = world.sp, math.ceil(length / world.sp)
 
-    def exchange(x):  # (sp, ...) -> (sp, ...): row i goes to rank i, the received row i comes from it
+    def exchange(x):  # (sp, ...) -> (sp, ...): row i goes to rank i, row i comes from it
         x = x.contiguous()
         if world.ring is None:
             return x.clone()

@@ -40,29 +40,29 @@ class Config:
     """Make a dataset of moving shapes, or of --videos, --prompts or --parquet. Flags left None take their DEFAULTS."""
 
     # what
-    videos: str | None = None           # folder of films, each with a caption in NAME.txt or captions.jsonl
+    videos: str | None = None           # folder of films; captions in NAME.txt or captions.jsonl
     prompts: str | None = None          # file with a prompt per line, for a dataset without latents
     parquet: str | None = None          # folder of parquet files from FastVideo's preprocessing
-    clips: int = 4000                   # how many moving shapes to draw, if none of these three is given
+    clips: int = 4000                   # how many moving shapes to draw, without these three
     seed: int = 0                       # random seed of the moving shapes
-    out: str | None = None              # folder of the dataset; None = data/ and shapes or the source's name
+    out: str | None = None              # the dataset's folder; None = data/ and the source's name
 
     # clips
-    sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH in pixels: each film is cropped to the nearest shape
+    sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; films are cropped to the nearest
     frames: int | None = None                       # frames per clip
-    fps: float | None = None                        # frames per second of the clips, whatever the film's rate
-    cuts: Literal["first", "all"] = "first"         # take a film's first clip, or all its consecutive clips
-    caption: str | None = None                      # caption of films that have none; None = skip these films
-    shape: tuple[int, int, int, int] | None = None  # C F H W of the latents to distil from --prompts
+    fps: float | None = None                        # frames per second of clips, whatever the film's
+    cuts: Literal["first", "all"] = "first"         # take a film's first clip, or all, one by one
+    caption: str | None = None                      # caption of films without one; None = skip these
+    shape: tuple[int, int, int, int] | None = None  # C F H W of latents to distil from --prompts
 
     # codec
-    codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan needs weights, given by --vae and --text
-    vae: str | None = None                          # Wan's VAE: folder or hub id of a diffusers pipeline
+    codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan needs --vae and --text
+    vae: str | None = None                          # Wan's VAE: a diffusers folder or hub id
     text: str | None = None                         # Wan's text encoder UMT5: likewise
     text_length: int | None = None                  # tokens that a caption may have
-    negative: str = ""                              # prompt of the null text, used by dropout and guidance
-    dtype: Literal["bf16", "fp32"] = "bf16"         # precision of the stored latents and text embeddings
-    device: Literal["auto", "cpu", "cuda"] = "auto" # where the wan codec computes; dct runs on the CPU
+    negative: str = ""                              # prompt of dropout's and guidance's null text
+    dtype: Literal["bf16", "fp32"] = "bf16"         # precision of stored latents and text
+    device: Literal["auto", "cpu", "cuda"] = "auto" # where the wan codec computes; dct uses the CPU
 
 
 DEFAULTS = {    # of flags left None
@@ -71,7 +71,8 @@ DEFAULTS = {    # of flags left None
     "wan": dict(sizes=("480x832", "832x480"), frames=81, fps=16, text_length=512),
 }
 ONLY = {  # flags that do something for these sources only
-    "clips": {"shapes"}, "seed": {"shapes"}, "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
+    "clips": {"shapes"}, "seed": {"shapes"},
+    "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
     "cuts": {"videos"}, "caption": {"videos"}, "shape": {"prompts"},
 }
 FILMS = set(".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv .gif".split())
@@ -81,13 +82,15 @@ def main(cfg):
     with door():
         cfg = resolve(cfg)
         world = parallel.init(cfg.device if cfg.codec == "wan" else "cpu")
-        coder = codec.load(cfg.codec, vae=cfg.vae, text=cfg.text, device=world.device, text_length=cfg.text_length)
+        coder = codec.load(cfg.codec, vae=cfg.vae, text=cfg.text, device=world.device,
+                           text_length=cfg.text_length)
         check_fit(cfg, coder)
         embed = lru_cache(256)(lambda caption: coder.embed([caption])[0])
         null = embed(cfg.negative)
         kind, source = source_of(cfg)
         fidelity = []
-        names, samples = source(cfg, coder._replace(encode=partial(measured, coder, fidelity)), embed)
+        encoder = coder._replace(encode=partial(measured, coder, fidelity))
+        names, samples = source(cfg, encoder, embed)
         # shard the full list, so that ranks agree although each has finished other names
         count, names = len(names), names[world.rank::world.size]
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
@@ -168,7 +171,7 @@ def clear(out, world):
 
 
 def measured(coder, fidelity, video):
-    """Encodes a video; of the first few, what decoding them costs is added to fidelity: dB of PSNR, the median frame."""
+    """Encodes a video; of the first few, adds the PSNR of decoding them, in dB, the median frame's, to fidelity."""
     z = coder.encode(video)
     if coder.decodes and len(fidelity) < 8:
         fidelity.append(float(np.median(codec.psnr(coder.decode(z), video))))
@@ -194,8 +197,10 @@ def moving_shapes(cfg, coder, embed):
 
     def samples(name, done):
         i = int(name)
-        video, caption = shapes.clip(stream(cfg.seed, "clip", i), size=sizes[i % len(sizes)], frames=cfg.frames)
-        yield dict(latent=coder.encode(video), text=embed(caption), caption=caption, source=f"clip {i}", key=name)
+        rng, size = stream(cfg.seed, "clip", i), sizes[i % len(sizes)]
+        video, caption = shapes.clip(rng, size=size, frames=cfg.frames)
+        yield dict(latent=coder.encode(video), text=embed(caption), caption=caption,
+                   source=f"clip {i}", key=name)
 
     return [str(i) for i in range(cfg.clips)], samples
 
@@ -205,22 +210,27 @@ def films(cfg, coder, embed):
     root = Path(cfg.videos)
     listed = read_captions(root / "captions.jsonl")
     found = list(film_names(root))
-    found += listed.keys() - {compose(name) for name in found}  # named as missing when they are read
+    found += listed.keys() - {compose(name) for name in found}  # reading names them as missing
     if not found:
         raise ValueError(f"no films in {root}: their names would end in {' '.join(sorted(FILMS))}")
 
     def samples(name, done):
         beside = (root / name).with_suffix(".txt")
-        own = beside.read_text(encoding="utf-8").strip() if beside.exists() else listed.get(compose(name))
-        caption = own or cfg.caption
+        caption = listed.get(compose(name))
+        if beside.exists():
+            caption = beside.read_text(encoding="utf-8").strip()
+        caption = caption or cfg.caption
         if not caption:
-            raise ValueError(f"no caption in {beside.name} or captions.jsonl; --caption=TEXT would be for such films")
+            raise ValueError(f"no caption in {beside.name} or captions.jsonl; "
+                             "--caption=TEXT would be for such films")
         text = embed(caption)
-        clips = codec.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames, fps=cfg.fps, cuts=cfg.cuts)
+        clips = codec.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames,
+                                 fps=cfg.fps, cuts=cfg.cuts)
         for i, (video, _) in enumerate(clips):
             key = f"{name}#{i}"
             if key not in done:
-                yield dict(latent=coder.encode(video), text=text, caption=caption, source=name, key=key)
+                yield dict(latent=coder.encode(video), text=text, caption=caption, source=name,
+                           key=key)
 
     return sorted(found), samples
 
@@ -247,7 +257,8 @@ def parquet_files(cfg, coder, embed):
     names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.parquet"))
     if not names:
         raise ValueError(f"no parquet files in {root}")
-    parts = [f"{name}_{part}" for name in ("vae_latent", "text_embedding") for part in ("bytes", "shape", "dtype")]
+    parts = [f"{name}_{part}" for name in ("vae_latent", "text_embedding")
+             for part in ("bytes", "shape", "dtype")]
 
     def rows(name):
         try:
@@ -268,11 +279,13 @@ def parquet_files(cfg, coder, embed):
             try:
                 latent, text = (tensor(row, part) for part in ("vae_latent", "text_embedding"))
                 if latent.ndim != 4 or len(latent) != channels:
-                    raise ValueError(f"a latent of shape {tuple(latent.shape)}, wanted is ({channels}, F, H, W)")
+                    raise ValueError(f"a latent of shape {tuple(latent.shape)}, "
+                                     f"wanted is ({channels}, F, H, W)")
             except ValueError as reason:
                 bad.append(f"{row['file_name']}: {reason}")
             else:
-                yield dict(latent=latent, text=text, caption=row["caption"], source=row["file_name"], key=key)
+                yield dict(latent=latent, text=text, caption=row["caption"],
+                           source=row["file_name"], key=key)
         if bad:
             raise ValueError(f"{len(bad)} rows of it. {'; '.join(bad)}")
 
@@ -282,11 +295,13 @@ def parquet_files(cfg, coder, embed):
 def tensor(row, name):
     """A tensor as FastVideo stores it: bytes, shape, and the dtype that the bytes are of."""
     content, shape, dtype = (row[f"{name}_{part}"] for part in ("bytes", "shape", "dtype"))
-    known = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    known = {"float64": torch.float64, "float32": torch.float32,
+             "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in known:
         raise ValueError(f"{name} of dtype {dtype}; known are {', '.join(known)}")
     if not content or len(content) != math.prod(shape) * known[dtype].itemsize:
-        raise ValueError(f"{name} has {len(content or b'')} bytes, its shape {shape} of {dtype} another number")
+        raise ValueError(f"{name} has {len(content or b'')} bytes, "
+                         f"its shape {shape} of {dtype} another number")
     return torch.frombuffer(bytearray(content), dtype=known[dtype]).view(*shape)
 
 
@@ -341,22 +356,26 @@ def resolve(cfg):
     kind = sources[0] if sources else "shapes"
     for flag, kinds in ONLY.items():
         if asdict(cfg)[flag] != asdict(Config())[flag] and kind not in kinds:
-            raise ValueError(f"--{flag} does nothing for {'moving shapes' if kind == 'shapes' else '--' + kind}")
+            what = "moving shapes" if kind == "shapes" else f"--{kind}"
+            raise ValueError(f"--{flag} does nothing for {what}")
     if kind == "prompts" and not cfg.shape:
         raise ValueError("--prompts needs --shape C F H W, that of the latents to distil")
     if kind == "parquet" and cfg.codec != "wan":
-        raise ValueError("--parquet holds latents of Wan's VAE: it needs --codec=wan --vae=PATH --text=PATH")
+        raise ValueError("--parquet holds latents of Wan's VAE: "
+                         "it needs --codec=wan --vae=PATH --text=PATH")
     if cfg.codec == "dct" and (cfg.vae or cfg.text):
         raise ValueError("--vae and --text are for --codec=wan; dct has no weights")
     if cfg.codec == "wan" and not (cfg.text and (cfg.vae or kind == "prompts")):
         needed = "--text=PATH" if kind == "prompts" else "--text=PATH and --vae=PATH"
-        raise ValueError(f"--codec=wan needs {needed}, each a folder or hub id of a diffusers pipeline")
+        raise ValueError(f"--codec=wan needs {needed}, "
+                         "each a folder or hub id of a diffusers pipeline")
     if cfg.clips < 1 or cfg.fps is not None and cfg.fps <= 0:
         raise ValueError(f"--clips={cfg.clips} --fps={cfg.fps}: both are above 0")
 
     path = Path(asdict(cfg)[kind]) if sources else Path("shapes")
     if sources and not (path.is_file() if kind == "prompts" else path.is_dir()):
-        raise FileNotFoundError(f"--{kind}={path}: no such {'file' if kind == 'prompts' else 'folder'}")
+        what = "file" if kind == "prompts" else "folder"
+        raise FileNotFoundError(f"--{kind}={path}: no such {what}")
     row = DEFAULTS["shapes" if kind == "shapes" and cfg.codec == "dct" else cfg.codec]
     row = row | {"out": f"data/{path.resolve().stem}"}
     return replace(cfg, **{name: value for name, value in row.items() if asdict(cfg)[name] is None})
@@ -374,16 +393,19 @@ def check_fit(cfg, coder):
     """Sizes that the codec's strides and the model's patches of 2 x 2 do not divide are refused, naming the nearest."""
     channels = coder.spec.get("channels")           # None for wan without its VAE
     if cfg.shape and channels not in (None, cfg.shape[0]):
-        raise ValueError(f"--shape {' '.join(map(str, cfg.shape))}: {cfg.codec} latents have {channels} channels")
+        raise ValueError(f"--shape {' '.join(map(str, cfg.shape))}: "
+                         f"{cfg.codec} latents have {channels} channels")
     if not cfg.prompts and not cfg.parquet:
         t, h, w = coder.stride[0], 2 * coder.stride[1], 2 * coder.stride[2]
         if (cfg.frames - 1) % t or cfg.frames < 1:
             near = cfg.frames // t * t + 1
-            raise ValueError(f"--frames={cfg.frames}: {cfg.codec} takes 1 + a multiple of {t}, such as {near}")
+            raise ValueError(f"--frames={cfg.frames}: {cfg.codec} takes 1 + a multiple of {t}, "
+                             f"such as {near}")
         for height, width in parse(cfg.sizes):
             if height % h or width % w:
                 near = f"{max(round(height / h), 1) * h}x{max(round(width / w), 1) * w}"
-                raise ValueError(f"--sizes {height}x{width}: {cfg.codec} takes multiples of {h}x{w}, such as {near}")
+                raise ValueError(f"--sizes {height}x{width}: {cfg.codec} takes multiples of "
+                                 f"{h}x{w}, such as {near}")
 
 
 def spec_of(cfg, coder):

@@ -426,14 +426,14 @@ def loss_name(data):
 def validate(net, step, data, cfg, world):
     """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none."""
     ids = data.held_out or range(min(cfg.val or 16, data.count))
-    total = torch.zeros(2, BINS, device=world.device)
+    total, chunk = torch.zeros(2, BINS, device=world.device), cfg.micro_batch or 16
     for i, counts in parallel.share(len(ids), world):
         x0, text = (x.to(world.device) for x in data.sample([ids[i]]))
         bound = bound_at(step, net, x0.shape, cfg, world)
-        for strata in torch.arange(STRATA).split(cfg.micro_batch or 16):
-            n, slots = len(strata), [i * STRATA + k for k in strata.tolist()]
-            e = noise(cfg.seed, "val", 0, slots, x0.shape[1:]).to(world.device)
-            t = ((strata + 0.5) / STRATA).to(world.device)
+        for first in range(0, STRATA, chunk):
+            levels = range(STRATA)[first:first + chunk]
+            n, t = len(levels), torch.tensor([(k + 0.5) / STRATA for k in levels], device=world.device)
+            e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:]).to(world.device)
             _, seen = flow_loss(bound, x0.expand(n, -1, -1, -1, -1), Cond(text.expand(n, -1, -1)), t, e)
             if counts:
                 total += seen["loss_by"]

@@ -142,7 +142,10 @@ def test_what_rank_0_reads_and_the_manifest_holds_stays_small(tmp_path, monkeypa
     read, notes = ckpt.read_json, {}
     monkeypatch.setattr(ckpt, "read_json", lambda f: notes.setdefault(Path(f).name, read(f)))
     path = saved_by(4, tmp_path, 1, full)[0]
-    assert ["about" in notes[f"held_{rank:05d}.json"] for rank in range(4)] == [True] + [False] * 3
+    held = [notes[f"held_{rank:05d}.json"] for rank in range(4)]
+    assert ["about" in note for note in held] == [True] + [False] * 3
+    for r, note in enumerate(held):
+        assert note["spans"] == [[2 * r, 2 * r + 2], [4 * r, 4 * r + 4]]
     manifest = read(path / "manifest.json")
     assert manifest["rows"] == [[[r, n * r, n * r + n] for r in range(4)] for n in (2, 4)]
     assert loads(path, full)
@@ -382,6 +385,15 @@ def test_what_cannot_be_pruned_is_reported_and_goes_with_a_later_save(tmp_path, 
     assert what == "rmtree" or loads(path, state(2))
     assert save(tmp_path, 4, keep=1, report=pytest.fail).exists()
     assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_0000004"]
+
+
+def test_one_that_cannot_be_pruned_keeps_no_other(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    aside, said = ckpt.aside, []
+    monkeypatch.setattr(ckpt, "aside", lambda p: busy() if p.name == "step_0000001" else aside(p))
+    save(tmp_path, 3, keep=1, report=said.append)
+    assert list(ckpt.steps(tmp_path)) == [1, 3] and "step_0000001 is not removed" in said[0]
 
 
 def test_a_step_is_saved_over_leftovers_that_cannot_be_removed(tmp_path, monkeypatch):
@@ -817,7 +829,6 @@ def test_a_lock_that_was_left_long_ago_is_taken_at_once(tmp_path, monkeypatch):
     (tmp_path / ".lock").touch()
     left = time.time() - 11
     os.utime(tmp_path / ".lock", (left, left))
-    monkeypatch.setattr(ckpt.time, "sleep", lambda _: pytest.fail("waits"))
     monkeypatch.setattr(threading.Thread, "start", lambda self: None)
     ckpt.claim(tmp_path, report=pytest.fail)
     assert (tmp_path / ".lock").stat().st_mtime > left + 5      # touched: ours from now on

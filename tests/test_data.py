@@ -625,14 +625,15 @@ def test_captions_that_look_like_a_journal_stay_themselves(tmp_path):
 def test_mean_and_std_are_the_same_bits_whatever_is_read_at_once(tmp_path, monkeypatch):
     def manifest(path):
         for rank in range(2):
-            fill(Writer(path, spec(), rank), range(30 * rank, 30 * rank + 30)).save()
-        return Writer(path, spec()).finish(NULL)
+            fill(Writer(path, exact, rank), range(30 * rank, 30 * rank + 30)).save()
+        return Writer(path, exact).finish(NULL)
+    exact = spec(dtype="fp32")      # sums of bf16 are exact in float64, in any order
     whole = manifest(tmp_path / "a")
     total = squares = 0
     for bucket, files in ((SMALL, ("4x3x2x2.0", "4x3x2x2.1")), (WIDE, ("4x3x2x4.0", "4x3x2x4.1"))):
         for file in files:
-            rows = torch.from_numpy(np.fromfile(tmp_path / f"a/{file}.bin", np.int16)).view(-1, 2048)
-            for row in rows.view(torch.bfloat16):
+            rows = torch.from_numpy(np.fromfile(tmp_path / f"a/{file}.bin", np.float32)).view(-1, 1024)
+            for row in rows:
                 z = row[:np.prod(bucket)].view(4, -1).double()
                 total, squares = total + z.sum(1), squares + z.square().sum(1)
     n = 40 * 12 + 20 * 24
@@ -642,8 +643,9 @@ def test_mean_and_std_are_the_same_bits_whatever_is_read_at_once(tmp_path, monke
     assert manifest(tmp_path / "b") == whole
 
 
-def test_many_samples_take_little_memory(tmp_path):
-    """At 496ae65 a sample took 1.9 kB of `finish` and 1.3 kB of a Writer's start, on every rank."""
+def test_many_samples_take_little_memory(tmp_path, monkeypatch):
+    """Bytes for each. At 496ae65: 1349 of a Writer's start, on every rank, 1639 of `finish`, 135 of Latents."""
+    monkeypatch.setattr(data, "BLOCK", 1 << 16)
     count, prompts = 20_000, spec(shape=list(SMALL))
     line = {"rank": 1, "key": "", "caption": "a dozen words " * 6, "source": "film.mp4", "rows": 2, "shape": list(SMALL),
             "crc": [0, zlib.crc32(bytes(32))]}
@@ -662,9 +664,9 @@ def test_many_samples_take_little_memory(tmp_path):
         return (most - before) / count, result
 
     each, writer = peak(lambda: Writer(tmp_path, prompts))
-    assert each < 50
-    assert peak(lambda: writer.finish(NULL))[0] < 350
-    assert peak(lambda: opened(tmp_path, val=16))[0] < 100
+    assert each < 40
+    assert peak(lambda: writer.finish(NULL))[0] < 200
+    assert peak(lambda: opened(tmp_path, val=16))[0] < 80
 
 
 def test_a_rank_that_starts_late_leaves_the_files_of_others_alone(tmp_path):

@@ -33,7 +33,7 @@ def network(seed=0, lora=False):
 
 
 def run(out, net, ema=None, only="", base=None):
-    """A run's folder whose checkpoint holds net and its average; of adapters these alone, and their base in its meta."""
+    """A run's folder with one checkpoint of net and its average, or of their adapters alone."""
     state = ckpt.roles(net=parts(net, only), ema=parts(ema or net, only))
     if base:
         base = ckpt.base_of(base, ckpt.weights(base))

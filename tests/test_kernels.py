@@ -60,9 +60,14 @@ KILOBYTES = {100: 227, 90: 227, 80: 163, 89: 99, 120: 99}  # of shared memory, b
 
 
 def poisoned(B, L, N, K, dtype, generator):
-    """A (B, L, N, K) view into a larger buffer that holds nan elsewhere, as wide as TMA wants its strides."""
-    buffer = torch.full((B, L + 3, N + 1, 2 * (-(-K // 8) * 8)), torch.nan, dtype=dtype)
-    x = buffer[:, 1:1 + L, :N, :K]
+    """A (B, L, N, K) view into a larger buffer that holds nan elsewhere, as wide as TMA wants its strides.
+
+    Of two heads, each lies in one piece.
+    """
+    K8 = module.ceil_div(K, 8) * 8
+    shape = (B, N + 1, L + 3, 2 * K8) if N == 2 else (B, L + 3, N + 1, 2 * K8)
+    buffer = torch.full(shape, torch.nan, dtype=dtype)
+    x = (buffer.transpose(1, 2) if N == 2 else buffer)[:, 1:1 + L, :N, :K]
     return x.copy_(torch.randn(x.shape, generator=generator)).requires_grad_()
 
 

@@ -518,14 +518,15 @@ def test_64_ranks_that_make_8_clips_move_8():
 
         def make(places):
             lengths.add(len(places))
-            return made(places)
+            return made(places).double()
         for world in reversed(worlds):
             with mock.patch.object(parallel.dist, "send", lambda x, to: sent.update({world.rank: x.clone()})), \
                     mock.patch.object(parallel.dist, "recv", lambda x, rank: x.copy_(sent.pop(rank))):
                 if world.rank == 0:
                     assert sum(map(len, sent.values())) == n - math.ceil(n / world.data_size)
                 results = parallel.spread(make, n, 100, world)
-        assert torch.equal(results, made(range(n))) and not sent and len(lengths) == 1
+        assert torch.equal(results, made(range(n))) and results.dtype == torch.float32
+        assert not sent and len(lengths) == 1
 
 
 @pytest.mark.parametrize("size, sp", [(1, 1), (4, 1), (4, 2), (64, 1)])

@@ -130,6 +130,23 @@ def test_a_student_gets_a_noise_for_each_of_its_times(student, tmp_path, asked):
     assert sampling == STUDENT
 
 
+def test_a_video_is_what_the_codec_makes_of_the_latents_without_their_normalisation(
+        teacher, tmp_path, monkeypatch):
+    x0 = torch.randn(2, 24, 2, 4, 4)
+    shown, write = [], codec.write_video
+
+    def watched(path, clips, fps):
+        assert fps == 8
+        shown.extend(clips)
+        write(path, clips, fps)
+
+    monkeypatch.setattr(sample.step, "sample", lambda *args: x0)
+    monkeypatch.setattr(codec, "write_video", watched)
+    run(config(teacher, tmp_path / "s", prompts=PROMPTS[:2]))
+    for video, z in zip(shown, x0, strict=True):
+        assert np.array_equal(video, codec.load("dct").decode(z * 0.2 + 0.1))
+
+
 def test_flags_change_the_sampler_and_a_negative_prompt_takes_the_place_of_null(
         teacher, tmp_path, asked):
     run(config(teacher, tmp_path / "s", prompts=PROMPTS[:1], steps=3, guidance=4.0, shift=2.0,

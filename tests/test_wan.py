@@ -171,8 +171,8 @@ def check_same(mine, other):
 def test_weights_and_films_become_a_model_that_diffusers_samples_alike(wan, trained, tmp_path):
     lines = [json.loads(line) for line in open(f"{trained}/log.jsonl")]
     assert {line["step"] for line in lines if "loss" in line} == {1, 2, 3}
-    written = [path.name for path in (ckpt.Path(trained) / "samples").iterdir()]
-    assert written == ["step_0000003.mp4"]                                      # decoded by --vae
+    samples = ckpt.Path(trained) / "samples"
+    assert [path.name for path in samples.glob("step_*")] == ["step_0000003.mp4"]       # decoded by --vae
     mine = ours(trained, wan, tmp_path / "s")
     export.main(export.Config(ckpt=trained, out=str(tmp_path / "export"), shard_gb=1e-4))
     check_same(mine, theirs(wan, mine, tmp_path / "export"))
@@ -250,7 +250,7 @@ TRAIN = [  # flags, with W for the pipeline and O for the others; what the messa
 
 
 @pytest.mark.parametrize("flags, said", TRAIN, ids=[" ".join(map("=".join, f.items())) for f, _ in TRAIN])
-def test_weights_that_do_not_fit_are_named_before_anything_is_written(wan, others, data, tmp_path, capsys, flags, said):
+def test_weights_that_do_not_fit_are_named_before_a_run_begins(wan, others, data, tmp_path, capsys, flags, said):
     given = dict(model="small", data=data, out=str(tmp_path / "run"))
     for name, value in flags.items():
         given[name] = re.sub("^W", wan, re.sub("^O", others, value))
@@ -259,10 +259,12 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(wan, other
     message = capsys.readouterr().err.replace(wan, "W").replace(others, "O")
     assert refused.value.code == 2
     assert re.search(said, message)
-    assert not (tmp_path / "run").exists()
+    for name in ("config.json", "log.jsonl", "ckpt"):
+        assert not (tmp_path / "run" / name).exists()
 
 
-def test_a_teacher_of_another_family_and_a_vae_of_another_width_are_refused(wan, others, data, trained, tmp_path, capsys):
+def test_a_teacher_of_another_family_and_a_vae_of_another_width_are_refused(
+        wan, others, data, trained, tmp_path, capsys):
     cfg = distill.Config(teacher=trained, data=data, student_every=1, out=str(tmp_path / "run"))
     for flags, said in ((dict(teacher=f"{wan}/vae", model="small"), "is no Wan transformer"),
                         (dict(teacher=wan), "is not a run of ours: give --model"),
