@@ -10,11 +10,15 @@ import tyro
 from torch.distributed.run import get_args_parser
 
 import distill
+import evaluate
+import export
+import prepare
+import sample
 import train
 from conftest import ROOT
 from helpers import told, total
 
-MAINS = {"train.py": train, "distill.py": distill}
+ROOTS = {f"{root.__name__}.py": root for root in (prepare, train, distill, sample, evaluate, export)}
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
@@ -60,7 +64,7 @@ def launched(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.sh")), ids=lambda path: path.name)
 def test_a_recipe_takes_what_its_first_lines_say(recipe, launched, capsys):
     script, *flags = launched(recipe, "--dry_run", *ON.get(recipe.name, ("8", "80")))
-    code, lines, err = told(MAINS[script].main, tyro.cli(MAINS[script].Config, args=flags), capsys)
+    code, lines, err = told(ROOTS[script].main, tyro.cli(ROOTS[script].Config, args=flags), capsys)
     assert code == 0, err
     text = recipe.read_text()
     memory, disk = (int(re.search(rf"(\d+) GB of {what}\b", text)[1]) for what in ("(?:each|it)", "disk"))
@@ -85,11 +89,16 @@ def test_a_recipe_is_dry_run_as_its_first_lines_say(tmp_path):
 # ---- README ---------------------------------------------------------------------------------------------------------
 
 
-def lines_of_readme():
-    """The commands of README's shell blocks, comments and continued lines undone."""
+def launches_of_readme():
+    """(script, flags, by torchrun) of every line in README's shell blocks that starts one of our files."""
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    return [words for line in "".join(blocks).replace("\\\n", " ").splitlines()
-            if (words := shlex.split(line, comments=True))]
+    lines = "".join(blocks).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if words[:1] == ["torchrun"]:
+            script, *flags = script_of(words[1:])
+            yield script, flags, True
+        elif words[:1] == ["python"] and words[1] in ROOTS:
+            yield words[1], words[2:], False
 
 
 REAL_WORK = [("train.py", "--model=wan-1.3b"), ("distill.py", "--teacher=out/wan")]
@@ -98,31 +107,19 @@ REAL_WORK = [("train.py", "--model=wan-1.3b"), ("distill.py", "--teacher=out/wan
 @pytest.mark.parametrize("script, flag", REAL_WORK, ids=[script for script, _ in REAL_WORK])
 def test_readmes_lines_for_real_work_fit_eight_gpus_of_80_gb(script, flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)     # here are no data, no weights and no runs
-    lines = [script_of(words[1:]) for words in lines_of_readme() if words[0] == "torchrun" and flag in words]
-    (flags,) = [flags for name, *flags in lines if name == script]
+    (flags,) = [flags for name, flags, many in launches_of_readme() if many and name == script and flag in flags]
     if not any(word.startswith("--model") for word in flags):
         flags.append("--model=wan-1.3b")        # which distill.py would read from out/wan
-    main, Config = MAINS[script].main, MAINS[script].Config
-    code, lines, err = told(main, tyro.cli(Config, args=[*flags, "--dry_run", "8", "80"]), capsys)
+    cfg = tyro.cli(ROOTS[script].Config, args=[*flags, "--dry_run", "8", "80"])
+    code, lines, err = told(ROOTS[script].main, cfg, capsys)
     assert code == 0, err
     assert total(lines) > 10
     assert any(what.endswith("(16, 21, 60, 104)") for what in lines)
 
 
-def test_every_line_of_readme_that_runs_a_root_is_understood():
+def test_every_line_of_readme_that_starts_a_root_is_understood():
     """Flags are renamed; README's are then found here, whichever root they are of."""
-    import evaluate
-    import export
-    import prepare
-    import sample
-    roots = MAINS | {f"{root.__name__}.py": root for root in (evaluate, export, prepare, sample)}
-    seen = set()
-    for words in lines_of_readme():
-        if words[0] == "torchrun":
-            words = script_of(words[1:])
-        elif words[0] == "python":
-            words = words[1:words.index("&&")] if "&&" in words else words[1:]
-        if words[0] in roots:
-            tyro.cli(roots[words[0]].Config, args=words[1:])
-            seen.add(words[0])
-    assert {"prepare.py", "train.py", "distill.py", "sample.py"} <= seen
+    launches = list(launches_of_readme())
+    for script, flags, _ in launches:
+        tyro.cli(ROOTS[script].Config, args=flags)
+    assert {script for script, *_ in launches} >= {"prepare.py", "train.py", "distill.py", "sample.py"}
