@@ -1,4 +1,5 @@
 """What several test files share: a root run in this process or as a command line, and what a run leaves behind."""
+import inspect
 import json
 import os
 import signal
@@ -6,7 +7,10 @@ import subprocess
 import sys
 import time
 from functools import wraps
+from itertools import count
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -125,3 +129,56 @@ def spied(monkeypatch, module, name, record):
 
     monkeypatch.setattr(module, name, told)
     return seen
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def run_stopped(root, cfg, update):
+    """A run that gets a signal in the midst of an update, the first one being 1."""
+    calls = count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        original = root.train_step
+
+        def interrupted(*args, **more):
+            if next(calls) == update:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **more)
+
+        patch.setattr(root, "train_step", interrupted)
+        run(root.main, cfg)
+
+
+def run_killed(root, cfg, step):
+    """A run that is killed when it begins to validate at this step."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = root.validate
+        named = inspect.signature(original)
+
+        def killed(*args):
+            if named.bind(*args).arguments["step"] == step:
+                raise Killed
+            return original(*args)
+
+        patch.setattr(root, "validate", killed)
+        with pytest.raises(Killed):
+            run(root.main, cfg)
+
+
+def refused(main, cfg, capsys):
+    """What a run that is refused says: one line on stderr, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(main, cfg)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
+
+
+def rewrite(path, change):
+    """Changes the manifest of a checkpoint in place: change(manifest) alters it."""
+    manifest = ckpt.read_manifest(path)
+    change(manifest)
+    ckpt.write_json(Path(path) / "manifest.json", manifest | {"crc32": ckpt.digest(manifest)})
