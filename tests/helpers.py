@@ -1,7 +1,9 @@
 """What several test files share: a root run in this process or as a command line, and what a run leaves behind."""
 import inspect
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,3 +184,43 @@ def rewrite(path, change):
     manifest = ckpt.read_manifest(path)
     change(manifest)
     ckpt.write_json(Path(path) / "manifest.json", manifest | {"crc32": ckpt.digest(manifest)})
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def meta(path):
+    """What a checkpoint says beside its tensors; path: it, or a run's folder."""
+    return ckpt.read_manifest(ckpt.latest(path) or path)["meta"]
+
+
+def close(mine, theirs, rel, *names):
+    """Compares these numbers of two logs at the steps that both have; each is met at least once."""
+    theirs, met = {line["step"]: line for line in theirs}, set()
+    for line in mine:
+        for name in set(names) & line.keys() & theirs.get(line["step"], {}).keys():
+            assert line[name] == pytest.approx(theirs[line["step"]][name], rel=rel), (line["step"], name)
+            met.add(name)
+    assert met == set(names)
+
+
+def unable(*what):
+    """Stands for a function that fails."""
+    raise RuntimeError("out of memory")
+
+
+def nan_at(monkeypatch, root, name, *calls):
+    """The loss called `name` is not a number at these of its calls with a gradient, the first one being 1."""
+    original, made = getattr(root, name), []
+
+    def broken(*args, **more):
+        loss, seen = original(*args, **more)
+        if torch.is_grad_enabled():
+            made.append(name)
+            if len(made) in calls:
+                loss = loss * math.nan
+        return loss, seen
+
+    monkeypatch.setattr(root, name, broken)

@@ -4,9 +4,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +17,11 @@ import ckpt
 import codec
 import export
 import sample
-import step
 import train
 from data import Latents
-from helpers import (as_flags, finished, log_of, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset,
-                     shell, signal_one_of_two, spied, state, wait_until)
-from model import DiT, MODELS, Cond, add_lora
+from helpers import (as_flags, close, copied, finished, log_of, meta, nan_at, refused, rewrite, run, run_killed,
+                     run_stopped, same, shapes_dataset, shell, signal_one_of_two, spied, state, unable, wait_until)
+from model import MODELS, Cond, DiT, add_lora
 from test_ckpt import V1_PATH, as_version_1
 
 QUIET = dict(val_every=0, samples=0)    # validates at the end alone, without videos
@@ -30,7 +29,7 @@ QUIET = dict(val_every=0, samples=0)    # validates at the end alone, without vi
 
 @pytest.fixture(scope="module", autouse=True)
 def short_samplers():
-    """Videos take 3 network calls instead of 50: none of these tests looks at how they are."""
+    """Videos take 3 steps instead of 50: no test here looks at how they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.TINY, "sample_steps", 3)
         yield
@@ -52,26 +51,6 @@ def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     run(train.main, config(data, out))
     return out
-
-
-def copied(folder, to):
-    shutil.copytree(folder, to)
-    return to
-
-
-def meta(path):
-    """What a checkpoint says beside its tensors; path: it, or a run's folder."""
-    return ckpt.read_manifest(ckpt.latest(path) or path)["meta"]
-
-
-def close(mine, theirs, rel, *names):
-    """Compares these numbers of two logs at the steps that both have; each is met at least once."""
-    theirs, met = {line["step"]: line for line in theirs}, set()
-    for line in mine:
-        for name in set(names) & line.keys() & theirs.get(line["step"], {}).keys():
-            assert line[name] == pytest.approx(theirs[line["step"]][name], rel=rel), (line["step"], name)
-            met.add(name)
-    assert met == set(names)
 
 
 def test_a_run_leaves_its_log_curves_page_videos_and_checkpoints(whole):
@@ -122,10 +101,6 @@ def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data
         assert (tmp_path / f"run/samples/step_{step:07d}.mp4").exists()
 
 
-def unable(*what):
-    raise RuntimeError("out of memory")
-
-
 @pytest.mark.parametrize("part", ["decode", "load"])
 def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, tmp_path, monkeypatch, capsys, part):
     load, loads = codec.load, []
@@ -152,7 +127,7 @@ def test_a_run_has_its_folder_alone_and_killed_without_warning_goes_on_from_its_
     process = shell(1, "train.py", *as_flags(cfg))
     try:
         wait_until((tmp_path / "run/ckpt/step_0000003").exists, process)
-        os.kill(process.pid, 19)                # held, so that it cannot end
+        os.kill(process.pid, signal.SIGSTOP)    # so that it cannot end before
         message = refused(train.main, cfg, capsys)
     finally:
         process.kill()
@@ -179,21 +154,6 @@ def test_a_folder_is_claimed_before_anything_is_built(data, tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-def nan_at(monkeypatch, root, name, *calls):
-    """The loss called `name` is not a number at these of its calls with a gradient, the first one being 1."""
-    original, made = getattr(root, name), []
-
-    def broken(*args, **more):
-        loss, seen = original(*args, **more)
-        if torch.is_grad_enabled():
-            made.append(name)
-            if len(made) in calls:
-                loss = loss * math.nan
-        return loss, seen
-
-    monkeypatch.setattr(root, name, broken)
-
-
 def test_an_update_that_is_not_finite_is_skipped_and_names_the_samples_of_all_ranks(
         data, tmp_path, monkeypatch, capsys):
     """Rank 1 of 2, which itself has half of each batch."""
@@ -215,7 +175,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_names_the_samples_of_all_ra
 
 
 def test_updates_that_are_skipped_in_a_row_end_the_run(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "SKIPS", 3)
+    monkeypatch.setattr("step.SKIPS", 3)
     nan_at(monkeypatch, train, "flow_loss", 2, 4, 5, 6)
     with pytest.raises(RuntimeError, match="3 updates in a row"):
         run(train.main, config(data, tmp_path / "run", save_every=2, **QUIET))
