@@ -120,7 +120,7 @@ def shapes_dataset(folder, clips=60):
 
 
 def spied(monkeypatch, module, name, record):
-    """Replaces a module's function by itself followed by record(out, *args, **more) -> the list of what that returns."""
+    """Replaces a module's function by itself, then record(out, *args, **more) -> the list of what record returns."""
     original, seen = getattr(module, name), []
 
     @wraps(original)
@@ -206,9 +206,12 @@ def close(mine, theirs, rel, *names):
     assert met == set(names)
 
 
-def unable(*what):
-    """Stands for a function that fails."""
+def out_of_memory(*args, **more):
     raise RuntimeError("out of memory")
+
+
+def full_disk(*args, **more):
+    raise OSError("the disk is full")
 
 
 def nan_at(monkeypatch, root, name, *calls):

@@ -21,8 +21,9 @@ import sample
 import step
 import train
 from data import Latents, noise
-from helpers import (as_flags, close, copied, finished, log_of, meta, nan_at, refused, rewrite, run, run_killed,
-                     run_stopped, same, shapes_dataset, shell, signal_one_of_two, spied, state, unable)
+from helpers import (as_flags, close, copied, finished, full_disk, log_of, meta, nan_at, out_of_memory, refused,
+                     rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell, signal_one_of_two, spied,
+                     state)
 from model import MODELS, Bound, Cond, DiT
 from step import Learner, adamw, averaged, copies, dmd_loss, euler, flow_loss, grid, rollout, sample_t, train_step
 from test_ckpt import as_version_1
@@ -116,7 +117,7 @@ def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data
 
 def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, teacher, tmp_path, monkeypatch, capsys):
     load = codec.load
-    monkeypatch.setattr(codec, "load", lambda *args, **more: load(*args, **more)._replace(decode=unable))
+    monkeypatch.setattr(codec, "load", lambda *args, **more: load(*args, **more)._replace(decode=out_of_memory))
     run(distill.main, config(data, teacher, tmp_path / "run", steps=2, samples=1))
     printed = capsys.readouterr().out
     for kind, clips in (("samples", 2), ("inside", 3)):
@@ -128,12 +129,9 @@ def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, teacher,
 
 
 def test_a_folder_is_claimed_before_anything_is_built(data, teacher, tmp_path, monkeypatch, capsys):
-    def claim(out, **ranks):
-        raise ValueError("it is taken")
-
     built = spied(monkeypatch, distill, "blank", lambda net, *args: args)
-    monkeypatch.setattr(ckpt, "claim", claim)
-    assert refused(distill.main, config(data, teacher, tmp_path / "run"), capsys) == "distill.py: it is taken\n"
+    monkeypatch.setattr(ckpt, "claim", full_disk)
+    assert refused(distill.main, config(data, teacher, tmp_path / "run"), capsys) == "distill.py: the disk is full\n"
     assert built == []
     assert not (tmp_path / "run").exists()
 
@@ -428,12 +426,13 @@ def test_every_draw_belongs_to_a_role_a_step_and_a_slot(data):
 def test_both_learning_rates_fall_to_0_at_the_last_step_which_then_is_no_free_flag(
         data, teacher, tmp_path, monkeypatch, capsys):
     used = spied(monkeypatch, distill, "train_step", lambda out, *args, lr, **more: lr)
-    cfg = config(data, teacher, tmp_path / "run", steps=4, student_lr=4e-4, critic_lr=1e-3, schedule="linear", samples=0)
+    rates = dict(student_lr=4e-4, critic_lr=1e-3, schedule="linear")
+    cfg = config(data, teacher, tmp_path / "run", steps=4, samples=0, **rates)
     run_stopped(distill, cfg, 3)
     assert "step 2 of 4 is saved" in capsys.readouterr().out
     run(distill.main, cfg)
-    rates = [1e-3, 3e-4, 7.5e-4, 5e-4, 1e-4, 2.5e-4]        # critic; student, critic; critic; student, critic
-    assert used == pytest.approx(rates)
+    # critic; student, critic; critic; student, critic
+    assert used == pytest.approx([1e-3, 3e-4, 7.5e-4, 5e-4, 1e-4, 2.5e-4])
     assert log_of(cfg.out)[-1]["student_lr"] == pytest.approx(1e-4)
     assert "--steps=8 (was 4)" in refused(distill.main, replace(cfg, steps=8), capsys)
 
@@ -626,7 +625,7 @@ SPREAD = 0.3
 
 
 def mixture(x, t, cond):
-    """The velocity that flow matching learns from the mixture of equal Gaussians at MEANS of std SPREAD, in closed form."""
+    """The velocity that flow matching learns from equal Gaussians of std SPREAD at MEANS, in closed form."""
     point, t = x.flatten(1), t.view(-1, 1, 1)
     variance = (1 - t) ** 2 * SPREAD**2 + t**2                                  # (B, 1, 1)
     off = point[:, None] - (1 - t) * MEANS                                      # (B, modes, 2)
@@ -714,7 +713,7 @@ def gaussian(mean, std):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_student_beside_an_exact_critic_becomes_the_guided_gaussian(scale):
-    """Conditional N(1, .5²), unconditional N(.2, .5²): equal spreads, where u + s (c - u) is exactly N(.2 + .8 s, .5²)."""
+    """Conditional N(1, .5²), unconditional N(.2, .5²): of equal spreads u + s (c - u) is exactly N(.2 + .8 s, .5²)."""
     rng = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(x, requires_grad=True, dtype=torch.float64) for x in (-0.5, 1.2))
     opt = torch.optim.Adam([mean, std], lr=0.05, betas=(0.0, 0.99))

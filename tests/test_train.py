@@ -19,8 +19,9 @@ import export
 import sample
 import train
 from data import Latents
-from helpers import (as_flags, close, copied, finished, log_of, meta, nan_at, refused, rewrite, run, run_killed,
-                     run_stopped, same, shapes_dataset, shell, signal_one_of_two, spied, state, unable, wait_until)
+from helpers import (as_flags, close, copied, finished, full_disk, log_of, meta, nan_at, out_of_memory, refused,
+                     rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell, signal_one_of_two, spied,
+                     state, wait_until)
 from model import MODELS, Cond, DiT, add_lora
 from test_ckpt import V1_PATH, as_version_1
 
@@ -108,8 +109,8 @@ def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, tmp_path
     def failing(*args, **more):
         loads.append(args)
         if part == "load" and len(loads) > 1:   # the first one is begin's, which refuses a wrong --vae
-            unable()
-        return load(*args, **more)._replace(decode=unable)
+            out_of_memory()
+        return load(*args, **more)._replace(decode=out_of_memory)
 
     monkeypatch.setattr(codec, "load", failing)
     run(train.main, config(data, tmp_path / "run", steps=2, val_every=1, save_every=1))
@@ -144,12 +145,9 @@ def test_a_run_has_its_folder_alone_and_killed_without_warning_goes_on_from_its_
 
 
 def test_a_folder_is_claimed_before_anything_is_built(data, tmp_path, monkeypatch, capsys):
-    def claim(out, **ranks):
-        raise ValueError("it is taken")
-
     built = spied(monkeypatch, train, "blank", lambda net, *args: args)
-    monkeypatch.setattr(ckpt, "claim", claim)
-    assert refused(train.main, config(data, tmp_path / "run"), capsys) == "train.py: it is taken\n"
+    monkeypatch.setattr(ckpt, "claim", full_disk)
+    assert refused(train.main, config(data, tmp_path / "run"), capsys) == "train.py: the disk is full\n"
     assert built == []
     assert not (tmp_path / "run").exists()
 
@@ -338,7 +336,7 @@ def test_validation_forwards_no_more_than_a_micro_batch(data, tmp_path, monkeypa
 
 def test_deterministic_kernels_are_asked_for(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    monkeypatch.setattr(ckpt, "newest", unable)
+    monkeypatch.setattr(ckpt, "newest", full_disk)
     asked = spied(monkeypatch, torch, "use_deterministic_algorithms", lambda out, mode: mode)
     try:
         for deterministic in (False, True):
@@ -479,7 +477,7 @@ REFUSED = [  # flags, what the message says
 @pytest.mark.parametrize("flags, said", REFUSED, ids=[" ".join(f) for f, _ in REFUSED])
 def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr("wandb.login", lambda **how: False)
-    message = refused(train.main, config(data, tmp_path / "run", **flags), capsys)
+    message = refused(train.main, replace(config(data, tmp_path / "run"), **flags), capsys)
     assert message.startswith("train.py: ")
     assert re.search(said, message)
     assert not (tmp_path / "run").exists()
