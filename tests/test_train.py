@@ -19,9 +19,10 @@ import export
 import sample
 import train
 from data import Latents
-from helpers import (as_flags, close, copied, finished, full_disk, log_of, meta, nan_at, out_of_memory, refused,
-                     rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell, signal_one_of_two, spied,
-                     state, wait_until)
+from helpers import (as_flags, close, copied, finished, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
+                     refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell, signal_one_of_two,
+                     spied, state, wait_until)
+from log import curves
 from model import MODELS, Cond, DiT, add_lora
 from test_ckpt import V1_PATH, as_version_1
 
@@ -29,10 +30,11 @@ QUIET = dict(val_every=0, samples=0)    # validates at the end alone, without vi
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_samplers():
-    """Videos take 3 steps instead of 50: no test here looks at how they are."""
+def cheap():
+    """Videos take 3 steps instead of 50, and runs draw no curves: two thirds of the time that they would take."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.TINY, "sample_steps", 3)
+        patch.setattr("log.curves", no_curves)
         yield
 
 
@@ -48,9 +50,11 @@ def config(data, out, **flags):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A run that nobody interrupts."""
+    """A run that nobody interrupts, with its curves."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    run(train.main, config(data, out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("log.curves", curves)
+        run(train.main, config(data, out))
     return out
 
 
