@@ -51,6 +51,7 @@ class DataConfig:
     batch: int = 8                                          # samples per read
     rounds: int = 7                                         # times that each method reads everything; medians are shown
     group: int = 8                                          # samples per parquet row group, as in FastVideo's example
+    start: int = 0                                          # time instead how a dataset of so many samples starts
     dir: str | None = None                                  # where the datasets go; None = the temporary folder
     out: str = "out/bench/data.json"                        # file of the results
 
@@ -59,6 +60,8 @@ MEMMAP, RAW = "np.memmap copy into the same batch, not normalised", "np.memmap c
 
 
 def bench_data(cfg):
+    if cfg.start:
+        return bench_start(cfg)
     if cfg.samples % cfg.batch:
         raise ValueError(f"--samples={cfg.samples} is not a multiple of --batch={cfg.batch}")
     order = stream(0, "order", 0).permutation(cfg.samples).reshape(-1, cfg.batch).tolist()
@@ -88,7 +91,6 @@ def bench_data(cfg):
         apart["Latents.at: reading, noise, t, dropout"] = cost(lambda ids: loader.read(next(steps)))
         pages = loader.pages
         readers = loader = None                 # pages of files that are mapped stay in memory
-
         evict(folder)
         loader = Latents(folder / "latents", seed=0, batch=cfg.batch)
         loader.pages, loader.checked[:] = pages, True       # reading alone: no new memory, no checksums
@@ -97,6 +99,76 @@ def bench_data(cfg):
         evict(folder)
         apart["np.memmap, cold"] = cost(plain_readers(folder, cfg)[MEMMAP])
     report(cfg, warm, apart)
+
+
+PROBE = """
+import json, re, sys, time
+from data import Latents, Writer
+import torch
+
+def peak():     # MB; what the system's getrusage says would count the parent's
+    return int(re.search("VmHWM:\\s*(.*) kB", open("/proc/self/status").read())[1]) / 1024
+
+path, spec, null = sys.argv[1], json.loads(sys.argv[2]), torch.zeros(1, 8)
+imported = peak()
+{before}
+began, busy = time.perf_counter(), time.process_time()
+{measured}
+print(json.dumps([time.perf_counter() - began, time.process_time() - busy, peak(), imported]))
+"""
+OPEN = "latents = Latents(path, seed=0, batch=8, val=16)"
+STARTS = {  # what is measured: (what runs before, what runs), on one rank
+    "Writer, where all is done but finish": ("", "Writer(path, spec)"),
+    "finish, mean and std given": ("writer = Writer(path, spec)", "writer.finish(null, [0.] * 4, [1.] * 4)"),
+    "finish, mean and std measured": ("writer = Writer(path, spec)", "writer.finish(null)"),
+    "Latents": ("", OPEN),
+    "Latents, and its first batch": ("", f"{OPEN}; latents.at(0)"),
+    "its first caption": (OPEN, "latents.caption(0)"),
+}
+
+
+def bench_start(cfg, ranks=8):
+    """Seconds and peak memory where a dataset has many small samples, each measured in a process of its own."""
+    import subprocess
+    import sys
+
+    spec = {"codec": {"name": "random", "text_width": 8, "text_length": 8}, "fps": 16, "dtype": "bf16"}
+    table = {}
+    with tempfile.TemporaryDirectory(dir=cfg.dir) as folder:
+        write_many(Path(folder), cfg.start, ranks)
+        print(f"{cfg.start:,} samples of {ranks} ranks: one rank's   seconds  of a CPU  peak MB  of imports")
+        for name, (before, measured) in STARTS.items():
+            code = PROBE.format(before=before, measured=measured)
+            done = subprocess.run([sys.executable, "-c", code, folder, json.dumps(spec)], check=True, text=True,
+                                  stdout=subprocess.PIPE, cwd=Path(__file__).parent)
+            table[name] = json.loads(done.stdout)
+            print("{:45} {:10.2f} {:9.2f} {:8.0f} {:11.0f}".format(name, *table[name]))
+    path = Path(cfg.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"config": asdict(cfg), "seconds, of a CPU, peak MB, of imports": table}, indent=1))
+    print(f"written to {path}")
+
+
+def write_many(folder, samples, ranks):
+    """What ranks of Writer leave behind of samples that are all zeros: journals, and files with holes."""
+    import zlib
+
+    shapes, rows = [(4, 3, 2, 2), (4, 3, 2, 4), (4, 3, 4, 2)], 2
+    for rank in range(ranks):
+        sizes = dict.fromkeys([f"text.{rank}.bin"] + ["x".join(map(str, s)) + f".{rank}.bin" for s in shapes], 0)
+        with open(folder / f"journal.{rank}.jsonl", "w") as journal:
+            for i in range(rank, samples, ranks):
+                shape = shapes[i % 3]
+                sizes["x".join(map(str, shape)) + f".{rank}.bin"] += 4096
+                sizes[f"text.{rank}.bin"] += rows * 16
+                record = {"rank": rank, "key": f"film number {i}.mp4",
+                          "caption": f"what can be seen in the film number {i}, in a dozen words or so",
+                          "source": f"film number {i}.mp4", "rows": rows, "shape": shape,
+                          "crc": [zlib.crc32(bytes(2 * prod(shape))), zlib.crc32(bytes(rows * 16))]}
+                journal.write(json.dumps(record) + "\n")
+        for name, size in sizes.items():
+            with open(folder / name, "wb") as file:
+                file.truncate(size)
 
 
 def write_formats(folder, cfg):

@@ -393,8 +393,8 @@ def write_clips(stem, x0, how, *, vae=None, device="cpu", columns=None, report=p
     """Clips as one video stem.mp4, or their latents as stem.npy -> the path, None if neither could be written.
 
     x0 (n, C, F, H, W), normalised; how: a checkpoint's sampling block; columns: of the grid; vae, device: see `load`.
-    Latents are kept, not normalised, where the codec needs a VAE that is not given, and where decoding or writing fails:
-    out of memory, ffmpeg, a full disk. `report` is told in one line. Raises nothing, so that training goes on.
+    Latents are kept, not normalised, where the codec needs a VAE that is not given, and where decoding or writing fails
+    (out of memory, ffmpeg, a full disk). `report` is told in one line. Raises nothing, so that training goes on.
     """
     mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
     latents = x0.detach().cpu() * std + mean

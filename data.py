@@ -14,22 +14,23 @@ A dataset is a folder of raw numbers that `Writer` writes and `Latents` reads:
     captions.jsonl           id, caption and source of each sample
     journal.0.jsonl          what rank 0 has stored, from where an interrupted Writer goes on; spec.json: its settings
 
+Nothing here holds a whole dataset's records: with millions of samples each costs some ten bytes of a rank's memory.
+
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
-import io
 import json
 import math
 import mmap
 import os
+import re
 import warnings
 import weakref
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import accumulate, groupby
-from operator import itemgetter
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -41,7 +42,12 @@ import torch
 VERSION = 1
 PAGE = 4096
 WORKERS = min(4, os.cpu_count())    # threads that read and draw noise
+BLOCK = 1 << 22                     # bytes read at once where a file is gone through from end to end
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def ceil_div(a, b):
+    return -(-a // b)
 
 
 # ---- random streams -------------------------------------------------------------------------------------------------
@@ -66,7 +72,7 @@ def normal(rng, shape):
 
 
 def noise(seed, purpose, step, slots, shape):
-    """N(0, 1), one stream per slot -> fp32 (len(slots), *shape)."""
+    """N(0, 1), each slot from a stream of its own -> fp32 (len(slots), *shape)."""
     return torch.stack([normal(stream(seed, purpose, step, slot), shape) for slot in slots])
 
 
@@ -112,15 +118,72 @@ class Order:
         n = self.counts[bucket]
         first = (before[bucket] + np.count_nonzero(plan[:row] == bucket)) * self.batch
         last = first + self.batch
-        return bucket, np.concatenate([self.permutation(bucket, i)[max(first - i * n, 0):last - i * n]
-                                       for i in range(first // n, -(-last // n))])
+        parts = []
+        for i in range(first // n, ceil_div(last, n)):      # the passes that the batch reaches into
+            here = slice(max(first - i * n, 0), last - i * n)
+            parts.append(self.permutation(bucket, i)[here])
+        return bucket, np.concatenate(parts)
 
     def interleaved(self, epoch):
+        """The bucket of each batch of an epoch."""
         counts = np.subtract(self.before(epoch + 1), self.before(epoch))
         return stream(self.seed, "epoch", epoch).permutation(np.repeat(np.arange(len(counts), dtype=np.uint16), counts))
 
     def permutation(self, bucket, i):
+        """The order of a bucket's samples in its pass i."""
         return stream(self.seed, "order", i, bucket).permutation(self.counts[bucket])
+
+
+# ---- a step ahead, and to the GPU -------------------------------------------------------------------------------------
+
+class Ahead:
+    """draws(role, step) -> draw(role, step) on the device. A thread draws a role's next step while this one is used.
+
+    draw: a pure function that gives [NamedTuple of CPU tensors]; stride: {role: steps from one of its draws to the next}.
+    """
+
+    def __init__(self, draw, stride, device=torch.device("cpu")):
+        self.draw, self.stride, self.device = draw, stride, device
+        self.thread = ThreadPoolExecutor(1)
+        self.next = {}                                      # {role: (step, its future)}
+
+    def __call__(self, role, step):
+        expected, future = self.next.pop(role, (None, None))
+        if step != expected:                                # the first one, or a step that is not the next
+            future = self.begin(role, step)
+        after = step + self.stride[role]
+        self.next[role] = after, self.begin(role, after)
+        return future.result()
+
+    def begin(self, role, step):
+        return self.thread.submit(lambda: send(self.draw(role, step), self.device))
+
+
+def send(x, device):
+    """x on the device: a tensor, or a NamedTuple or list of whatever, whose tensors are sent.
+
+    A copy to a GPU is begun, not waited for: it joins the device's default stream, so that kernels launched once this
+    has returned find it complete. Memory that is not page-locked is copied there first, else the copy would wait.
+    """
+    if torch.is_tensor(x):
+        if on_gpu(device) and not on_gpu(x.device) and not x.is_pinned():
+            x = page_locked(x.shape, x.dtype).copy_(x)
+        return x.to(device, non_blocking=True)
+    if isinstance(x, list):
+        return [send(item, device) for item in x]
+    if isinstance(x, tuple):
+        return x._make(send(item, device) for item in x)
+    return x
+
+
+def on_gpu(device):
+    """Whether a device wants page-locked memory. Tests replace this and the next one."""
+    return device.type == "cuda"
+
+
+def page_locked(shape, dtype=torch.float32):
+    """Memory that a GPU copies from by itself. PyTorch reuses it once the copies from it are done."""
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -141,27 +204,28 @@ class Latents:
     """A dataset in training order: `at(step)` gives this rank's micro-batches, while a thread prepares the next step's.
 
     batch: samples per update, over all ranks; micro_batch: samples per forward, None = a rank's whole share; rank and
-    world: among data ranks; val: samples to hold out of training; pin: batches go to page-locked memory, for a GPU.
+    world: among data ranks; val: samples to hold out of training; device: where `at` puts its tensors and where `null`
+    is. All other methods give CPU tensors, page-locked where the device is a GPU: `send` copies them.
     Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
     """
 
     def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0, device="cpu"):
-        pin = torch.device(device).type == "cuda"
-        self.device = torch.device(device)
         micro_batch = micro_batch or max(batch // world, 1)
         check_batch(batch, micro_batch, world)
-        self.path, self.seed, self.batch, self.pin = Path(path), seed, batch, pin
+        self.path, self.seed, self.batch, self.device = Path(path), seed, batch, torch.device(device)
         self.slots = [list(range(i, i + micro_batch))
                       for i in range(rank * batch // world, (rank + 1) * batch // world, micro_batch)]
 
         self.manifest = read_manifest(path)
+        allow_files(len(self.manifest["files"]))
         buckets, text, dtype = self.manifest["buckets"], self.manifest["text"], DTYPES[self.manifest["dtype"]]
         self.shapes = [tuple(bucket["shape"]) for bucket in buckets]
         self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()      # ids: bucket after bucket
         self.count = self.first[-1]
         self.latents = [Rows(path, b["files"], stride(b["shape"], dtype) // dtype.itemsize, dtype) for b in buckets]
         self.tokens = Rows(path, text["files"], text["width"], dtype)
-        self.text_off, self.crc = (np.load(self.path / name, mmap_mode="r") for name in ("text_off.npy", "crc.npy"))
+        self.text_off = np.load(self.path / "text_off.npy", mmap_mode="r")
+        self.crc = np.load(self.path / "crc.npy", mmap_mode="r")
         self.checked = np.zeros((self.count, 2), bool)
         self.mean, self.std = (torch.tensor(self.manifest[key] or []).view(-1, 1, 1, 1) for key in ("mean", "std"))
 
@@ -172,20 +236,19 @@ class Latents:
         self.buckets = [self.train[a:b] for a, b in zip(bounds, bounds[1:])]
         self.order = Order(seed, [len(ids) for ids in self.buckets], batch)
 
-        # One torch thread in each worker: a team of each one's own would fight the training for its cores.
+        # One torch thread per worker, or OpenMP's pools compete with training for the cores.
         self.workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
-        self.loader, self.ahead = ThreadPoolExecutor(1), {}
+        self.draws = Ahead(lambda role, step: self.read(step), {"train": 1}, self.device)
         self.pages = defaultdict(list)
         self.text_shape = text["length"], text["width"]
-        self.null = pad(self.tokens(*text["null"]), torch.empty(self.text_shape))
+        self.null = send(pad(self.tokens(*text["null"]), torch.empty(self.text_shape)), self.device)
 
     def at(self, step):
-        """This rank's part of a step -> [Micro], a pure function of the step."""
-        micros = (self.ahead.get(step) or self.loader.submit(self.read, step)).result()
-        self.ahead = {step + 1: self.loader.submit(self.read, step + 1)}
-        return micros
+        """This rank's part of a step -> [Micro] on the device, a pure function of the step."""
+        return self.draws("train", step)
 
     def read(self, step):
+        """What `at` gives, on the CPU."""
         bucket, ids = self.batch_ids(step)
         if not self.manifest["buckets"][bucket]["files"]:
             raise ValueError(f"{self.path} holds prompts without latents: one can distil from it, not train on it")
@@ -194,26 +257,14 @@ class Latents:
         return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots]) for slots in self.slots]
 
     def micro(self, step, ids, slots, u):
-        def noise(out, slot):
+        def fill(out, slot):                                # as `noise` does, shared among the workers
             stream(self.seed, "noise", step, slot).standard_normal(dtype=np.float32, out=out)
 
         x0, text = self.sample(ids)
         e = self.empty(*x0.shape)
-        self.each(noise, e.numpy(), slots)
+        self.each(fill, e.numpy(), slots)
         drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
         return Micro(x0, text, self.null, torch.tensor(drop), u, e, ids, slots)
-
-    def to_device(self, micro):
-        def move(x):
-            if isinstance(x, list):
-                return [move(y) for y in x]
-            return x.to(self.device, non_blocking=True) if torch.is_tensor(x) else x
-        return type(micro)(*map(move, micro))
-
-    def commonest_shapes(self):
-        """Shapes of the buckets, those of most samples first."""
-        counts = [bucket["count"] for bucket in self.manifest["buckets"]]
-        return [self.shapes[i] for i in sorted(range(len(counts)), key=lambda i: -counts[i])]
 
     def batch_ids(self, step):
         """The global batch of a step -> (bucket, [id])."""
@@ -233,16 +284,32 @@ class Latents:
         """(C, F, H, W) of a sample's latent."""
         return self.shapes[self.find(id)[0]]
 
+    def commonest_shapes(self):
+        """The buckets' shapes, that of most samples first."""
+        buckets = sorted(self.manifest["buckets"], key=lambda bucket: -bucket["count"])
+        return [tuple(bucket["shape"]) for bucket in buckets]
+
     def caption(self, id):
         """The sample's caption."""
-        with open(self.path / "captions.jsonl", "rb") as lines:
+        with open(self.captions, "rb") as lines:
             lines.seek(self.text_off[id, 2])
             return json.loads(lines.readline())["caption"]
 
+    @cached_property
+    def captions(self):
+        """The file of captions. Training needs none: its checksum waits for whoever asks for the first one."""
+        check_crc32(self.path, "captions.jsonl", self.manifest)
+        return self.path / "captions.jsonl"
+
     def sample(self, ids):
         """Samples of one bucket -> x0 (B, C, F, H, W) fp32 normalised, text (B, S, E) fp32."""
-        x0, text = self.empty(len(ids), *self.shape_of(ids[0])), self.empty(len(ids), *self.text_shape)
-        self.each(lambda x, padded, id: (self.read_latent(id, x), self.read_text(id, padded)), x0, text, ids)
+        def fill(id, x, padded):
+            self.read_latent(id, x)
+            self.read_text(id, padded)
+
+        x0 = self.empty(len(ids), *self.shape_of(ids[0]))
+        text = self.empty(len(ids), *self.text_shape)
+        self.each(fill, ids, x0, text)
         return x0, text
 
     def text(self, ids):
@@ -256,6 +323,7 @@ class Latents:
         z = self.latents[bucket](row)[0, :x.numel()].view(x.shape)
         self.check(id, 0, z, self.latents[bucket], row)
         x.copy_(z).sub_(self.mean).div_(self.std)           # the one place where latents are normalised
+        # torch.sub(z, mean, out=x) gives the same bits and takes longer: it makes an fp32 copy of z first
 
     def read_text(self, id, padded):
         first, count, _ = self.text_off[id].tolist()
@@ -286,15 +354,19 @@ class Latents:
         list(self.workers.map(lambda share: [function(*item) for item in share], shares))
 
     def empty(self, *shape):
-        """An fp32 tensor, if possible on pages that an earlier batch has let go of: new ones cost more than reading."""
-        if self.pin:
-            return torch.empty(shape, pin_memory=True)      # torch keeps page-locked memory by itself
+        """An fp32 tensor that reuses a freed batch's memory: page-faulting new memory costs more than the read."""
+        if on_gpu(self.device):
+            return page_locked(shape)
+
+        # malloc gives blocks of this size back to the system as soon as they are freed, and the next batch would fault
+        # in every page anew. So the pages stay with us, and each tensor gets a view of them: when the last tensor on
+        # that view has gone, the view goes, and its finalizer puts the pages on the list for the next batch.
         free = self.pages[math.prod(shape)]
         try:
             pages = free.pop()
         except IndexError:
             pages = np.empty(math.prod(shape), np.float32)
-        view = pages[:]                                     # lives as long as any tensor on it
+        view = pages[:]
         weakref.finalize(view, free.append, pages).atexit = False
         return torch.from_numpy(view).view(shape)
 
@@ -329,7 +401,7 @@ class Rows:
 
 def stride(shape, dtype):
     """Bytes from one latent to the next: whole pages, so that reading one touches no other."""
-    return -(-math.prod(shape) * dtype.itemsize // PAGE) * PAGE
+    return ceil_div(math.prod(shape) * dtype.itemsize, PAGE) * PAGE
 
 
 def pad(rows, out):
@@ -357,31 +429,59 @@ def check_batch(batch, micro_batch, world):
 
 
 def read_manifest(path):
-    """The manifest of a dataset, its own checksum and all its files' sizes and checksums compared."""
+    """The manifest of a dataset. Compares its own checksum, all files' sizes, and small files' checksums but captions'."""
     path, file = Path(path), Path(path) / "manifest.json"
     if not file.exists():
         if list(path.glob("journal.*.jsonl")):
             raise FileNotFoundError(f"the dataset in {path} is unfinished: the same prepare.py command goes on with it")
         raise FileNotFoundError(f"no dataset in {path}: `python prepare.py --out={path}` writes one of moving shapes, "
                                 f"`python prepare.py --videos=DIR --out={path}` one of your clips")
-    anew = "Copy it again, or run the same prepare.py command again, which writes it anew"
     try:
         manifest = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. {anew}") from error
+        raise ValueError(f"{file} is damaged: {error}. {ANEW}") from error
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path} is a dataset of version {manifest.get('version')}, and this code reads version "
                          f"{VERSION}: make it again with this prepare.py")
     if manifest.get("crc32") != manifest_crc32(manifest):
-        raise ValueError(f"{file} is not what was written (its checksum differs). {anew}")
+        raise ValueError(f"{file} is not what was written (its checksum differs). {ANEW}")
     for name, wanted in manifest["files"].items():      # before mapping: reading past a file's end kills the process
         size = (path / name).stat().st_size if (path / name).exists() else "no"
         if size != wanted["size"]:
-            way = anew if "crc32" in wanted else f"Copy it again, or delete {path} and run the same prepare.py command"
+            way = ANEW if "crc32" in wanted else f"Copy it again, or delete {path} and run the same prepare.py command"
             raise ValueError(f"{path / name} has {size} bytes instead of {wanted['size']}. {way}")
-        if "crc32" in wanted and zlib.crc32((path / name).read_bytes()) != wanted["crc32"]:
-            raise ValueError(f"{path / name} is not what was written (its checksum differs). {anew}")
+        if "crc32" in wanted and name != "captions.jsonl":
+            check_crc32(path, name, manifest)
     return manifest
+
+
+ANEW = "Copy it again, or run the same prepare.py command again, which writes it anew"
+
+
+def check_crc32(path, name, manifest):
+    """Compares a small file of a dataset with its checksum in the manifest."""
+    if crc32_of(path / name) != manifest["files"][name]["crc32"]:
+        raise ValueError(f"{path / name} is not what was written (its checksum differs). {ANEW}")
+
+
+def crc32_of(path):
+    """CRC32 of a file's content, which is not held."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def allow_files(more):
+    """Lets this process open so many files more, if the system allows: Python keeps a mapped file open."""
+    with suppress(ImportError, ValueError, OSError):        # Windows has no such limit; some systems give less than told
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY:
+            wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def manifest_crc32(manifest):
@@ -396,6 +496,7 @@ class Writer:
     Each rank appends to files of its own. What its journal lists is on disk; whatever lies beyond is cut off on return.
     spec: codec (a dict, with text_width and text_length), fps, dtype "bf16" or "fp32", shape (only for a dataset of
     prompts without latents: theirs), and what else must not change while a dataset is filled; ValueError if it does.
+    done: the keys that all ranks had saved before.
     """
 
     def __init__(self, path, spec, rank=0):
@@ -410,15 +511,18 @@ class Writer:
                 raise ValueError(f"{path} was begun with other settings: {'; '.join(changed)}. "
                                  "Take those, choose another --out, or delete it")
         else:
-            write_whole(self.path / "spec.json", json.dumps(self.spec).encode())
+            with write_whole(self.path / "spec.json") as file:
+                file.write(json.dumps(self.spec).encode())
 
-        records = self.records()
-        self.done = {record["key"] for record in records}
-        sizes = total(self.sizes(record) for record in records if record["rank"] == rank)
-        self.files = {name: self.open_at(name, size) for name, size in sizes.items()}
-        name = f"journal.{rank}.jsonl"
-        lines = (self.path / name).read_bytes() if (self.path / name).exists() else b""
-        self.journal, self.pending, self.saved = self.open_at(name, lines.rfind(b"\n") + 1), [], monotonic()
+        self.done = Keys(line for _, line in self.lines())
+        own = self.path / f"journal.{rank}.jsonl"
+        own.touch()
+        sizes, end = Counter(), 0
+        for line in whole_lines(own):
+            sizes.update(self.sizes(json.loads(line)))
+            end += len(line)
+        self.files = {name: self.open_at(name, size) for name, size in sizes.items() if size}
+        self.journal, self.pending, self.saved = self.open_at(own.name, end), [], monotonic()
 
     def add(self, latent, text, *, caption, source, key):
         """Stores a sample: latent (C, F, H, W), None for a prompt alone, and text (S_i, E); key: its name in `done`."""
@@ -436,9 +540,12 @@ class Writer:
             if size:
                 self.files[name].write(part.ljust(size, b"\0"))
         self.pending.append(record)
-        self.done.add(key)
         if monotonic() > self.saved + 5:    # seconds of work that a crash may cost
             self.save()
+
+    def mark(self, key):
+        """Puts a key into the journal without a sample: that of a film, say, of which all clips are stored."""
+        self.pending.append({"rank": self.rank, "key": key})
 
     def save(self):
         """Puts everything on disk, the journal last."""
@@ -455,72 +562,146 @@ class Writer:
         divide by k std^½ instead, the mean square over channels being 1, so that quiet channels stay quieter.
         """
         self.save()
-        records = self.records()
-        if not records:
-            raise ValueError(f"nothing was stored in {self.path}: there is no dataset to finish")
-        sizes, texts, rows = total(map(self.sizes, records)), Counter(), 0
-        for record in records:
-            record["first"] = rows
-            rows += record["rows"]
-            texts[f"text.{record['rank']}.bin"] += record["rows"]
-        null_text = null_text.to(self.dtype)
-        texts["text.null.bin"] = len(null_text)
 
-        records.sort(key=itemgetter("shape"))               # bucket after bucket, and rank after rank in each
-        buckets = []
-        for shape, bucket in groupby(records, itemgetter("shape")):
-            files = Counter(next(iter(self.sizes(record))) for record in bucket)
-            buckets.append({"shape": shape, "count": files.total(),
-                            "files": [[name, n] for name, n in files.items() if name in sizes]})
+        # 1) the samples in their final order, and the files that hold them
+        shapes, samples = self.samples()
+        if not len(samples):
+            raise ValueError(f"nothing was stored in {self.path}: there is no dataset to finish")
+        buckets, sizes = self.buckets(shapes, samples)
+        text, text_sizes = self.texts(samples, len(null_text))
+        sizes |= text_sizes
+
+        # 2) no file is longer than it says: a rank that was killed, and is not with us now, has left a tail
+        for name, size in sizes.items():
+            with self.open_at(name, size) as file:
+                sync(file)
+
+        # 3) mean and std; the files of small things, each there whole or not at all
         if mean is None:
             mean, std = self.moments(buckets, half_power)
-        captions = [json.dumps({"id": id, "caption": record["caption"], "source": record["source"]}).encode() + b"\n"
-                    for id, record in enumerate(records)]
-        starts = accumulate(map(len, captions), initial=0)
-        small = {"text.null.bin": raw(null_text).tobytes(), "captions.jsonl": b"".join(captions),
-                 "text_off.npy": npy([[r["first"], r["rows"], start] for r, start in zip(records, starts)], np.int64),
-                 "crc.npy": npy([record["crc"] for record in records], np.uint32)}
-        for name, content in small.items():
-            write_whole(self.path / name, content)
+        with write_whole(self.path / "text.null.bin") as file:
+            file.write(raw(null_text.to(self.dtype)))
+        with write_whole(self.path / "captions.jsonl") as file:
+            starts = self.write_captions(file, samples)
+        with write_whole(self.path / "text_off.npy") as file:
+            np.save(file, np.stack([samples["first"], samples["rows"], starts], 1))
+        with write_whole(self.path / "crc.npy") as file:
+            np.save(file, samples["crc"])
 
-        codec = self.spec["codec"]
-        manifest = {"version": VERSION, "codec": codec, "mean": mean, "std": std, "dtype": self.spec["dtype"],
-                    "fps": self.spec["fps"], "buckets": buckets,
-                    "text": {"width": codec["text_width"], "length": codec["text_length"], "rows": rows,
-                             "files": [[name, n] for name, n in texts.items() if n], "null": [rows, len(null_text)]},
-                    "files": {name: {"size": size} for name, size in sizes.items()}
-                    | {name: {"size": len(content), "crc32": zlib.crc32(content)} for name, content in small.items()}}
+        # 4) the manifest, which makes a dataset of them
+        files = {name: {"size": size} for name, size in sizes.items()}
+        for name in ("text.null.bin", "captions.jsonl", "text_off.npy", "crc.npy"):
+            files[name] = {"size": (self.path / name).stat().st_size, "crc32": crc32_of(self.path / name)}
+        manifest = {"version": VERSION, "codec": self.spec["codec"], "mean": mean, "std": std,
+                    "dtype": self.spec["dtype"], "fps": self.spec["fps"], "buckets": buckets, "text": text,
+                    "files": files}
         manifest["crc32"] = manifest_crc32(manifest)
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items()]
-        write_whole(self.path / "manifest.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        with write_whole(self.path / "manifest.json") as file:
+            file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
         return manifest
 
+    def samples(self):
+        """All that is saved -> ([shape], array of SAMPLE), bucket after bucket, and rank after rank in each."""
+        found = {}
+
+        def rows():
+            first = 0
+            for start, line in self.lines():
+                record = json.loads(line)
+                if "crc" in record:                         # else it marks a key
+                    shape = found.setdefault(tuple(record["shape"]), len(found))
+                    yield shape, record["rank"], start, first, record["rows"], tuple(record["crc"])
+                    first += record["rows"]
+
+        samples = np.fromiter(rows(), SAMPLE)
+        shapes = sorted(found)
+        place = {found[shape]: i for i, shape in enumerate(shapes)}
+        samples["shape"] = np.array([place[i] for i in range(len(place))], np.int32)[samples["shape"]]
+        return [list(shape) for shape in shapes], samples[np.argsort(samples["shape"], kind="stable")]
+
+    def buckets(self, shapes, samples):
+        """The manifest's buckets, and {file: bytes} of their latents."""
+        buckets, sizes = [], {}
+        for i, shape in enumerate(shapes):
+            ranks, counts = np.unique(samples["rank"][samples["shape"] == i], return_counts=True)
+            files = []
+            if "shape" not in self.spec:                    # prompts have no latents
+                files = [[latent_file(shape, rank), n] for rank, n in zip(ranks.tolist(), counts.tolist())]
+            sizes |= {name: n * stride(shape, self.dtype) for name, n in files}
+            buckets.append({"shape": shape, "count": int(counts.sum()), "files": files})
+        return buckets, sizes
+
+    def texts(self, samples, null_rows):
+        """The manifest's text, and {file: bytes} of the embeddings by rank."""
+        codec, files = self.spec["codec"], []
+        for rank in np.unique(samples["rank"]).tolist():
+            rows = int(samples["rows"][samples["rank"] == rank].sum())
+            if rows:
+                files.append([text_file(rank), rows])
+        sizes = {name: rows * codec["text_width"] * self.dtype.itemsize for name, rows in files}
+        total = sum(rows for _, rows in files)
+        if null_rows:
+            files = [*files, ["text.null.bin", null_rows]]
+        return {"width": codec["text_width"], "length": codec["text_length"], "rows": total, "files": files,
+                "null": [total, null_rows]}, sizes
+
     def moments(self, buckets, half_power):
-        """Mean and divisor of each channel over all latents stored -> [C], [C]; None, None where there are none."""
+        """Mean and divisor of each channel over all latents stored -> [C], [C]; None, None where there are none.
+
+        Reads some MB at a time: of a mapped file the system counts, and keeps, all pages that were touched.
+        """
         count, total, squares = 0, 0, 0
         for bucket in buckets:
-            shape, width = bucket["shape"], stride(bucket["shape"], self.dtype) // self.dtype.itemsize
-            rows = Rows(self.path, bucket["files"], width, self.dtype)
-            for i in range(rows.first[-1]):
-                z = rows(i)[0, :math.prod(shape)].view(shape[0], -1).double()
-                count, total, squares = count + z.shape[1], total + z.sum(1), squares + z.square().sum(1)
+            shape, size = bucket["shape"], math.prod(bucket["shape"])
+            row = stride(shape, self.dtype)
+            for name, n in bucket["files"]:
+                with open(self.path / name, "rb") as file:
+                    while n:
+                        many = min(n, ceil_div(BLOCK, row))
+                        block = torch.from_numpy(np.fromfile(file, np.uint8, many * row)).view(self.dtype)
+                        z = block.view(many, -1)[:, :size].reshape(many, shape[0], -1).double()
+                        for mean, square in zip(z.sum(2), z.square().sum(2)):   # sample by sample, for the same bits
+                            total, squares = total + mean, squares + square
+                        count, n = count + many * z.shape[2], n - many
         if count == 0:
             return None, None
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()     # a channel may be constant
         return mean.tolist(), ((std * std.mean()).sqrt() if half_power else std).tolist()
 
-    def records(self):
-        """What all ranks have saved, rank after rank; a line that a crash cut short is left out."""
-        journals = sorted(self.path.glob("journal.*.jsonl"), key=lambda file: int(file.name.split(".")[1]))
-        return [json.loads(line) for file in journals for line in file.read_bytes().split(b"\n")[:-1]]
+    def write_captions(self, file, samples):
+        """Writes the line of each sample -> where each begins. Caption and source are copied from its journal's line,
+        where they stand side by side as JSON: a quote within a string has a backslash before it, so none is mistaken.
+        """
+        starts, end = np.empty(len(samples), np.int64), 0
+        with ExitStack() as stack:
+            journals = {rank: stack.enter_context(open(self.path / f"journal.{rank}.jsonl", "rb"))
+                        for rank in np.unique(samples["rank"]).tolist()}
+            for id, (rank, start) in enumerate(zip(samples["rank"], samples["line"])):
+                journal = journals[rank]
+                journal.seek(start)
+                line = journal.readline()
+                both = line[line.index(b'"caption": '):line.index(b', "rows": ')]
+                starts[id] = end
+                end += file.write(b'{"id": %d, %b}\n' % (id, both))
+        return starts
+
+    def lines(self):
+        """Lines of all journals, rank after rank -> (where it begins in its file, line)."""
+        for file in sorted(self.path.glob("journal.*.jsonl"), key=lambda file: int(file.name.split(".")[1])):
+            start = 0
+            for line in whole_lines(file):
+                yield start, line
+                start += len(line)
 
     def sizes(self, record):
-        """{file: bytes} that a sample takes, first its latent's, then its text's."""
-        shape, rank = "x".join(map(str, record["shape"])), record["rank"]
+        """{file: bytes} that a line of the journal stands for, first its latent's, then its text's."""
+        if "crc" not in record:
+            return {}
         latent = 0 if "shape" in self.spec else stride(record["shape"], self.dtype)
         text = record["rows"] * self.spec["codec"]["text_width"] * self.dtype.itemsize
-        return {f"{shape}.{rank}.bin": latent, f"text.{rank}.bin": text}
+        return {latent_file(record["shape"], record["rank"]): latent, text_file(record["rank"]): text}
 
     def open_at(self, name, size):
         """Opens a file to append after its first `size` bytes."""
@@ -532,26 +713,47 @@ class Writer:
         return file
 
 
-def total(sizes):
-    """The sum of {file: bytes}; a file of none is left out."""
-    counter = Counter()
-    for size in sizes:
-        counter.update(size)
-    return +counter
+# A sample while `finish` is at work: where its line begins in its rank's journal, its first text row and how many.
+SAMPLE = np.dtype([("shape", np.int32), ("rank", np.int32), ("line", np.int64), ("first", np.int64),
+                   ("rows", np.int64), ("crc", np.uint32, 2)])
 
 
-def npy(rows, dtype):
-    """The content of an .npy file."""
-    file = io.BytesIO()
-    np.save(file, np.array(rows, dtype))
-    return file.getvalue()
+class Keys:
+    """`key in keys`, of lines of journals: 8 bytes for each. Two of 10⁶ keys hash alike once in 10⁷ datasets."""
+
+    KEY = re.compile(rb'"key": ("[^"\\]*(?:\\.[^"\\]*)*")')   # the line's first; no more of it is parsed
+
+    def __init__(self, lines):
+        self.hashes = np.sort(np.fromiter((hash(self.KEY.search(line)[1]) for line in lines), np.int64))
+
+    def __contains__(self, key):
+        wanted = hash(json.dumps(key).encode())
+        i = bisect_left(self.hashes, wanted)
+        return i < len(self.hashes) and self.hashes[i] == wanted
 
 
-def write_whole(path, content):
-    """Writes a file that is there whole or not at all, whatever happens meanwhile."""
+def latent_file(shape, rank):
+    return f"{'x'.join(map(str, shape))}.{rank}.bin"
+
+
+def text_file(rank):
+    return f"text.{rank}.bin"
+
+
+def whole_lines(path):
+    """Lines of a journal, one at a time, without one that a crash cut short."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
+
+
+@contextmanager
+def write_whole(path):
+    """A file to write that is there whole or not at all, whatever happens meanwhile."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "wb") as file:
-        file.write(content)
+        yield file
         sync(file)
     os.replace(part, path)
 

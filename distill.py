@@ -6,12 +6,11 @@
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
 gradient. No discriminator, no real clips. The same command again resumes, exactly.
-Reads top to bottom: flags, setup in five steps, the loop, the two losses, validation. Imports model, plan and every leaf.
+Reads top to bottom: flags, setup in five steps, the loop, the two losses, validation. Imports model, plan, every leaf.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -27,7 +26,7 @@ import codec
 import flags
 import parallel
 import plan
-from data import Latents, noise, stratified, stream
+from data import Ahead, Latents, noise, stratified, stream
 from log import Clock, Log, check_wandb, holds
 from model import MODELS, Cond, bind, blank, fits, initial
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, euler, flow_loss, grid, guided_x0, lr_at,
@@ -39,7 +38,7 @@ class Config:
     """Distil a few-step student. A flag left None takes the value of the model's row in DEFAULTS."""
 
     # what
-    teacher: str = "out/train"                            # teacher: a run of train.py, or Wan, diffusers, ComfyUI weights
+    teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
     model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; none = the teacher run's
     data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote; prompts are enough
     out: str = "out/distill"                              # folder of the run: log, curves, samples, checkpoints
@@ -59,10 +58,10 @@ class Config:
     steps: int | None = None                              # number of critic updates
     student_every: int | None = None                      # critic updates per student update
     batch: int | None = None                              # samples per update of either net, over all ranks
-    micro_batch: int | None = None                        # samples that a rank forwards at once; none = batch / data ranks
+    micro_batch: int | None = None                        # samples a rank forwards at once; none = batch / data ranks
     student_lr: float | None = None                       # learning rate of the student
     critic_lr: float | None = None                        # learning rate of the critic
-    schedule: Literal["constant", "cosine", "linear"] | None = None  # both learning rates: constant, or to 0 at the end
+    schedule: Literal["constant", "cosine", "linear"] | None = None  # both learning rates over the run
     ema: float | None = None                              # decay of the student's averaged weights, which are sampled
     lora_rank: int = 0                                    # LoRA rank of student and critic; 0 trains full copies
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
@@ -74,7 +73,7 @@ class Config:
 
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is a GPU
-    precision: Literal["fp32", "bf16"] | None = None      # dtype that blocks compute in; None = bf16 on a GPU, else fp32
+    precision: Literal["fp32", "bf16"] | None = None      # dtype blocks compute in; None = bf16 on a GPU, else fp32
     shard: int = 1                                        # ranks that share one copy of the weights; -1 = all (FSDP)
     sp: int = 1                                           # ranks that share one sample's tokens (sequence parallel)
     compile: bool | None = None                           # compile the blocks; None = on a GPU
@@ -90,9 +89,9 @@ class Config:
 
     # the run
     resume: str | None = None                             # checkpoint that begins a run in a new folder
-    allow: tuple[str, ...] = ()                           # names of flags that may differ from those of the resumed run
+    allow: tuple[str, ...] = ()                           # names of flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # print what this many ranks (of so many GB each) take, then exit
+    dry_run: tuple[int, ...] = ()                         # print what so many ranks (of so many GB) take, then exit
 
 
 # A row per model. The last block of each has no flags: edit it here. rescale is the share of the contrast added by
@@ -207,7 +206,7 @@ def main(cfg):
 
     # 5) the loop
     nets = partial(bound, student_net, critic_net, teacher_net, origin.teacher, cfg, world)
-    draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1})
+    draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
     K, clip, goal = len(cfg.times), DEFAULTS[cfg.model]["clip"], []
     for step in range(origin.step, cfg.steps + 1):
         # once in a while: save, then validate; a run killed in between validates when it resumes
@@ -348,22 +347,6 @@ def due(step, every):
 # ---- draws ----------------------------------------------------------------------------------------------------------
 
 
-class Ahead:
-    """draws(role, step) -> [Draw], made by a thread while the update before runs; stride: steps between a role's."""
-
-    def __init__(self, draw, stride):
-        self.draw, self.stride = draw, stride
-        self.thread, self.next = ThreadPoolExecutor(1), {}
-
-    def __call__(self, role, step):
-        now = self.next.pop((role, step), None)
-        if now is None:
-            now = self.thread.submit(self.draw, role, step)
-        after = step + self.stride[role]
-        self.next[role, after] = self.thread.submit(self.draw, role, after)
-        return now.result()
-
-
 def draw(data, cfg, role, step):
     """This rank's draws for one update -> [Draw], a pure function of role, step and each sample's slot in the batch."""
     bucket, ids = prompts(data, cfg, role, step)
@@ -377,7 +360,7 @@ def draw(data, cfg, role, step):
         noises = []
         for k in range(K - 1):
             noises.append(noise(cfg.seed, f"{role}_renoise", step, [slot * K + k for slot in slots], shape))
-        micros.append(data.to_device(Draw(text, data.null, z, e, u[slots], noises)))
+        micros.append(Draw(text, data.null, z, e, u[slots], noises))
     return micros
 
 

@@ -10,9 +10,7 @@ clips (where, how large, how fast, how bright) or latents with those of real one
 C F H W latent channels, frames, rows, columns · n clips
 """
 import json
-import sys
 import zlib
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import comb
@@ -26,12 +24,12 @@ from tqdm import tqdm
 
 import ckpt
 import codec
+import flags
 import parallel
-from attention import build_metadata
-from data import normal, stream
-from model import MODELS, DiT, token_grid
+import step
+from data import noise, stream
+from model import Cond, bind, blank
 from shapes import CAPTIONS, clip, features, judge
-from step import euler, grid, rollout
 
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
@@ -42,70 +40,68 @@ NEAREST = 5             # recall: a clip reaches as far as its 5th neighbour
 class Config:
     """Measure a checkpoint that was trained on the built-in shapes."""
 
-    ckpt: str = "out/train"                               # a run's folder (its newest checkpoint) or one checkpoint
-    weights: Literal["ema", "net"] = "ema"                # averaged weights, or those of the last update
-    teacher: str | None = None                            # the checkpoint it was distilled from, measured beside it
-    guidance: tuple[float, ...] = ()                      # scales to try; () = the checkpoint's own
-    steps: tuple[int, ...] = ()                           # numbers of sampling steps to try; () = the checkpoint's own
-    n: int = 300                                          # clips per system, the 96 captions in turn
-    seed: int = 0                                         # of noise and real clips
-    batch: int = 50                                       # clips sampled at once
-    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
-    out: str | None = None                                # JSON of all figures; None = evaluate.json in the run
+    ckpt: str = "out/train"                             # run folder (its newest checkpoint) or checkpoint
+    weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
+    teacher: str | None = None                          # checkpoint that a student was distilled from
+    guidance: tuple[float, ...] = ()                    # guidance scales to try; none: the checkpoint's own
+    steps: tuple[int, ...] = ()                         # numbers of sampling steps to try; none: the checkpoint's own
+    n: int = 300                                        # clips per system; the 96 captions take turns
+    seed: int = 0                                       # random seed of noise and real clips
+    batch: int = 50                                     # clips a rank samples at once
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is a GPU
+    out: str | None = None                              # JSON file for all figures; None: evaluate.json in the run
 
 
 def main(cfg):
-    with door():
-        world = parallel.init(cfg.device)
-        student, teacher = load(cfg.ckpt), cfg.teacher and load(cfg.teacher)
-        how = student.manifest["meta"]["sampling"]
-        if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or how["codec"]["name"] != "dct":
-            raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {how['codec']['name']}: the judge "
+    with flags.door(__file__):
+        world = parallel.init(cfg.device, precision="fp32")
+        student = stored(cfg.ckpt, cfg, world)
+        teacher = stored(cfg.teacher, cfg, world) if cfg.teacher else None
+        sampling = student.sampling
+        made_by = sampling["codec"]["name"]
+        if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or made_by != "dct":
+            raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {made_by}: the judge "
                              f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
-        systems = [(name, saved, ckpt.model_of(saved, cfg.weights), how)
-                   for name, saved, how in plan(student, teacher, cfg)]
+        systems = systems_of(student, teacher, cfg)
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(cfg.n)]
-    captions += [CAPTIONS[i * len(CAPTIONS) // PROMPTS] for i in range(PROMPTS) for _ in range(SEEDS)]
-    coder = codec.load(how["codec"])
-    real, *others = (measure(real_clips(coder, how, captions, cfg.seed, i), coder, how, captions, cfg.n)
-                     for i in tqdm(range(REAL_SETS + 1), desc="real clips", leave=False, disable=None))
-    rest = [captions[i] for i in stream(cfg.seed, "val", 0).permutation(cfg.n)]
-    chance = real._replace(right=np.array([verdict(seen, caption) for seen, caption in zip(real.seen, rest)]))
+    for i in range(PROMPTS):
+        captions += [CAPTIONS[i * len(CAPTIONS) // PROMPTS]] * SEEDS
+    coder = codec.load(sampling["codec"])
+    latents = {system.name: sampled(system, coder, captions, cfg, world) for system in systems}
+    if world.rank > 0:
+        return
 
-    table, clips = {}, {}
-    for name, saved, source, how in systems:
-        clips[name] = measure(sampled(saved, source, how, coder, captions, cfg, world), coder, how, captions, cfg.n)
-    for name, some in {"real clips": real, "real clips, another caption": chance, **clips}.items():
-        table[name] = figures(some, real, others)
-    names = list(next(iter(table.values())))
+    seen = partial(measure, coder=coder, sampling=sampling, captions=captions, n=cfg.n)
+    sets = tqdm(range(REAL_SETS + 1), desc="real clips", leave=False, disable=None)
+    real, *others = (seen(real_clips(coder, sampling, captions, cfg.seed, i)) for i in sets)
+    clips = {"real clips": real, "real clips, another caption": mistaken(real, captions, cfg)}
+    for system in systems:
+        clips[system.name] = seen(latents[system.name])
+
+    table = {name: figures(measured, real, others) for name, measured in clips.items()}
+    names = list(table["real clips"])
     print(f"{cfg.n} clips each" + " " * 17 + "".join(f"{name:>11}" for name in names))
-    for system, row in table.items():
-        print(f"{system:<28}" + "".join(f"{row[name]:11.3f}" for name in names))
-    first, *rest = clips
-    pairs = {f"{first} against {name}": paired(clips[first], clips[name], real, others) for name in rest}
-    for pair, seen in pairs.items():
-        print(f"{pair}: {seen}")
+    for name, row in table.items():
+        print(f"{name:<28}" + "".join(f"{row[figure]:11.3f}" for figure in names))
+    first = systems[0].name
+    pairs = {f"{first} against {other.name}": paired(clips[first], clips[other.name], real, others)
+             for other in systems[1:]}
+    for pair, differences in pairs.items():
+        print(f"{pair}: {differences}")
     out = Path(cfg.out) if cfg.out else folder(cfg.ckpt) / "evaluate.json"
-    told = {"flags": asdict(cfg), "step": student.manifest["step"], "table": table, "paired": pairs}
-    out.write_text(json.dumps(told, indent=1) + "\n")
+    report = {"flags": asdict(cfg), "step": student.manifest["step"], "table": table,
+              "paired": pairs}
+    out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {out}")
 
 
-@contextmanager
-def door():
-    """Bad input is refused in one line, exit code 2; a bug further on keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def load(path):
-    """All that a checkpoint, or a run's newest one, holds."""
-    return ckpt.stored(ckpt.latest(path) or path)
+def stored(path, cfg, world):
+    """A checkpoint, or a run's newest one; only the files of the weights and the null text are read."""
+    ranks = dict(rank=world.rank, world=world.size, agree=partial(parallel.agree, world=world))
+    roles = [cfg.weights, "null"]
+    return ckpt.stored(ckpt.latest(path, roles=roles, **ranks) or path, roles, **ranks)
 
 
 def folder(path):
@@ -113,27 +109,44 @@ def folder(path):
     return Path(path) if (Path(path) / "ckpt").is_dir() else Path(path).parent.parent
 
 
-def plan(student, teacher, cfg):
-    """[(name, checkpoint, sampling block)]: the checkpoint at each guidance and step count, or beside its teacher."""
-    how = student.manifest["meta"]["sampling"]
-    if "times" in how:
-        if cfg.guidance or cfg.steps:
-            raise ValueError(f"{cfg.ckpt} is a student: it has its own times {how['times']} and no guidance")
-        few = f"{len(how['times'])} steps"
-        systems = [(f"student, {few}", student, how)]
+class System(NamedTuple):
+    """What is measured: a checkpoint's weights in a sampler."""
+    name: str
+    saved: ckpt.Source      # the checkpoint
+    source: ckpt.Source     # its weights, of role --weights
+    sampling: dict
+
+
+def systems_of(student, teacher, cfg):
+    """[System]: the checkpoint at each guidance and number of steps, or a student beside its teacher."""
+    sampling, weights = student.sampling, ckpt.model_of(student, cfg.weights)
+    if "times" not in sampling:
         if teacher:
-            base = student.manifest["meta"]["base"]
-            if teacher.manifest["crc32"] != base["crc32"]:
-                raise ValueError(f"{cfg.teacher} is not what {cfg.ckpt} was distilled from: that was {base['path']}")
-            own = teacher.manifest["meta"]["sampling"]
-            systems += [(f"teacher, {own['steps']} steps, s={own['guidance']:g}", teacher, own),
-                        (f"teacher, {few}, undistilled", teacher,
-                         how | {name: own[name] for name in ("window", "tile", "dense_ends")})]
+            raise ValueError(f"{cfg.ckpt} is no distilled student, so --teacher={cfg.teacher} "
+                             "is not its teacher")
+        systems = []
+        for steps in cfg.steps or [sampling["steps"]]:
+            for scale in cfg.guidance or [sampling["guidance"]]:
+                own = sampling | {"steps": steps, "guidance": scale}
+                systems.append(System(f"{steps} steps, s={scale:g}", student, weights, own))
         return systems
+
+    if cfg.guidance or cfg.steps:
+        raise ValueError(f"{cfg.ckpt} is a student: it has its own times {sampling['times']} "
+                         "and no guidance")
+    few = f"{len(sampling['times'])} steps"
+    systems = [System(f"student, {few}", student, weights, sampling)]
     if teacher:
-        raise ValueError(f"{cfg.ckpt} is no distilled student, so --teacher={cfg.teacher} is not its teacher")
-    return [(f"{steps} steps, s={scale:g}", student, how | {"steps": steps, "guidance": scale})
-            for steps in cfg.steps or (how["steps"],) for scale in cfg.guidance or (how["guidance"],)]
+        base = student.manifest["meta"]["base"]
+        if teacher.manifest["crc32"] != base["crc32"]:
+            raise ValueError(f"{cfg.teacher} is not what {cfg.ckpt} was distilled from: "
+                             f"that was {base['path']}")
+        many, weights = teacher.sampling, ckpt.model_of(teacher, cfg.weights)
+        name = f"teacher, {many['steps']} steps, s={many['guidance']:g}"
+        undistilled = sampling | {key: many[key] for key in ("window", "tile", "dense_ends")}
+        systems += [System(name, teacher, weights, many),
+                    System(f"teacher, {few}, undistilled", teacher, weights, undistilled)]
+    return systems
 
 
 # ---- clips ----------------------------------------------------------------------------------------------------------
@@ -146,55 +159,79 @@ class Clips(NamedTuple):
     features: np.ndarray        # (n + PROMPTS SEEDS, 6), see shapes.features
 
 
-def real_clips(coder, how, captions, seed, i):
+def constants(sampling):
+    """mean and std of the codec's latents, (C, 1, 1, 1) each."""
+    return (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+
+
+def real_clips(coder, sampling, captions, seed, i):
     """The i-th set of clips of these captions, from seeds that no dataset has -> normalised latents."""
-    (_, F, H, W), (f, h, w) = how["shapes"][0], coder.stride
-    mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    (_, F, H, W), (f, h, w) = sampling["shapes"][0], coder.stride
+    mean, std = constants(sampling)
     size, frames = (H * h, W * w), (F - 1) * f + 1
-    videos = (clip(stream(seed, "val", i, slot), size, frames, caption)[0] for slot, caption in enumerate(captions))
-    return torch.stack([(coder.encode(video) - mean) / std for video in videos])
+    latents = []
+    for slot, caption in enumerate(captions):
+        video, _ = clip(stream(seed, "val", i, slot), size, frames, caption)
+        latents.append((coder.encode(video) - mean) / std)
+    return torch.stack(latents)
 
 
-def sampled(saved, source, how, coder, captions, cfg, world):
-    """What a checkpoint shows for these captions, clip i from noise i -> normalised latents, which are kept on disk."""
-    key = zlib.crc32(json.dumps([how, saved.manifest["crc32"], cfg.weights, captions, cfg.seed]).encode())
+def sampled(system, coder, captions, cfg, world):
+    """What a system shows for these captions, clip i from noise i -> normalised latents on rank 0, None elsewhere.
+
+    The ranks share the clips. Rank 0 keeps them on disk, for the next time that they are asked for.
+    """
+    _, saved, source, sampling = system
+    asked = [sampling, saved.manifest["crc32"], cfg.weights, captions, cfg.seed]
+    key = zlib.crc32(json.dumps(asked).encode())
     file = Path(saved.origin).parent.parent / "evaluate" / f"{key:08x}.npy"
-    if file.exists():
+    if parallel.agree(file.exists(), world):
         return torch.from_numpy(np.load(file))
-    with torch.device("meta"):
-        net = DiT(MODELS[how["model"]])
-    parallel.prepare(net, world, precision="fp32", trainable=False)
+
+    net = blank(sampling["model"])
+    parallel.prepare(net, world, trainable=False)
     ckpt.fill(parallel.local_rows(net), source)
-    shape, text = tuple(how["shapes"][0]), torch.zeros(len(captions), how["text"]["length"], how["text"]["width"])
+    shape = tuple(sampling["shapes"][0])
+    net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
+    text = torch.zeros(len(captions), sampling["text"]["length"], sampling["text"]["width"])
     for padded, row in zip(text, coder.embed(captions)):
         padded[:len(row)] = row
-    tokens = token_grid(net.config, shape)
-    metadata = how["window"] and build_metadata(tokens, tuple(how["tile"]), tuple(how["window"]), device=world.device)
-    net = partial(net, metadata=metadata, dense_ends=how["dense_ends"])
-    latents = []
-    for places in tqdm(torch.arange(len(captions)).split(cfg.batch), desc="sampling", leave=False, disable=None):
-        noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()])
-                  .to(world.device) for k in range(len(how.get("times", "1")))]
-        words, null = text[places].to(world.device), saved.tensor("null").to(world.device).expand(len(places), -1, -1)
-        with torch.no_grad():
-            if "times" in how:
-                x0 = rollout(net, noises[0], words, how["times"], noises[1:], len(how["times"]) - 1)
-            else:
-                x0 = euler(net, noises[0], words, grid(how["steps"], how["shift"]), null, how["guidance"])
-        latents.append(x0.cpu())
-    file.parent.mkdir(exist_ok=True)
-    np.save(file.with_suffix(".tmp.npy"), torch.cat(latents).numpy())
-    file.with_suffix(".tmp.npy").replace(file)
-    return torch.cat(latents)
+    null = saved.tensor("null").to(world.device)
+    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a clip
+    hidden = True if world.rank > 0 else None
+    bar = tqdm(total=len(captions), desc="sampling", leave=False, disable=hidden)
+
+    @torch.no_grad()
+    def draw(places):
+        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
+        cond = Cond(text[places].to(world.device))
+        uncond = Cond(null.expand_as(cond.text))
+        bar.update(len(places) * world.size)
+        return step.sample(net, noises, cond, uncond, sampling)
+
+    latents = parallel.spread(draw, len(captions), cfg.batch, world)
+    bar.close()
+    if world.rank == 0:
+        file.parent.mkdir(exist_ok=True)
+        np.save(file.with_suffix(".tmp.npy"), latents.numpy())
+        file.with_suffix(".tmp.npy").replace(file)
+    return latents
 
 
-def measure(latents, coder, how, captions, n):
-    """Decoded, judged against the captions, and described."""
-    mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+def measure(latents, coder, sampling, captions, n):
+    """Decoded, judged against the captions, and described -> Clips."""
+    mean, std = constants(sampling)
     videos = [coder.decode(z * std + mean) for z in latents]
     seen = [judge(video) for video in videos[:n]]
-    right = [verdict(s, c) for s, c in zip(seen, captions)]
+    right = [verdict(saw, caption) for saw, caption in zip(seen, captions)]
     return Clips(latents, seen, np.array(right), np.array([features(video) for video in videos]))
+
+
+def mistaken(real, captions, cfg):
+    """Real clips judged against each other's captions: what chance gives."""
+    order = stream(cfg.seed, "val", 0).permutation(cfg.n)
+    right = [verdict(saw, captions[i]) for saw, i in zip(real.seen, order)]
+    return real._replace(right=np.array(right))
 
 
 def verdict(seen, caption):
@@ -209,14 +246,23 @@ def verdict(seen, caption):
 def figures(clips, real, others):
     """Every figure of one system; real clips of `others` are what it is compared with, real's spread the unit."""
     n, unit = len(clips.right), real.features.std(0)
-    x, sets = clips.features[:n] / unit, [other.features[:n] / unit for other in others]
-    xx, pairs = distances(x, x), [(distances(x, y), distances(y, y)) for y in sets]
-    return {"joint": clips.right.all(1).mean(), "shape": clips.right[:, 0].mean(), "colour": clips.right[:, 1].mean(),
-            "direction": clips.right[:, 2].mean(), "energy": np.mean([energy(xx, xy, yy) for xy, yy in pairs]),
-            "recall": np.mean([recall(xx, xy) for xy, _ in pairs]), "vendi": vendi(xx),
-            "diversity": spread(clips.features[n:] / unit) / spread(real.features[n:] / unit),
-            "std": (clips.latents.std() / real.latents.std()).item(),
-            "motion": motion(clips.latents) / motion(real.latents)}
+    x = clips.features[:n] / unit
+    sets = [other.features[:n] / unit for other in others]
+    xx = distances(x, x)
+    pairs = [(distances(x, y), distances(y, y)) for y in sets]
+    shape, colour, direction = clips.right.mean(0)
+    return {
+        "joint": clips.right.all(1).mean(),
+        "shape": shape,
+        "colour": colour,
+        "direction": direction,
+        "energy": np.mean([energy(xx, xy, yy) for xy, yy in pairs]),
+        "recall": np.mean([recall(xx, xy) for xy, _ in pairs]),
+        "vendi": vendi(xx),
+        "diversity": spread(clips.features[n:] / unit) / spread(real.features[n:] / unit),
+        "std": (clips.latents.std() / real.latents.std()).item(),
+        "motion": motion(clips.latents) / motion(real.latents),
+    }
 
 
 def distances(x, y):
@@ -244,7 +290,8 @@ def vendi(xx):
 
 def spread(x):
     """Mean distance between clips of the same prompt."""
-    return np.mean([distances(some, some).sum() / (SEEDS * (SEEDS - 1)) for some in np.split(x, PROMPTS)])
+    sums = [distances(same, same).sum() for same in np.split(x, PROMPTS)]
+    return np.mean([total / (SEEDS * (SEEDS - 1)) for total in sums])
 
 
 def motion(latents):
@@ -253,25 +300,47 @@ def motion(latents):
 
 
 def paired(a, b, real, others, draws=200):
-    """a against b on the same captions and noises: McNemar's exact p of joint, 95 % intervals of a - b in the others.
+    """a against b on the same captions and noises: McNemar's test of joint, 95 % intervals of a - b in the rest.
 
-    The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and hold
-    no clip twice, which recall would take for a neighbour.
+    The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and
+    hold no clip twice, which recall would take for a neighbour.
     """
     n, unit = len(a.right), real.features.std(0)
-    only_a, only_b = (a.right.all(1) & ~b.right.all(1)).sum(), (b.right.all(1) & ~a.right.all(1)).sum()
-    flips = int(only_a + only_b)
-    p = min(1.0, 2 * sum(comb(flips, i) for i in range(min(only_a, only_b) + 1)) / 2**flips)
-    rng, (x, y, z) = stream(0, "val", 0), (some.features[:n] / unit for some in (a, b, others[0]))
-    pairs, gaps = [distances(*two) for two in ((x, x), (x, z), (y, y), (y, z), (z, z))], {"energy": [], "recall": []}
+    x, y, z = (clips.features[:n] / unit for clips in (a, b, others[0]))
+    xx, xz = distances(x, x), distances(x, z)
+    yy, yz = distances(y, y), distances(y, z)
+    zz = distances(z, z)
+    rng = stream(0, "val", 0)
+    energies, recalls = [], []
     for _ in range(draws):
-        i = rng.permutation(n)[:n // 2]
-        xx, xz, yy, yz, zz = (d[np.ix_(i, i)] for d in pairs)
-        gaps["energy"].append(energy(xx, xz, zz) - energy(yy, yz, zz))
-        gaps["recall"].append(recall(xx, xz) - recall(yy, yz))
-    intervals = {name: [round(float(q), 3) for q in np.quantile(gap, (0.025, 0.975))] for name, gap in gaps.items()}
-    return intervals | {"only the first right": int(only_a), "only the second right": int(only_b),
-                        "McNemar p": round(float(p), 3)}
+        picked = rng.permutation(n)[:n // 2]
+        half = np.ix_(picked, picked)
+        energies.append(energy(xx[half], xz[half], zz[half]) - energy(yy[half], yz[half], zz[half]))
+        recalls.append(recall(xx[half], xz[half]) - recall(yy[half], yz[half]))
+    only_a, only_b, p = mcnemar(a.right.all(1), b.right.all(1))
+    return {
+        "energy": interval(energies),
+        "recall": interval(recalls),
+        "only the first right": only_a,
+        "only the second right": only_b,
+        "McNemar p": round(p, 3),
+    }
+
+
+def mcnemar(a, b):
+    """McNemar's exact test of two systems on the same captions, a, b (n,) where each is right.
+
+    -> (captions that a alone has right, b alone, two-sided p): a fair coin would choose between the two.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    tosses = only_a + only_b
+    tail = sum(comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
+    return only_a, only_b, min(1.0, 2 * tail)
+
+
+def interval(values):
+    """The middle 95 % of the values."""
+    return [round(float(q), 3) for q in np.quantile(values, (0.025, 0.975))]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ REFUSALS = ValueError, OSError, RuntimeError, ImportError
 
 @contextmanager
 def door(file):
-    """Bad input is refused in one line, exit code 2. An error that no `raise` of ours made is a bug: it keeps its trace."""
+    """Bad input is refused in one line, exit code 2. An error that no `raise` of ours made is a bug: its trace is shown."""
     try:
         yield
     except REFUSALS as error:

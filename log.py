@@ -504,6 +504,7 @@ li {display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; o
 dl {columns: 18rem; column-gap: 2.5rem}
 dl div {display: flex; justify-content: space-between; gap: 1rem; break-inside: avoid;
   border-bottom: 1px solid var(--line); padding: .15rem 0}
+dt {flex: none}
 dd {margin: 0; text-align: right; font-variant-numeric: tabular-nums}
 </style>
 <h1>$title</h1>

@@ -303,7 +303,7 @@ def token_grid(config, shape):
 
 @dataclass(frozen=True)
 class Bound:
-    """A net as losses and samplers see it, net(x_t, t, cond) -> v: its attention pattern, adapter and ranks are chosen."""
+    """A net as losses and samplers see it, net(x_t, t, cond) -> v: attention pattern, adapter and ranks are chosen."""
     net: DiT
     metadata: Metadata | None = None    # None = dense
     dense_ends: int = 0
@@ -319,7 +319,7 @@ class Bound:
 
 
 def bind(net, shape, world, window=None, tile=(4, 4, 8), dense_ends=0, lora=None):
-    """The net for latents (…, F, H, W) on the ranks of `world` -> Bound. window in tiles, None = dense; tile in tokens."""
+    """The net for latents (…, F, H, W) on world's ranks -> Bound. window in tiles, None = dense; tile in tokens."""
     tokens = token_grid(net.config, shape)
     metadata = None
     if window is not None:

@@ -1,7 +1,7 @@
 """What a run takes, counted on meta tensors: memory of a rank, disk. `--dry_run` prints it; every start on a GPU asks.
 
-What is held all the time (weights, gradients, optimizer, average) is exact. Activations are those of PyTorch's eager mode,
-an upper bound for compiled blocks; what kernels need inside is not seen. Imports model, parallel and data.
+What is held all the time (weights, gradients, optimizer, average) is exact. Activations are those of eager PyTorch, an
+upper bound for compiled blocks; what kernels need inside is not seen. Imports model, parallel and data.
 
 C F H W latent channels, frames, rows, columns
 """
@@ -22,9 +22,10 @@ import parallel
 from data import check_batch, read_manifest
 from model import MODELS, USUAL, Cond, bind, blank, fits
 
-# Latent channels: GB of the VAE's weights, and of decoding one clip per latent row and column: about 14 maps of 4 frames of
-# the decoder's last and widest stage (96 and 256 channels), the caches of its convolutions among them, in fp32.
-VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 14 * 4 * 256 * 8 * 8 * 4e-9)}
+# Latent channels: GB of the VAE's weights, and of decoding one clip per latent row and column: about 14 maps of 4 frames
+# of the decoder's last and widest stage (96 channels), the caches of its convolutions among them, in fp32; 23 with the
+# shortcuts of Wan 2.2's decoder (256 channels).
+VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 23 * 4 * 256 * 8 * 8 * 4e-9)}
 
 
 class Weight(NamedTuple):
@@ -51,13 +52,14 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False):
     fits(cfg.model, shapes[0][0], width, shapes, cfg.sp, cfg.window, cfg.tile)
     weight = weigh(cfg, world, lora, shapes, length, optimizer=optimizer, learners=learners, teacher=teacher)
 
-    memory, disk = memory_of(device, ranks), free_disk(cfg.out)
     if gb:
         memory, disk = 1e9 * gb[0], math.inf
+    else:
+        memory, disk = memory_of(device, ranks), free_disk(cfg.out)
     return show(f"{Path(file).name} --model={cfg.model}, ranks: {ranks}", weight, cfg, world, memory, disk)
 
 
-def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False, say=print):
+def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False):
     """On a GPU, says before anything is allocated what the run takes; ValueError where what is held does not fit."""
     if not parallel.on_gpu(world.device):
         return
@@ -67,7 +69,7 @@ def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False, say=p
     line = f"{held / 1e9:.1f} GB held and {most / 1e9:.1f} GB of activations at most, of {memory / 1e9:.1f} GB a GPU"
     if held > memory:
         raise ValueError(f"{line}: what is held does not fit. These flags reduce it: {less(cfg, world)}")
-    say(line + (f"; the activations may not fit: {less(cfg, world)} reduce them" if held + most > memory else ""))
+    world.say(line + (f"; the activations may not fit: {less(cfg, world)} reduce them" if held + most > memory else ""))
 
 
 def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=False):
@@ -136,7 +138,7 @@ def of(there):
 def less(cfg, world):
     """The flags that would reduce what a run takes, and are left."""
     micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
-    ways = {"--remat": not cfg.remat, "--micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < world.size,
+    ways = {"--remat=True": not cfg.remat, "--micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < world.size,
             "--sp": cfg.sp < world.size, "--lora_rank": not cfg.lora_rank, "more ranks": True}
     return ", ".join(way for way, left in ways.items() if left)
 

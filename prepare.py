@@ -13,14 +13,16 @@ C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
 import json
 import math
+import os
 import re
 import sys
+import time
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from tqdm import tqdm
 import codec
 import parallel
 import shapes
-from data import Writer, stream
+from data import Writer, stream, write_whole
 
 
 @dataclass(frozen=True)
@@ -38,42 +40,35 @@ class Config:
     """Make a dataset of moving shapes, or of --videos, --prompts or --parquet. Flags left None take their DEFAULTS."""
 
     # what
-    videos: str | None = None                       # folder of films, each with a caption in NAME.txt or captions.jsonl
-    prompts: str | None = None                      # file with a prompt per line, for a dataset without latents
-    parquet: str | None = None                      # folder of the parquet files of FastVideo's preprocessing
-    clips: int = 4000                               # moving shapes to draw, where none of the three is given
-    seed: int = 0                                   # of the moving shapes
-    out: str | None = None                          # the dataset's folder; None = data/ and shapes or the source's name
+    videos: str | None = None           # folder of films, each with a caption in NAME.txt or captions.jsonl
+    prompts: str | None = None          # file with a prompt per line, for a dataset without latents
+    parquet: str | None = None          # folder of parquet files from FastVideo's preprocessing
+    clips: int = 4000                   # how many moving shapes to draw, if none of these three is given
+    seed: int = 0                       # random seed of the moving shapes
+    out: str | None = None              # folder of the dataset; None = data/ and shapes or the source's name
 
     # clips
-    sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; a film goes to the one nearest in shape, cropped
-    frames: int | None = None                       # per clip
-    fps: float | None = None                        # frames per second of a clip, whatever the film's rate
-    cuts: Literal["first", "all"] = "first"         # the clip at a film's beginning, or consecutive ones to its end
-    caption: str | None = None                      # of films that have none; None = these are skipped
-    shape: tuple[int, int, int, int] | None = None  # latent C F H W that --prompts are for
+    sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH in pixels: each film is cropped to the nearest shape
+    frames: int | None = None                       # frames per clip
+    fps: float | None = None                        # frames per second of the clips, whatever the film's rate
+    cuts: Literal["first", "all"] = "first"         # take a film's first clip, or all its consecutive clips
+    caption: str | None = None                      # caption of films that have none; None = skip these films
+    shape: tuple[int, int, int, int] | None = None  # C F H W of the latents to distil from --prompts
 
     # codec
-    codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan takes the weights that --vae and --text give
-    vae: str | None = None                          # Wan's VAE: a folder or hub id of a diffusers pipeline
-    text: str | None = None                         # Wan's UMT5, likewise
-    text_length: int | None = None                  # most tokens of a caption
-    negative: str = ""                              # prompt whose embedding is the null text of dropout and guidance
-    dtype: Literal["bf16", "fp32"] = "bf16"         # of latents and text on disk
-    device: Literal["auto", "cpu", "cuda"] = "auto" # where the wan codec computes; dct is for the CPU
+    codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan needs weights, given by --vae and --text
+    vae: str | None = None                          # Wan's VAE: folder or hub id of a diffusers pipeline
+    text: str | None = None                         # Wan's text encoder UMT5: likewise
+    text_length: int | None = None                  # tokens that a caption may have
+    negative: str = ""                              # prompt of the null text, used by dropout and guidance
+    dtype: Literal["bf16", "fp32"] = "bf16"         # precision of the stored latents and text embeddings
+    device: Literal["auto", "cpu", "cuda"] = "auto" # where the wan codec computes; dct runs on the CPU
 
 
-class Row(NamedTuple):
-    sizes: tuple
-    frames: int
-    fps: float
-    text_length: int
-
-
-DEFAULTS = {  #                           sizes  frames  fps  text_length
-    "shapes": Row(                  ("32x32",),      17,   8,           8),
-    "dct":    Row( ("64x64", "64x96", "96x64"),      17,   8,          64),
-    "wan":    Row(      ("480x832", "832x480"),      81,  16,         512),
+DEFAULTS = {    # of flags left None
+    "shapes": dict(sizes=("32x32",), frames=17, fps=8, text_length=8),
+    "dct": dict(sizes=("64x64", "64x96", "96x64"), frames=17, fps=8, text_length=64),
+    "wan": dict(sizes=("480x832", "832x480"), frames=81, fps=16, text_length=512),
 }
 ONLY = {  # flags that do something for these sources only
     "clips": {"shapes"}, "seed": {"shapes"}, "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
@@ -93,35 +88,82 @@ def main(cfg):
         kind, source = source_of(cfg)
         fidelity = []
         names, samples = source(cfg, coder._replace(encode=partial(measured, coder, fidelity)), embed)
+        # shard the full list, so that ranks agree although each has finished other names
+        count, names = len(names), names[world.rank::world.size]
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
     say = print if world.rank == 0 else lambda *_: None
-    share = names[world.rank::world.size]       # of all names, for what the ranks find done differs
-    todo = [name for name in share if name not in writer.done]
-    say(f"{len(names):,} {kind} -> {cfg.out}" + f", {len(share) - len(todo):,} done before" * (len(todo) < len(share)))
+    todo = [name for name in names if name not in writer.done]
+    clear(cfg.out, world)
+
+    before = ""
+    if len(todo) < len(names):
+        before = f", {len(names) - len(todo):,} of rank 0's {len(names):,} done before"
+    say(f"{count:,} {kind} -> {cfg.out}{before}")
 
     skipped = 0
-    with tqdm(total=len(share), initial=len(share) - len(todo), unit=" " + kind, disable=world.rank > 0,
-              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+    with tqdm(total=len(names), initial=len(names) - len(todo), unit=f" {kind}",
+              disable=world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for name in todo:
+            key = None
             try:
-                for sample in samples(name, writer.done):
+                for sample in readable(samples(name, writer.done)):
                     writer.add(**sample)
-            except (ValueError, FileNotFoundError, PermissionError) as reason:
+                    key = sample["key"]
+            except ValueError as reason:
                 bar.write(f"skipped {name}: {reason}")
                 skipped += 1
+            else:
+                if key != name:         # its samples have keys of their own
+                    writer.mark(name)
             bar.update()
     writer.save()
 
-    skipped = round(parallel.mean({"skipped": skipped}, world)["skipped"] * world.size)    # all ranks have saved by now
+    skipped = wait_for_all(cfg.out, skipped, world)
     if world.rank == 0:
         mean, std = coder.spec.get("mean"), coder.spec.get("std")
         manifest = writer.finish(null, mean, std, half_power=cfg.codec == "dct")
-        buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}" for b in manifest["buckets"])
+        buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}"
+                            for b in manifest["buckets"])
         size = sum(file["size"] for file in manifest["files"].values())
-        say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB" + f"; {skipped} {kind} skipped, named above" * (skipped > 0))
+        missing = f"; {skipped} {kind} skipped, named above" if skipped else ""
+        say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB{missing}")
         if fidelity:
             say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, "
                 f"the first {len(fidelity)} clips' median")
+    clear(cfg.out, world)
+
+
+def readable(samples):
+    """The samples of a film; where the system cannot read it, ValueError: a reason to skip it, and go on.
+
+    What fails in writing (a full disk) is raised elsewhere, and ends the run.
+    """
+    try:
+        yield from samples
+    except OSError as error:
+        raise ValueError(str(error)) from error
+
+
+def wait_for_all(out, skipped, world):
+    """Waits, for hours if need be, until each rank has stored its share -> names skipped on all of them.
+
+    Each rank says so in a file: ranks that wait for one another in a collective give up after an hour.
+    """
+    files = [Path(out) / f"finished.{rank}" for rank in range(world.size)]
+    with write_whole(files[world.rank]) as file:
+        file.write(str(skipped).encode())
+    for file in files:
+        while not file.exists():
+            time.sleep(1)
+    return sum(int(file.read_text()) for file in files)
+
+
+def clear(out, world):
+    """Removes the files by which ranks wait, once all ranks have come here."""
+    parallel.agree(True, world)
+    if world.rank == 0:
+        for file in Path(out).glob("finished.*"):
+            file.unlink(missing_ok=True)
     parallel.agree(True, world)
 
 
@@ -162,9 +204,8 @@ def films(cfg, coder, embed):
     """The films in a folder and those below it."""
     root = Path(cfg.videos)
     listed = read_captions(root / "captions.jsonl")
-    found = [file.relative_to(root).as_posix() for file in root.rglob("*")
-             if file.suffix.lower() in FILMS and not file.is_dir() and not file.name.startswith(".")]
-    found += listed.keys() - {compose(name) for name in found}      # not there: they will be named as missing
+    found = list(film_names(root))
+    found += listed.keys() - {compose(name) for name in found}  # named as missing when they are read
     if not found:
         raise ValueError(f"no films in {root}: their names would end in {' '.join(sorted(FILMS))}")
 
@@ -176,7 +217,8 @@ def films(cfg, coder, embed):
             raise ValueError(f"no caption in {beside.name} or captions.jsonl; --caption=TEXT would be for such films")
         text = embed(caption)
         clips = codec.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames, fps=cfg.fps, cuts=cfg.cuts)
-        for key, (video, _) in keyed(name, clips):
+        for i, (video, _) in enumerate(clips):
+            key = f"{name}#{i}"
             if key not in done:
                 yield dict(latent=coder.encode(video), text=text, caption=caption, source=name, key=key)
 
@@ -219,7 +261,8 @@ def parquet_files(cfg, coder, embed):
 
     def samples(name, done):
         bad = []
-        for key, row in keyed(name, rows(name)):
+        for i, row in enumerate(rows(name)):
+            key = f"{name}#{i}"
             if key in done:
                 continue
             try:
@@ -247,26 +290,29 @@ def tensor(row, name):
     return torch.frombuffer(bytearray(content), dtype=known[dtype]).view(*shape)
 
 
-def keyed(name, items):
-    """(key, item): the last item's key is the name itself, so that a name which is done says that all of it is."""
-    previous = None
-    for i, item in enumerate(items):
-        if i:
-            yield f"{name}#{i - 1}", previous
-        previous = item
-    if previous is not None:
-        yield name, previous
+def film_names(root):
+    """Films in a folder and those below it, as paths from it."""
+    def skip(error):
+        print(f"skipped {error.filename}: {error}")
+
+    for folder, _, names in os.walk(root, onerror=skip):
+        for name in names:
+            if Path(name).suffix.lower() in FILMS and not name.startswith("."):
+                yield Path(folder, name).relative_to(root).as_posix()
 
 
 def read_captions(path):
     """A file of lines {"file": name below the folder, "caption": text} -> {name: caption}; {} where there is none."""
-    captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            entry = json.loads(line)
-            captions[compose(entry["file"])] = entry["caption"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path}, line {number}: wanted is {{"file": "name.mp4", "caption": "text"}}') from error
+    if not path.exists():
+        return {}
+    captions, wanted = {}, '{"file": "name.mp4", "caption": "text"}'
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                captions[compose(entry["file"])] = entry["caption"].strip()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: wanted is {wanted}") from error
     return captions
 
 
@@ -303,16 +349,16 @@ def resolve(cfg):
     if cfg.codec == "dct" and (cfg.vae or cfg.text):
         raise ValueError("--vae and --text are for --codec=wan; dct has no weights")
     if cfg.codec == "wan" and not (cfg.text and (cfg.vae or kind == "prompts")):
-        raise ValueError("--codec=wan needs --text=PATH" + " and --vae=PATH" * (kind != "prompts")
-                         + ", each a folder or hub id of a diffusers pipeline")
+        needed = "--text=PATH" if kind == "prompts" else "--text=PATH and --vae=PATH"
+        raise ValueError(f"--codec=wan needs {needed}, each a folder or hub id of a diffusers pipeline")
     if cfg.clips < 1 or cfg.fps is not None and cfg.fps <= 0:
         raise ValueError(f"--clips={cfg.clips} --fps={cfg.fps}: both are above 0")
 
     path = Path(asdict(cfg)[kind]) if sources else Path("shapes")
     if sources and not (path.is_file() if kind == "prompts" else path.is_dir()):
         raise FileNotFoundError(f"--{kind}={path}: no such {'file' if kind == 'prompts' else 'folder'}")
-    row = DEFAULTS["shapes" if kind == "shapes" and cfg.codec == "dct" else cfg.codec]._asdict()
-    row["out"] = f"data/{path.resolve().stem}"
+    row = DEFAULTS["shapes" if kind == "shapes" and cfg.codec == "dct" else cfg.codec]
+    row = row | {"out": f"data/{path.resolve().stem}"}
     return replace(cfg, **{name: value for name, value in row.items() if asdict(cfg)[name] is None})
 
 

@@ -1,14 +1,13 @@
 """Videos from a checkpoint and a few words: `python sample.py --ckpt=out/train --prompts "a red circle moving left"`.
 
-A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Imports model and
-leaves.
+A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Many GPUs share the
+videos, which are the same whatever their number: `torchrun --nproc_per_node=8 -- sample.py …` (without --, torchrun
+takes --n for a flag of its own). Imports model and leaves.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
 """
 import math
 import re
-import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,136 +19,184 @@ from tqdm import tqdm
 
 import ckpt
 import codec
+import flags
 import parallel
-from attention import build_metadata
-from data import normal, stream
-from model import MODELS, DiT, token_grid
-from step import euler, grid, rollout
+import step
+from data import noise
+from model import MODELS, Cond, bind, blank, token_grid
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sample videos from a checkpoint. A flag whose default is None takes the checkpoint's own value."""
+    """Sample videos from a checkpoint. A sampling flag that is None takes the checkpoint's own value."""
 
-    ckpt: str = "out/train"                               # a run's folder (its newest checkpoint) or one checkpoint
-    weights: Literal["ema", "net"] = "ema"                # averaged weights, or those of the last update
-    prompts: tuple[str, ...] = ()                         # what to show, each in quotes
-    file: str | None = None                               # more prompts, one per line
-    negative: str | None = None                           # what guidance leads away from; None = training's null
-    n: int = 1                                            # videos per prompt
-    out: str = "out/samples"                              # folder of the videos
-    seed: int = 0                                         # of the noise; video i has the same noise in every run
+    ckpt: str = "out/train"                             # run folder (its newest checkpoint) or checkpoint
+    weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
+    prompts: tuple[str, ...] = ()                       # prompts, each in quotes
+    file: str | None = None                             # text file with more prompts, one per line
+    negative: str | None = None                         # prompt to guide away from; None: training's null text
+    n: int = 1                                          # videos per prompt
+    out: str = "out/samples"                            # folder for the videos
+    seed: int = 0                                       # random seed; video i gets the same noise in every run
 
-    steps: int | None = None                              # sampling steps
-    guidance: float | None = None                         # scale s of u + s (c - u); 1 = none
-    shift: float | None = None                            # shift of the time grid towards noise
-    size: tuple[int, int, int] | None = None              # frames, height, width in pixels; None = the largest bucket's
+    steps: int | None = None                            # number of sampling steps
+    guidance: float | None = None                       # guidance scale s in u + s (c - u); 1 turns it off
+    shift: float | None = None                          # shift of the sampling times towards noise
+    size: tuple[int, int, int] | None = None            # frames, height, width in pixels; None: most clips' size
 
-    batch: int = 8                                        # videos sampled at once
-    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is one
-    precision: Literal["fp32", "bf16"] | None = None      # None = bf16 on cuda, fp32 on cpu
-    vae: str | None = None                                # folder or hub id of the Wan VAE, for latents of it
-    text: str | None = None                               # the same of the UMT5 text encoder
+    batch: int | None = None                            # videos that a rank samples at once; None: what 8 GB hold
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is a GPU
+    precision: Literal["fp32", "bf16"] | None = None    # what the net computes in; None: bf16 on a GPU, else fp32
+    vae: str | None = None                              # folder or hub id of the Wan VAE; codec wan only
+    text: str | None = None                             # folder or hub id of the UMT5 text encoder; codec wan only
 
 
 def main(cfg):
-    with door():
-        world = parallel.init(cfg.device)
-        prompts = list(cfg.prompts) + (Path(cfg.file).read_text().splitlines() if cfg.file else [])
-        prompts = [p for p in prompts if p.strip()]
-        if not prompts or min(cfg.n, cfg.batch) < 1:
-            raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: give --prompts \"…\" or --file, "
-                             "and 1 or more of each")
-        saved = ckpt.stored(ckpt.latest(cfg.ckpt) or cfg.ckpt)
-        how = sampling(saved.manifest["meta"]["sampling"], cfg)
-        coder = codec.load(how["codec"], vae=cfg.vae, text=cfg.text, device=world.device)
-        text = embed(coder, prompts, how)
-        null = embed(coder, [cfg.negative], how) if cfg.negative else saved.tensor("null")[None]
-        shape = latent_shape(coder, how, cfg)
+    with flags.door(__file__):
+        world = parallel.init(cfg.device, precision=cfg.precision)
+        captions = captions_of(cfg)
+        mine = range(world.rank, len(captions), world.size)
+        saved = stored(cfg, world)
+        sampling = chosen(saved.sampling, cfg)
+        shape = latent_shape(sampling, cfg)
         source = ckpt.model_of(saved, cfg.weights)
+        prompts = [captions[i] for i in mine]
+        if cfg.negative:
+            prompts.append(cfg.negative)
+        texts = embedded(prompts, sampling, cfg, world.device)
+        null = texts[cfg.negative] if cfg.negative else saved.tensor("null")
+        torch.cuda.empty_cache()    # the text encoder is gone before the VAE and the net come
+        coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
+        if not coder.decodes:
+            raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
 
-    with torch.device("meta"):
-        net = DiT(MODELS[how["model"]])
-    precision = cfg.precision or ("bf16" if world.device.type == "cuda" else "fp32")
-    parallel.prepare(net, world, precision=precision, trainable=False)
+    net = blank(sampling["model"])
+    parallel.prepare(net, world, trainable=False)
     ckpt.fill(parallel.local_rows(net), source)
-    tokens = token_grid(net.config, shape)
-    metadata = how["window"] and build_metadata(tokens, tuple(how["tile"]), tuple(how["window"]), device=world.device)
-    net = partial(net, metadata=metadata, dense_ends=how["dense_ends"])
+    net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
-    videos, captions = [], [prompt for prompt in prompts for _ in range(cfg.n)]
-    for places in tqdm(torch.arange(len(captions)).split(cfg.batch), unit="batch", disable=None):
-        some = text[places // cfg.n].to(world.device)
-        noises = [torch.stack([normal(stream(cfg.seed, "sample", k, i), shape) for i in places.tolist()])
-                  .to(world.device) for k in range(len(how.get("times", "1")))]
+    files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
+    at_once = cfg.batch or batch_size(net.net.config, shape)
+    batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
+    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a video
+    mean, std = (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    for places in tqdm(batches, unit="batch", disable=True if world.rank > 0 else None):
+        text = padded([texts[captions[i]] for i in places], sampling).to(world.device)
+        uncond = padded([null] * len(places), sampling).to(world.device)
+        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
         with torch.no_grad():
-            x0 = draw(net, noises, some, null.to(world.device).expand_as(some), how)
-        for i, z in zip(places.tolist(), x0.cpu() * std + mean):
-            videos.append(coder.decode(z))
-            name = re.sub(r"\W+", "_", captions[i].lower())[:60].strip("_")
-            codec.write_video(out / f"{i:04d}_{name}.mp4", [videos[-1]], how["fps"])
-    codec.contact_sheet(out / "sheet.png", videos, captions)
-    print(f"{len(videos)} videos and sheet.png are in {out}/")
+            x0 = step.sample(net, noises, Cond(text), Cond(uncond), sampling)
+        for i, z in zip(places, x0.cpu() * std + mean):
+            codec.write_video(files[i], [coder.decode(z)], sampling["fps"])
+
+    parallel.agree(True, world)     # all ranks have written theirs
+    if world.rank == 0:
+        contact_sheet(out / "sheet.png", files, captions, shape, coder.stride, sampling["fps"])
+        print(f"{len(files)} videos and sheet.png are in {out}/")
 
 
-@contextmanager
-def door():
-    """Bad input is refused in one line, exit code 2; a bug further on keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+def captions_of(cfg):
+    """The caption of each video: every prompt n times."""
+    prompts = list(cfg.prompts)
+    if cfg.file:
+        prompts += Path(cfg.file).read_text().splitlines()
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts or cfg.n < 1 or (cfg.batch is not None and cfg.batch < 1):
+        raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: "
+                         "give --prompts \"…\" or --file, and 1 or more of each")
+    return [prompt for prompt in prompts for _ in range(cfg.n)]
 
 
-def sampling(how, cfg):
+def stored(cfg, world):
+    """The checkpoint; only the files that sampling needs are read, and ranks share the work of verifying them."""
+    ranks = dict(rank=world.rank, world=world.size, agree=partial(parallel.agree, world=world))
+    roles = [cfg.weights, "null"]
+    return ckpt.stored(ckpt.latest(cfg.ckpt, roles=roles, **ranks) or cfg.ckpt, roles, **ranks)
+
+
+def chosen(sampling, cfg):
     """The checkpoint's sampling block with what the flags change; a student keeps the times it was trained for."""
     given = dict(steps=cfg.steps, guidance=cfg.guidance, shift=cfg.shift)
     given = {name: value for name, value in given.items() if value is not None}
-    if "times" in how and given:
-        raise ValueError(f"{cfg.ckpt} is a student distilled for times {how['times']} without guidance: "
-                         f"{', '.join(given)} cannot be chosen")
-    how = how | given
-    if how.get("steps", 1) < 1 or not 0 < how["shift"] < math.inf or not 0 <= how["guidance"] < math.inf:
-        raise ValueError(f"--steps={how['steps']} --shift={how['shift']} --guidance={how['guidance']}: steps are 1 or "
-                         "more, the shift above 0, the guidance not below")
-    if cfg.negative and how["guidance"] == 1:
+    if "times" in sampling and given:
+        raise ValueError(f"{cfg.ckpt} is a student distilled for times {sampling['times']} "
+                         f"without guidance: {', '.join(given)} cannot be chosen")
+    sampling = sampling | given
+    steps, shift, guidance = sampling.get("steps", 1), sampling["shift"], sampling["guidance"]
+    if steps < 1 or not 0 < shift < math.inf or not 0 <= guidance < math.inf:
+        raise ValueError(f"--steps={steps} --shift={shift} --guidance={guidance}: "
+                         "steps are 1 or more, the shift is above 0, the guidance not below")
+    if cfg.negative and guidance == 1:
         raise ValueError("--negative does nothing without guidance")
-    return how
+    return sampling
 
 
-def embed(coder, prompts, how):
-    """Prompts -> (n, S, E), padded with zeros as in training."""
-    rows = coder.embed(prompts)
-    text = torch.zeros(len(rows), how["text"]["length"], how["text"]["width"])
-    for padded, row, prompt in zip(text, rows, prompts):
-        if len(row) > len(padded):
-            raise ValueError(f"{prompt!r} has {len(row)} tokens, the model was trained with {len(padded)} at most")
-        padded[:len(row)] = row
+def latent_shape(sampling, cfg):
+    """(C, F, H, W) of the latents to sample; training lists the bucket with the most clips first."""
+    if cfg.size is None:
+        return tuple(sampling["shapes"][0])
+    f, h, w = cfg.size
+    channels, strides = sampling["codec"]["channels"], sampling["codec"]["stride"]
+    steps = [s * p for s, p in zip(strides, MODELS[sampling["model"]].patch)]
+    if (f - 1) % strides[0] or h % steps[1] or w % steps[2] or min(cfg.size) < 1:
+        raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, "
+                         f"height of {steps[1]}, width of {steps[2]}")
+    return (channels, (f - 1) // strides[0] + 1, h // strides[1], w // strides[2])
+
+
+def embedded(prompts, sampling, cfg, device):
+    """{prompt: (S_i, E)}. The text encoder is loaded here and freed on return.
+
+    Prompts are embedded one by one: rows embedded together differ in the last bits with what they are padded to.
+    """
+    coder = codec.load(sampling["codec"], text=cfg.text, device=device)
+    rows = {}
+    for prompt in dict.fromkeys(prompts):
+        rows[prompt], = coder.embed([prompt])
+        if len(rows[prompt]) > sampling["text"]["length"]:
+            raise ValueError(f"{prompt!r} has {len(rows[prompt])} tokens, "
+                             f"the model was trained with {sampling['text']['length']} at most")
+    return rows
+
+
+def padded(rows, sampling):
+    """Embeddings (S_i, E) -> (B, S, E), padded with zeros as in training."""
+    text = torch.zeros(len(rows), sampling["text"]["length"], sampling["text"]["width"])
+    for place, row in zip(text, rows):
+        place[:len(row)] = row
     return text
 
 
-def latent_shape(coder, how, cfg):
-    """(C, F, H, W) of the latents to sample."""
-    if cfg.size is None:
-        return tuple(max(how["shapes"], key=math.prod))
-    strides, patch = coder.stride, MODELS[how["model"]].patch
-    f, h, w = cfg.size
-    steps = [s * p for s, p in zip(strides, patch)]
-    if (f - 1) % strides[0] or h % steps[1] or w % steps[2] or min(cfg.size) < 1:
-        raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, height of {steps[1]}, "
-                         f"width of {steps[2]}")
-    return (coder.spec["channels"], (f - 1) // strides[0] + 1, h // strides[1], w // strides[2])
+def batch_size(config, shape):
+    """As many videos as 8 GB hold beside the weights, from 1 to 8.
+
+    In bf16, a forward without gradient holds at most 40 bytes per token and model channel (Wan's models 34 to 38), in
+    fp32 at most 64. 81 frames of 480 x 832 are 32,760 tokens: 2.0 GB a video of wan-1.3b, so 3 at once; 6.7 GB of
+    wan-14b, whose weights are 29 GB.
+    """
+    held = 40 * math.prod(token_grid(config, shape)) * config.dim
+    return min(max(1, int(8e9 / held)), 8)
 
 
-def draw(net, noises, text, null, how):
-    """x0 by the checkpoint's sampler: Euler with guidance, or the student's few steps, each with fresh noise."""
-    if "times" in how:
-        return rollout(net, noises[0], text, how["times"], noises[1:], len(how["times"]) - 1)
-    return euler(net, noises[0], text, grid(how["steps"], how["shift"]), null, how["guidance"])
+def file_name(i, caption):
+    """0003_a_red_circle.mp4"""
+    words = re.sub(r"\W+", "_", caption.lower())[:60].strip("_")
+    return f"{i:04d}_{words}.mp4"
+
+
+def contact_sheet(path, files, captions, shape, stride, fps):
+    """A picture of six frames of each video. They are read back from the files: in memory they would not all fit."""
+    frames, h, w = (shape[1] - 1) * stride[0] + 1, shape[2] * stride[1], shape[3] * stride[2]
+    size = round(h * min(1, 160 / h)), round(w * min(1, 160 / h))
+    strips, shown = [], []
+    for file, caption in zip(files, captions):
+        if file.exists():       # nodes that share no disk keep their own
+            (video, _), = codec.read_video(file, sizes=[size], frames=frames, fps=fps)
+            strips.append(video[[round(i * (frames - 1) / 5) for i in range(6)]])
+            shown.append(caption)
+    codec.contact_sheet(path, strips, shown)
 
 
 if __name__ == "__main__":

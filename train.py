@@ -3,8 +3,8 @@
     python prepare.py && python train.py                                        the built-in moving shapes, on a laptop
     torchrun --nproc_per_node=8 train.py --model=wan-1.3b --data=DIR --init=PATH --shard=-1
 
-The same command again resumes, exactly. Reads top to bottom: flags, setup in five steps, the loop, its loss, validation.
-Imports model, plan and every leaf.
+The same command again resumes, exactly. Reads top to bottom: flags, setup in five steps, the loop, its loss,
+validation. Imports model, plan and every leaf.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
@@ -38,13 +38,13 @@ class Config:
     model: Literal[tuple(MODELS)] = "tiny"                # model size, a row of model.MODELS
     data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote
     out: str = "out/train"                                # folder of the run: log, curves, samples, checkpoints
-    init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run of ours
+    init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run
     seed: int = 0                                         # random seed
 
     # optimizer
     steps: int | None = None                              # number of updates
     batch: int | None = None                              # samples per update, over all ranks
-    micro_batch: int | None = None                        # samples that a rank forwards at once; none = batch / data ranks
+    micro_batch: int | None = None                        # samples a rank forwards at once; none = batch / data ranks
     lr: float | None = None                               # peak learning rate
     warmup: int | None = None                             # updates of linear learning-rate warm-up
     schedule: Literal["constant", "cosine", "linear"] | None = None  # learning rate after the warm-up
@@ -59,14 +59,14 @@ class Config:
     text_dropout: float = 0.1                             # share of samples trained with the null text
 
     # sparse attention
-    window: tuple[int, int, int] | None = None            # attention window in tiles: frames, rows, columns; None = dense
+    window: tuple[int, int, int] | None = None            # attention window in tiles, frames rows columns; None = dense
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens of an attention tile: frames, rows, columns
-    window_steps: int = 0                                 # updates over which the window shrinks from dense; 0 = at once
+    window_steps: int = 0                                 # updates in which the window shrinks from dense; 0 = at once
     dense_ends: int = 0                                   # first and last blocks that stay dense
 
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is a GPU
-    precision: Literal["fp32", "bf16"] | None = None      # dtype that blocks compute in; None = bf16 on a GPU, else fp32
+    precision: Literal["fp32", "bf16"] | None = None      # dtype blocks compute in; None = bf16 on a GPU, else fp32
     shard: int = 1                                        # ranks that share one copy of the weights; -1 = all (FSDP)
     sp: int = 1                                           # ranks that share one sample's tokens (sequence parallel)
     compile: bool | None = None                           # compile the blocks; None = on a GPU
@@ -75,7 +75,7 @@ class Config:
 
     # now and then
     log_every: int = 10                                   # updates per line of log.jsonl; 0 = no lines
-    val_every: int | None = None                          # updates between validations, with videos; 0 = only at the end
+    val_every: int | None = None                          # updates between validations, with videos; 0 = at the end
     save_every: int | None = None                         # updates between checkpoints; 0 = only at the end
     keep: int = 3                                         # newest checkpoints to keep
 
@@ -87,9 +87,9 @@ class Config:
 
     # the run
     resume: str | None = None                             # checkpoint that begins a run in a new folder
-    allow: tuple[str, ...] = ()                           # names of flags that may differ from those of the resumed run
+    allow: tuple[str, ...] = ()                           # names of flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # print what this many ranks (of so many GB each) take, then exit
+    dry_run: tuple[int, ...] = ()                         # print what so many ranks (of so many GB) take, then exit
 
 
 # A row per model. The last block of each has no flags: edit it here. Only matrices are decayed.

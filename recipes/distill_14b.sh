@@ -8,4 +8,4 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after 
 WAN=${WAN:-weights/Wan2.1-T2V-14B-Diffusers}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} distill.py --model=wan-14b \
     --teacher="$WAN" --vae="$WAN" --data=data/wan --out=out/few-14b --lora_rank=64 --student_lr=1e-4 --critic_lr=2e-5 \
-    --shard=-1 --sp=4 --remat --micro_batch=1 "$@"
+    --shard=-1 --sp=4 "$@"

@@ -7,4 +7,4 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after 
 WAN=${WAN:-weights/Wan2.1-T2V-1.3B-Diffusers}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} train.py --model=wan-1.3b \
     --init="$WAN" --vae="$WAN" --data=data/wan --out=out/sparse --window 3 3 3 --tile 4 4 8 --window_steps=1000 \
-    --steps=2000 --remat --micro_batch=1 "$@"
+    --steps=2000 "$@"

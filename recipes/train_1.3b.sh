@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after SIGTERM; torch 2.11's torchrun has 30
 WAN=${WAN:-weights/Wan2.1-T2V-1.3B-Diffusers}
 ${LAUNCH:-torchrun --standalone --nproc_per_node=8} train.py --model=wan-1.3b \
-    --init="$WAN" --vae="$WAN" --data=data/wan --out=out/wan-1.3b --remat --micro_batch=1 "$@"
+    --init="$WAN" --vae="$WAN" --data=data/wan --out=out/wan-1.3b "$@"

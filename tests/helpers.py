@@ -3,6 +3,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,19 @@ def shapes_dataset(folder, clips=60):
     """A dataset of moving shapes in a folder -> its path, as flags take it."""
     run(prepare.main, prepare.Config(clips=clips, out=str(folder)))
     return str(folder)
+
+
+def told(main, cfg, capsys):
+    """-> (exit code, {what: GB}, stderr) of a dry run."""
+    with pytest.raises(SystemExit) as end:
+        main(cfg)
+    out, err = capsys.readouterr()
+    return end.value.code, {what: float(n) for n, what in re.findall(r"^ +([\d.]+)  (.+)$", out, re.M)}, err
+
+
+def total(lines, line="in all"):
+    """The figure of the line that begins so."""
+    return next(n for what, n in lines.items() if what.startswith(line))
 
 
 def spied(monkeypatch, module, name, record):

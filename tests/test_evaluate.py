@@ -1,17 +1,36 @@
 """evaluate.py: every figure against its definition written out, and the whole command on a teacher and its student."""
 import json
+import os
 import re
+import subprocess
+import sys
+from functools import partial
+from math import comb
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+import ckpt
 import distill
 import evaluate
+import parallel
 import prepare
 import train
-from evaluate import Clips, distances, energy, figures, paired, recall, spread, vendi, verdict
-from test_train import run
+from conftest import ROOT
+from data import noise
+from evaluate import (Clips, distances, energy, figures, interval, mcnemar, paired, recall, spread, vendi,
+                      verdict)
+
+
+def run(main, cfg):
+    """One process's main(cfg), in this process."""
+    try:
+        return main(cfg)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def points(n, seed, shift=0.0, D=3):
@@ -24,13 +43,20 @@ def length(a, b):
 
 def test_energy_is_the_definition_without_bias():
     x, y = points(7, 0), points(5, 1)
-    mean = lambda a, b, pairs: sum(length(p, q) for p in a for q in b) / pairs  # noqa: E731
+
+
+    def mean(a, b, pairs):
+        return sum(length(p, q) for p in a for q in b) / pairs
+
+    def between(a, b):
+        return energy(distances(a, a), distances(a, b), distances(b, b))
+
     wanted = 2 * mean(x, y, 35) - mean(x, x, 42) - mean(y, y, 20)
-    assert energy(distances(x, x), distances(x, y), distances(y, y)) == pytest.approx(wanted, abs=1e-12)
-    of = lambda a, b: energy(distances(a, a), distances(a, b), distances(b, b))  # noqa: E731
-    equal = [of(points(40, 2 * i), points(40, 2 * i + 1)) for i in range(60)]
-    assert abs(np.mean(equal)) < 3 * np.std(equal) / 60**0.5 and min(equal) < 0     # a biased one is never negative
-    assert of(points(40, 0), points(40, 1, shift=1)) > 10 * np.std(equal)
+    assert between(x, y) == pytest.approx(wanted, abs=1e-12)
+    equal = [between(points(40, 2 * i), points(40, 2 * i + 1)) for i in range(60)]
+    assert abs(np.mean(equal)) < 3 * np.std(equal) / 60**0.5
+    assert min(equal) < 0                                           # a biased one is never negative
+    assert between(points(40, 0), points(40, 1, shift=1)) > 10 * np.std(equal)
 
 
 def test_recall_is_the_share_of_real_clips_within_reach():
@@ -38,14 +64,17 @@ def test_recall_is_the_share_of_real_clips_within_reach():
     reach = [sorted(length(p, q) for q in x)[k] for p in x]         # the nearest of all is the clip itself
     wanted = np.mean([any(length(p, q) <= r for p, r in zip(x, reach)) for q in y])
     assert 0.2 < recall(distances(x, x), distances(x, y), k) == wanted < 1
-    of = lambda a, b: recall(distances(a, a), distances(a, b))  # noqa: E731
     two = np.concatenate([points(60, 2), points(60, 3, shift=9)])
-    assert of(two, two) == 1 and of(two[:60], two) == pytest.approx(0.5, abs=0.02)  # a mode that is lost
+    one = two[:60]
+    assert recall(distances(two, two), distances(two, two)) == 1
+    lost = recall(distances(one, one), distances(one, two))
+    assert lost == pytest.approx(0.5, abs=0.02)                     # a mode that is lost
 
 
 def test_vendi_counts_clips_that_differ():
     far = 100 * np.eye(6)
-    assert vendi(distances(far, far)) == pytest.approx(6) and vendi(np.zeros((6, 6))) == pytest.approx(1, abs=1e-6)
+    assert vendi(distances(far, far)) == pytest.approx(6)
+    assert vendi(np.zeros((6, 6))) == pytest.approx(1, abs=1e-6)
     twice = np.repeat(far, 2, axis=0)
     assert vendi(distances(twice, twice)) == pytest.approx(6)
 
@@ -53,8 +82,9 @@ def test_vendi_counts_clips_that_differ():
 def test_spread_is_the_mean_distance_between_clips_of_one_prompt():
     x = points(evaluate.PROMPTS * evaluate.SEEDS, 0)
     groups = [x[i:i + evaluate.SEEDS] for i in range(0, len(x), evaluate.SEEDS)]
-    assert spread(x) == pytest.approx(np.mean([length(p, q) for some in groups for i, p in enumerate(some)
-                                               for j, q in enumerate(some) if i != j]))
+    apart = [length(p, q) for same in groups for i, p in enumerate(same)
+             for j, q in enumerate(same) if i != j]
+    assert spread(x) == pytest.approx(np.mean(apart))
 
 
 def test_a_verdict_compares_each_word():
@@ -74,60 +104,211 @@ def test_figures_of_real_clips_are_the_unit_and_joint_wants_all_three_right():
     seen = figures(real, real, [other])
     assert (seen["joint"], seen["shape"], seen["colour"], seen["direction"]) == (0.5, 1, 0.75, 0.75)
     assert (seen["diversity"], seen["std"], seen["motion"]) == (1, 1, 1)
-    loud = figures(real._replace(latents=3 * real.latents, features=2 * real.features), real, [other])
-    assert loud["std"] == pytest.approx(3) and loud["motion"] == pytest.approx(3) and loud["diversity"] == pytest.approx(2)
+    loud = real._replace(latents=3 * real.latents, features=2 * real.features)
+    seen = figures(loud, real, [other])
+    assert seen["std"] == pytest.approx(3)
+    assert seen["motion"] == pytest.approx(3)
+    assert seen["diversity"] == pytest.approx(2)
+
+
+def test_mcnemars_p_is_that_of_a_fair_coin_whatever_both_have_right_or_wrong():
+    for only_a, only_b in ((5, 1), (1, 5), (0, 7), (3, 3), (0, 0)):
+        a = np.repeat([True, False, True, False], [only_a, only_b, 4, 9])
+        b = np.repeat([False, True, True, False], [only_a, only_b, 4, 9])
+        n = only_a + only_b
+        far = [k for k in range(n + 1) if abs(k - n / 2) >= abs(only_a - n / 2)]    # as uneven, or more
+        assert mcnemar(a, b) == (only_a, only_b, pytest.approx(sum(comb(n, k) for k in far) / 2**n))
+
+
+def test_an_interval_leaves_out_a_fortieth_at_each_end():
+    assert interval(np.arange(1001) / 7) == [round(25 / 7, 3), round(975 / 7, 3)]
 
 
 def test_pairs_are_told_apart_by_mcnemar_and_by_halves():
     n = 40
     a_right, b_right = np.ones((n, 3), bool), np.ones((n, 3), bool)
-    a_right[:1, 0], b_right[1:6, 2] = False, False      # one that b alone has right, five that a alone has
-    a, b, real = clips(n, 0, a_right), clips(n, 1, b_right), clips(n, 2, b_right)
-    seen = paired(a, b, real, [clips(n, 3, b_right)])
+    a_right[:1, 0] = False          # one that b alone has right
+    b_right[1:6, 2] = False         # five that a alone has right
+    a, b, real, other = (clips(n, i, right) for i, right in enumerate([a_right, b_right, b_right, b_right]))
+    seen = paired(a, b, real, [other])
     assert (seen["only the first right"], seen["only the second right"]) == (5, 1)
     assert seen["McNemar p"] == round(2 * (1 + 6) / 2**6, 3)
-    assert all(seen[name][0] < 0 < seen[name][1] for name in ("energy", "recall"))      # all of one distribution
-    shifted = paired(a._replace(features=a.features + 1), b, real, [clips(n, 3, b_right)])
-    assert shifted["energy"][0] > 0 and paired(a, a, real, [b])["McNemar p"] == 1
+    for name in ("energy", "recall"):                                       # all of one distribution
+        assert seen[name][0] < 0 < seen[name][1]
+    shifted = paired(a._replace(features=a.features + 1), b, real, [other])
+    assert shifted["energy"][0] > 0
+    assert paired(a, a, real, [b])["McNemar p"] == 1
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A teacher and its student, hardly trained."""
-    data, teacher, student = (str(tmp_path_factory.mktemp("evaluate") / name) for name in ("data", "teacher", "student"))
+    folder = tmp_path_factory.mktemp("evaluate")
+    data, teacher, student = (str(folder / name) for name in ("data", "teacher", "student"))
     run(prepare.main, prepare.Config(clips=40, out=data))
     run(train.main, train.Config(data=data, out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
-    run(distill.main, distill.Config(data=data, teacher=teacher, out=student, steps=2, student_every=2, batch=4, samples=0))
+    run(distill.main, distill.Config(data=data, teacher=teacher, out=student, steps=2, student_every=2, batch=4,
+                                     samples=0))
     return teacher, student
 
 
-def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs, capsys, monkeypatch):
-    teacher, student = runs
+@pytest.fixture
+def few(monkeypatch):
+    """Fewer clips of the same prompts than one would measure with."""
     monkeypatch.setattr(evaluate, "PROMPTS", 2)
     monkeypatch.setattr(evaluate, "SEEDS", 2)
+
+
+def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs, few, capsys, monkeypatch):
+    teacher, student = runs
     cfg = evaluate.Config(ckpt=student, teacher=teacher, n=12, device="cpu")
     run(evaluate.main, cfg)
     printed = capsys.readouterr().out
-    told = json.loads((evaluate.Path(student) / "evaluate.json").read_text())
-    assert list(told["table"]) == ["real clips", "real clips, another caption", "student, 4 steps", "teacher, 50 steps, s=2",
-                                   "teacher, 4 steps, undistilled"]
-    assert told["table"]["real clips"]["joint"] == 1 and len(told["paired"]) == 2 and "student, 4 steps" in printed
-    monkeypatch.setattr(evaluate, "euler", None)        # would fail if it were asked again
-    monkeypatch.setattr(evaluate, "rollout", None)
+    report = json.loads((evaluate.Path(student) / "evaluate.json").read_text())
+    systems = ["real clips", "real clips, another caption", "student, 4 steps", "teacher, 50 steps, s=2",
+               "teacher, 4 steps, undistilled"]
+    assert list(report["table"]) == systems
+    assert report["table"]["real clips"]["joint"] == 1
+    assert report["table"]["real clips, another caption"]["joint"] < 1
+    assert list(report["paired"]) == [f"student, 4 steps against {name}" for name in systems[3:]]
+    assert report["step"] == 2
+    for name in systems:
+        assert f"\n{name} " in printed
+
+    monkeypatch.setattr(evaluate.step, "sample", None)      # would fail if it were asked again
     run(evaluate.main, cfg)
     assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("flags, said", [(dict(guidance=(2.0,)), "is a student"), (dict(n=10), "--n=10"), (dict(ckpt="nowhere"), "nowhere"),
-                                         (dict(steps=(0,)), "--steps .0,"), (dict(teacher="self"), "is not what")])
-def test_what_cannot_be_measured_is_refused_in_a_line(runs, capsys, flags, said):
+def system_of(path, **given):
+    """The run's first system, under a sampling block with these changes."""
+    source = ckpt.stored(ckpt.latest(path))
+    return evaluate.System("a system", source, ckpt.model_of(source, "ema"), source.sampling | given)
+
+
+@pytest.mark.parametrize("of", [0, 1], ids=["teacher", "student"])
+def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkeypatch, of):
+    system, seen = system_of(runs[of]), []
+    system = system._replace(saved=system.saved._replace(origin=str(tmp_path / "run/ckpt/step_0000002")))
+    (tmp_path / "run").mkdir()
+    K = 4 if of else 1
+    captions = evaluate.CAPTIONS[:5]
+
+    def recorded(net, noises, cond, uncond, sampling):
+        seen.append((noises, cond.text, uncond.text))
+        assert sampling == system.sampling
+        return noises[-1]
+
+    monkeypatch.setattr(evaluate.step, "sample", recorded)
+    coder = evaluate.codec.load("dct")
+    cfg = evaluate.Config(n=5, batch=3, seed=9)
+    x0 = run(lambda cfg: evaluate.sampled(system, coder, captions, cfg, parallel.init("cpu")), cfg)
+    assert torch.equal(x0, noise(9, "sample", K - 1, range(5), (24, 5, 8, 8)))
+    for places, (noises, text, null) in zip(([0, 1, 2], [3, 4]), seen, strict=True):
+        assert len(noises) == K
+        for k, e in enumerate(noises):
+            assert torch.equal(e, noise(9, "sample", k, places, (24, 5, 8, 8)))
+        for i, row in zip(places, text):
+            words, = coder.embed([captions[i]])
+            assert torch.equal(row[:len(words)], words)
+        assert torch.equal(null, system.saved.tensor("null").expand(len(places), -1, -1))
+    file, = (tmp_path / "run/evaluate").iterdir()
+    assert torch.equal(torch.from_numpy(np.load(file)), x0)
+
+
+def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.step, "sample", lambda net, noises, *rest: noises[0])
+    coder, origin = evaluate.codec.load("dct"), str(tmp_path / "run/ckpt/step_0000002")
+    (tmp_path / "run").mkdir()
+    asked = [({}, 0), ({"steps": 3}, 0), ({}, 1), ({}, 0)]
+    for given, seed in asked:
+        system = system_of(runs[0], **given)
+        system = system._replace(saved=system.saved._replace(origin=origin))
+        draw = partial(evaluate.sampled, system, coder, evaluate.CAPTIONS[:2], evaluate.Config(seed=seed))
+        run(lambda draw: draw(parallel.init("cpu")), draw)
+    assert len(list((tmp_path / "run/evaluate").iterdir())) == 3
+
+
+def test_guidance_and_steps_are_tried_in_every_combination(runs):
+    source = ckpt.stored(ckpt.latest(runs[0]))
+    systems = evaluate.systems_of(source, None, evaluate.Config(guidance=(1.0, 2.5), steps=(2, 3)))
+    assert [system.name for system in systems] == ["2 steps, s=1", "2 steps, s=2.5", "3 steps, s=1",
+                                                   "3 steps, s=2.5"]
+    tried = [(system.sampling["steps"], system.sampling["guidance"]) for system in systems]
+    assert tried == [(2, 1.0), (2, 2.5), (3, 1.0), (3, 2.5)]
+    system, = evaluate.systems_of(source, None, evaluate.Config())
+    assert system.sampling == source.sampling
+
+
+def test_what_is_asked_undistilled_has_the_students_sampler_and_the_teachers_window(runs):
+    teacher, student = (ckpt.stored(ckpt.latest(path)) for path in runs)
+    student.manifest["meta"]["sampling"] |= {"window": [3, 1, 1]}
+    asked, many, undistilled = evaluate.systems_of(student, teacher, evaluate.Config())
+    assert asked.sampling == student.sampling
+    assert many.sampling == teacher.sampling
+    assert undistilled.sampling == student.sampling | {"window": None}
+    assert undistilled.source.origin == many.source.origin != asked.source.origin
+
+
+@pytest.mark.slow
+def test_two_ranks_print_and_write_the_figures_of_one(runs, tmp_path):
+    code = "import evaluate, sys, tyro; evaluate.PROMPTS = evaluate.SEEDS = 2; "
+    code += "evaluate.main(tyro.cli(evaluate.Config)); evaluate.parallel.leave()"
+    (tmp_path / "few.py").write_text(code)
+    tables = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)      # without the clips that others have sampled
+        (folder / "ckpt").mkdir(parents=True)
+        newest = ckpt.latest(runs[0])
+        subprocess.run(["cp", "-r", str(newest), str(folder / "ckpt" / newest.name)], check=True)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
+        flags = [f"--ckpt={folder}", "--steps=2", "--n=11", "--device=cpu"]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*launch, str(tmp_path / "few.py"), *flags], env=env, text=True,
+                              capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("11 clips each") == 1
+        tables[ranks] = json.loads((folder / "evaluate.json").read_text())["table"]
+    for system, row in tables[1].items():
+        assert tables[2][system] == pytest.approx(row, rel=1e-5)
+
+
+def test_only_the_files_of_the_weights_and_the_null_text_are_read(runs, few, tmp_path):
+    subprocess.run(["cp", "-r", runs[0], tmp_path / "run"], check=True)
+    for role in ("net", "opt"):
+        for file in (tmp_path / "run").glob(f"ckpt/*/rank_00000.{role}.pt"):
+            file.write_bytes(b"")
+    run(evaluate.main, evaluate.Config(ckpt=str(tmp_path / "run"), n=11, steps=(1,), device="cpu"))
+    assert (tmp_path / "run/evaluate.json").exists()
+
+
+REFUSED = [
+    (dict(guidance=(2.0,)), "is a student"),
+    (dict(steps=(2,)), "is a student"),
+    (dict(n=10), "--n=10"),
+    (dict(batch=0), "--batch=0"),
+    (dict(ckpt="nowhere"), "nowhere"),
+    (dict(steps=(0,)), "--steps .0,"),
+    (dict(teacher="STUDENT"), "is not what"),
+    (dict(ckpt="TEACHER", teacher="TEACHER"), "is no distilled student"),
+]
+
+
+@pytest.mark.parametrize("given, words", REFUSED)
+def test_what_cannot_be_measured_is_refused_in_a_line(runs, capsys, given, words):
+    paths = {"TEACHER": runs[0], "STUDENT": runs[1]}
+    given = dict(ckpt="STUDENT", device="cpu") | given
+    given = {name: paths.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
     with pytest.raises(SystemExit) as refused:
-        teacher = flags.get("teacher") and runs[1]
-        run(evaluate.main, evaluate.Config(**dict(ckpt=runs[1], device="cpu") | flags | {"teacher": teacher}))
-    assert refused.value.code == 2 and re.search(said, capsys.readouterr().err)
+        run(evaluate.main, evaluate.Config(**given))
+    assert refused.value.code == 2
+    assert re.search(f"evaluate.py: .*{words}", capsys.readouterr().err)
 
 
-def test_a_teacher_beside_a_teacher_is_refused(runs, capsys):
+def test_latents_of_another_codec_are_not_judged(runs, tmp_path, capsys):
+    null = torch.zeros(1, 4)
+    path = ckpt.save(tmp_path, 1, {"null": parallel.Part(null, 0, (1, 4)), "ema.a": parallel.Part(null, 0, (1, 4))},
+                     {"sampling": {"codec": {"name": "wan"}}})
     with pytest.raises(SystemExit):
-        run(evaluate.main, evaluate.Config(ckpt=runs[0], teacher=runs[0], device="cpu"))
-    assert "is no distilled student" in capsys.readouterr().err
+        run(evaluate.main, evaluate.Config(ckpt=str(path or tmp_path), device="cpu"))
+    assert "codec wan: the judge reads" in capsys.readouterr().err

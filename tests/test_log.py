@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import numpy as np
@@ -241,16 +242,17 @@ EVIL = '<script>alert("&")</script>'
 
 
 class Links(HTMLParser):
-    """Every tag of a page, its src and href, and its text."""
+    """Every tag of a page, its src and href, its titles, and its text."""
 
     def __init__(self, file):
         super().__init__()
-        self.tags, self.links, self.text = [], [], ""
+        self.tags, self.links, self.titles, self.text = [], [], [], ""
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.titles += [value for name, value in attrs if name == "title"]
 
     def handle_data(self, data):
         self.text += data
@@ -259,18 +261,20 @@ class Links(HTMLParser):
 def validate(log, step, captions=("a red circle",), rows=(), suffix="mp4", kind="samples"):
     path = log.file(kind, step, suffix)
     path.touch()
-    log(step, val_loss=1 / (1 + step))
+    log(step, val_loss=1 / (1 + step), val_loss_by_t0=0.25)
     log.video(step, path, captions, rows)
 
 
 def test_the_page_escapes_all_text_and_its_links_are_relative_and_exist(tmp_path):
     log = Log(tmp_path / EVIL.replace("/", "|"), {"data": EVIL, "tile": (4, 4, 8), "init": None}, steps=20)
+    log.about["device"] = EVIL
     log(10, loss=0.5, note=EVIL)
     validate(log, 10, captions=[EVIL, "a \ud800 half"], rows=[EVIL], kind="<b>")
     log.close()
     page = Links(log.out / "index.html")
     assert page.tags.count("script") == 0 and page.tags.count("b") == 0
-    assert page.text.count(EVIL) == 4       # the flag, the note, the caption, the row
+    assert page.text.count(EVIL) == 6       # the flag, the note, the caption, the row; the device on top and below
+    assert page.titles == [EVIL, "a ? half"]
     assert "4 4 8" in page.text
     assert sorted(page.links) == ["%3Cb%3E/step_0000010.mp4", "curves.png"]
     assert all((log.out / unquote(link)).is_file() for link in page.links)
@@ -287,6 +291,7 @@ def test_the_page_shows_validations_newest_first_with_their_numbers(tmp_path):
              (9, "inside")]
     assert page.links == [f"{kind}/step_{step:07d}.mp4" for step, kind in shown]
     assert "step 9 val_loss 0.1" in page.text
+    assert page.text.count("val_loss_by_t0") == 1      # in the last line of the log
     assert page.text.count("studentteacher") == 3
     log.close()
     assert "curves.png" in Links(tmp_path / "index.html").links
@@ -307,9 +312,21 @@ def test_the_page_of_a_resumed_run_keeps_the_validations_before_it(tmp_path):
     assert all(caption in page.text for caption in ("clip of 25", "clip of 50", "another"))
 
 
+def test_the_page_shows_a_video_of_a_step_without_numbers(tmp_path):
+    log = Log(tmp_path, {}, steps=100)
+    path = log.file("samples", 10, "mp4")
+    path.touch()
+    log.video(10, path)
+    assert Links(tmp_path / "index.html").links == ["samples/step_0000010.mp4"]
+
+
 def test_the_page_says_where_latents_are_that_were_not_decoded(tmp_path, capsys):
     log = Log(tmp_path, {}, steps=100)
+    sent = []
+    log.wandb = SimpleNamespace(log=sent.append)
     validate(log, 10, suffix="npy")
+    assert [list(seen) for seen in sent] == [["step", "val_loss", "val_loss_by_t0"]]    # wandb gets no latents
+    log.wandb = None
     page = Links(tmp_path / "index.html")
     assert page.links == ["samples/step_0000010.npy"] and "video" not in page.tags
     assert "latents, not decoded: samples/step_0000010.npy" in page.text
@@ -352,6 +369,18 @@ def test_a_full_disk_costs_the_page_and_not_the_run(tmp_path, monkeypatch, capsy
     validate(log, 10)
     log.close()
     assert capsys.readouterr().out.count("not up to date: [Errno 28] No space left on device") == 2
+
+
+def test_the_page_is_replaced_at_once(tmp_path, monkeypatch):
+    def broken(path, other):
+        raise OSError(5, "Input/output error")
+
+    log = Log(tmp_path, {}, steps=100)
+    validate(log, 10)
+    page = (tmp_path / "index.html").read_bytes()
+    monkeypatch.setattr(Path, "replace", broken)
+    validate(log, 20)
+    assert (tmp_path / "index.html").read_bytes() == page
 
 
 def test_a_browser_plays_the_page_from_disk(tmp_path):

@@ -1,4 +1,5 @@
 """prepare.py from each of its sources to a dataset that Latents reads. Run: pytest tests/test_prepare.py"""
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import codec
 import parallel
+import data
 import prepare
 import shapes
 from data import Latents
@@ -217,6 +219,73 @@ def test_an_interrupted_prepare_goes_on_where_it_was(folder, tmp_path, monkeypat
     assert encoded.count("clip") == len(whole), "a clip was encoded twice"
 
 
+def test_a_folder_begun_by_the_keys_of_496ae65_goes_on(tmp_path, monkeypatch):
+    make_film(tmp_path / "films/long.mp4", frames=60, caption="a long film")
+    make_film(tmp_path / "films/other.mp4", frames=60, caption="another")
+    flags = dict(videos=tmp_path / "films", cuts="all", sizes=("64x64",))
+    whole = stored(run(**flags, out=tmp_path / "set"))
+    journal = tmp_path / "set/journal.0.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["key"] for line in lines] == [
+        f"{name}.mp4{end}" for name in ("long", "other") for end in ("#0", "#1", "#2", "")]
+    # then: a film's last clip bore its name alone; the second film was interrupted after its first clip
+    journal.write_text("".join([*lines[:2], lines[2].replace("long.mp4#2", "long.mp4"), lines[4]]))
+    encoded = []
+    load = codec.load
+
+    def counted(*args, **options):
+        coder = load(*args, **options)
+        return coder._replace(encode=lambda video: encoded.append("clip") or coder.encode(video))
+    monkeypatch.setattr(codec, "load", counted)
+    monkeypatch.setattr(codec, "read_video", lambda path, read=codec.read_video, **options: read(path, **options)
+                        if path.name == "other.mp4" else pytest.fail("read again"))
+    assert equal(stored(run(**flags, out=tmp_path / "set")), whole)
+    assert len(encoded) == 2
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    films = tmp_path / "films"
+    for name in ("a", "b", "c", "d", "e/e"):
+        make_film(films / f"{name}.mp4", caption=name)
+    (films / "b.txt").unlink()
+    (films / "b.txt").mkdir()
+
+    def bad_sector(path, *args, of, **options):
+        if path.name in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return of(path, *args, **options)
+
+    def unreadable(path, of=os.scandir):
+        if Path(path).name in bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return of(path)
+    bad = {"a.mp4", "c.txt", "e"}
+    read, text = codec.read_video, Path.read_text
+    monkeypatch.setattr(codec, "read_video", lambda *args, **options: bad_sector(*args, of=read, **options))
+    monkeypatch.setattr(Path, "read_text", lambda *args, **options: bad_sector(*args, of=text, **options))
+    monkeypatch.setattr(os, "scandir", unreadable)
+    assert [row[0] for row in stored(run(videos=films, out=tmp_path / "set"))] == ["d.mp4"]
+    out = capsys.readouterr().out
+    for name, reason in {"a.mp4": "Input/output error", "b.mp4": "Is a directory", "c.mp4": "Input/output error",
+                         films / "e": "Input/output error"}.items():
+        assert any(f"skipped {name}: " in line and reason in line for line in out.splitlines()), (name, out)
+    assert "3 films skipped, named above" in out
+
+    bad.clear()         # the disk is mended, and the same command adds them
+    rows = stored(run(videos=films, out=tmp_path / "set"))
+    assert [row[0] for row in rows] == ["a.mp4", "c.mp4", "d.mp4", "e/e.mp4"]
+
+
+def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
+    make_film(tmp_path / "films/a.mp4", caption="a")
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(data.Writer, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(videos=tmp_path / "films", out=tmp_path / "set")
+
+
 def test_films_that_come_later_are_added(tmp_path, monkeypatch):
     make_film(tmp_path / "films/a.mp4", caption="a")
     run(videos=tmp_path / "films", out=tmp_path / "set")
@@ -236,6 +305,36 @@ def test_two_ranks_make_the_same_dataset_as_one(folder, tmp_path):
     two = opened(tmp_path / "two")
     assert {file.name for file in (tmp_path / "two").glob("journal.*")} == {"journal.0.jsonl", "journal.1.jsonl"}
     assert equal(stored(two), whole)
+
+
+def test_a_rank_waits_for_the_others_without_a_collective(tmp_path, monkeypatch):
+    """The third rank is at work while the first sleeps 10,000 times."""
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 10_000:
+            (tmp_path / "finished.2").write_text("5")
+    monkeypatch.setattr(prepare.time, "sleep", sleep)
+    monkeypatch.setattr(parallel, "agree", lambda *_: pytest.fail("a collective"))
+    monkeypatch.setattr(parallel, "mean", lambda *_: pytest.fail("a collective"))
+    (tmp_path / "finished.1").write_text("2")
+    world = parallel.imagine(3)
+    assert prepare.wait_for_all(tmp_path, 1, world) == 8 and len(slept) == 10_000
+    assert (tmp_path / "finished.0").read_text() == "1", "the others wait for us"
+
+
+def test_what_a_killed_run_left_does_not_count_as_finished(tmp_path, monkeypatch, capsys):
+    left = [tmp_path / f"set/finished.{rank}" for rank in (0, 1, 7)]
+    run(clips=2, out=tmp_path / "set")
+    for file in left:
+        file.write_text("9")
+    seen = []
+    agree = parallel.agree
+    monkeypatch.setattr(parallel, "agree", lambda *args: seen.append([f for f in left if f.exists()]) or agree(*args))
+    run(clips=3, out=tmp_path / "set")
+    assert seen == [left, [], left[:1], []], "removed between two meetings of all ranks, at the start and at the end"
+    assert "skipped" not in capsys.readouterr().out
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------

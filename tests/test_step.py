@@ -1,8 +1,14 @@
-"""step.py: identities of the flow, closed forms of the losses in float64, and what one optimizer step may and may not do."""
+"""step.py: identities of the flow, closed forms of the losses in float64, and what one update may and may not do."""
+import math
+
 import pytest
 import torch
-from step import (BINS, add_noise, adamw, by_t, dmd_loss, ema_update, ema_weights, euler, flow_loss, grid, guided,
-                  guided_x0, lr_at, rollout, sample_t, shifted, to_x0, train_step, unfold)
+
+import step
+from parallel import Part
+from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, euler, flow_loss,
+                  grid, guided, guided_x0, lr_at, numbers, rollout, sample, sample_t, shifted, start_average, tensors,
+                  to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
 
@@ -12,10 +18,27 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def example(dtype=torch.float32):
-    return randn(*SHAPE, seed=1, dtype=dtype), randn(*SHAPE, seed=2, dtype=dtype), torch.tensor([0.1, 0.4, 0.7, 0.95], dtype=dtype)
+    """x0, e, t of four samples."""
+    x0, e = randn(*SHAPE, seed=1, dtype=dtype), randn(*SHAPE, seed=2, dtype=dtype)
+    return x0, e, torch.tensor([0.1, 0.4, 0.7, 0.95], dtype=dtype)
 
 
-# ---- the flow
+def over(t):
+    """t (B,), shaped to multiply (B, C, F, H, W)."""
+    return t.view(-1, 1, 1, 1, 1)
+
+
+def towards(x, t, cond):
+    """A net whose x0 is the condition."""
+    return (x - cond) / over(t)
+
+
+def wave(x, t, cond):
+    """A net that is linear in its condition alone."""
+    return torch.sin(x) + (0 if cond is None else cond)
+
+
+# ---- the flow -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
@@ -23,27 +46,33 @@ def test_noise_and_back_is_the_identity_and_t_runs_from_data_to_noise(per_frame)
     x0, e, t = example(torch.float64)
     if per_frame:
         t = torch.stack([t, t.flip(0)], 1)
-    assert torch.allclose(to_x0(add_noise(x0, e, t), e - x0, t), x0, atol=1e-14)
-    assert torch.equal(add_noise(x0, e, torch.zeros(4)), x0) and torch.equal(add_noise(x0, e, torch.ones(4)), e)
+    x_t = add_noise(x0, e, t)
+    assert torch.allclose(to_x0(x_t, e - x0, t), x0, atol=1e-14)
+    assert torch.equal(add_noise(x0, e, torch.zeros(4)), x0)
+    assert torch.equal(add_noise(x0, e, torch.ones(4)), e)
     if per_frame:
-        assert torch.allclose(add_noise(x0, e, t)[1, :, 1], (1 - t[1, 1]) * x0[1, :, 1] + t[1, 1] * e[1, :, 1])
+        assert torch.allclose(x_t[1, :, 1], (1 - t[1, 1]) * x0[1, :, 1] + t[1, 1] * e[1, :, 1])
 
 
 def test_shift_moves_times_towards_noise_and_gives_the_known_few_step_grids():
     assert grid(4, 5) == pytest.approx([1, 0.9375, 5 / 6, 0.625], abs=1e-15)
-    assert grid(4, 3) == pytest.approx([1, 0.9, 0.75, 0.5]) and grid(4, 8) == pytest.approx([1, 0.96, 8 / 9, 8 / 11])
+    assert grid(4, 3) == pytest.approx([1, 0.9, 0.75, 0.5])
+    assert grid(4, 8) == pytest.approx([1, 0.96, 8 / 9, 8 / 11])
     assert grid(3, 1) == pytest.approx([1, 2 / 3, 1 / 3])
-    assert shifted(0.0, 5) == 0 and shifted(1.0, 5) == 1
+    assert shifted(0.0, 5) == 0
+    assert shifted(1.0, 5) == 1
 
 
 def test_times_take_the_density_then_the_shift_then_the_clamp():
     u = (torch.arange(1000) + 0.5) / 1000
     t = sample_t(u, "uniform", 8.0, (0.02, 0.98))
-    assert t.dtype == torch.float32 and t.min() == pytest.approx(0.02) and t.max() == pytest.approx(0.98)
+    assert t.dtype == torch.float32
+    assert t.aminmax() == (pytest.approx(0.02), pytest.approx(0.98))
     assert ((t == t.max()).float().mean() - 0.139).abs() < 0.003       # the mass that a clamp in shifted units piles up
     assert sample_t(torch.tensor([0.75]), "uniform", 5.0).item() == pytest.approx(0.9375)  # shifted once, not twice
     z = torch.logit(sample_t(u, "logit_normal", 1.0).double())
-    assert z.mean().abs() < 1e-6 and (z.std() - 1).abs() < 0.01
+    assert z.mean().abs() < 1e-6
+    assert (z.std() - 1).abs() < 0.01
     assert torch.allclose(sample_t(u, "logit_normal", 3.0), shifted(sample_t(u, "logit_normal", 1.0), 3.0), atol=1e-6)
     assert sample_t(torch.zeros(1), "logit_normal").item() == 0  # u = 0 is a legal draw
     with pytest.raises(ValueError, match="cosmap.*uniform or logit_normal"):
@@ -52,53 +81,102 @@ def test_times_take_the_density_then_the_shift_then_the_clamp():
 
 def test_a_thousand_times_stay_a_thousand_times():
     t = sample_t((torch.arange(1000) + 0.5).float() / 1000)
-    assert len(t.unique()) == 1000 and len(t.bfloat16().unique()) < 600
+    assert len(t.unique()) == 1000
+    assert len(t.bfloat16().unique()) < 600
 
 
-# ---- the losses
+def test_guidance_is_u_plus_s_times_c_minus_u_with_a_scale_per_sample():
+    def net(x, t, cond):
+        return cond
+
+    c, u = torch.full((3, 1, 1, 1, 1), 3.0), torch.full((3, 1, 1, 1, 1), 1.0)
+    v, v_cond = guided(net, None, None, c, u, torch.tensor([1.0, 2.0, 4.0]))
+    assert v.flatten().tolist() == [3, 5, 9]
+    assert torch.equal(v_cond, c)
+
+
+def test_no_scale_is_one_forward_of_the_condition():
+    asked = []
+
+    def net(x, t, cond):
+        asked.append(cond)
+        return torch.tensor(3.0)
+
+    v, v_cond = guided(net, None, None, "cond", "uncond", None)
+    assert v is v_cond
+    assert asked == ["cond"]
+
+
+def test_a_sample_of_scale_1_has_the_conditional_velocity_to_the_bit():
+    c, u = randn(50, 3, 1, 2, 2, seed=3) / 3, randn(50, 3, 1, 2, 2, seed=4)
+
+    def net(x, t, cond):
+        return cond
+
+    v, v_cond = guided(net, None, None, c, u, torch.ones(50))
+    assert torch.equal(v, c)
+    assert not torch.equal(u + 1 * (c - u), c)      # what arithmetic would have made of it
+
+
+# ---- the losses -----------------------------------------------------------------------------------------------------
 
 
 def test_flow_loss_is_zero_for_the_velocity_and_the_mean_square_otherwise():
     x0, e, t = example()
-    assert flow_loss(lambda x, t, text: e - x0, x0, None, t, e)[0] == 0
-    loss, seen = flow_loss(lambda x, t, text: torch.zeros_like(x), x0, None, t, e)
-    assert loss == pytest.approx(((e - x0) ** 2).mean().item(), rel=1e-6) and not seen["loss"].requires_grad
+
+    def exact(x, t, cond):
+        return e - x0
+
+    def silent(x, t, cond):
+        return torch.zeros_like(x)
+
+    def narrow(x, t, cond):
+        return x[:, :1]     # would broadcast
+
+    assert flow_loss(exact, x0, None, t, e)[0] == 0
+    loss, seen = flow_loss(silent, x0, None, t, e)
+    assert loss == pytest.approx(((e - x0) ** 2).mean().item(), rel=1e-6)
+    assert not seen["loss"].requires_grad
     with pytest.raises(ValueError, match="its target"):
-        flow_loss(lambda x, t, text: x[:, :1], x0, None, t, e)  # would broadcast
+        flow_loss(narrow, x0, None, t, e)
 
 
 def test_flow_loss_weighted_by_t_squared_is_the_error_of_x0():
     x0, e, t = example(torch.float64)
-    net = lambda x, t, text: torch.sin(x)  # noqa: E731
     x_t = add_noise(x0, e, t)
-    assert flow_loss(net, x0, None, t, e, weight=t**2)[0].item() == pytest.approx(((to_x0(x_t, net(x_t, t, None), t) - x0) ** 2).mean().item(), rel=1e-12)
+    error = (to_x0(x_t, wave(x_t, t, None), t) - x0).square().mean().item()
+    assert flow_loss(wave, x0, None, t, e, weight=t**2)[0].item() == pytest.approx(error, rel=1e-12)
 
 
 def test_measurements_are_kept_apart_by_fifths_of_t():
     values, t = torch.tensor([1.0, 3.0, 5.0, 7.0]), torch.tensor([0.1, 0.15, 0.5, 1.0])
-    a, b = by_t(values[:2], t[:2]), by_t(values[2:], t[2:])
-    assert unfold({"x": (a + b) / 2, "y": torch.tensor(2.0)}) == {"x_t0": 2.0, "x_t2": 5.0, "x_t4": 7.0, "y": 2.0}
+    a, b = binned(values[:2], t[:2]), binned(values[2:], t[2:])
     assert a.shape == (2, BINS)
+    seen = numbers({"x_by": (a + b) / 2, "y": torch.tensor(2.0)})
+    assert seen == {"x_by_t0": 2.0, "x_by_t2": 5.0, "x_by_t4": 7.0, "y": 2.0}
 
 
-def test_guidance_is_u_plus_s_times_c_minus_u():
-    c, u = torch.full((1, 1), 3.0), torch.full((1, 1), 1.0)
-    net = lambda x, t, text: text  # noqa: E731
-    assert guided(net, None, None, c, u, 4.0)[0] == 9 and guided(net, None, None, c, u, 4.0)[1] == 3
-    calls = []
-    assert guided(lambda x, t, text: calls.append(text) or text, None, None, c, u, 1.0)[0] == 3 and calls == [c]
-    c, u = torch.full((3, 1, 1, 1, 1), 3.0), torch.full((3, 1, 1, 1, 1), 1.0)      # a scale per sample
-    assert guided(net, None, None, c, u, torch.tensor([1.0, 2.0, 4.0]))[0].flatten().tolist() == [3, 5, 9]
+def test_measurements_of_some_samples_leave_the_others_out():
+    some = torch.tensor([True, False, True])
+    sums, counts = binned(torch.tensor([1.0, 3.0, 5.0]), torch.full((3, 2), 0.3), some)
+    assert sums.tolist() == [0, 6, 0, 0, 0]
+    assert counts.tolist() == [0, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_the_dmd_gradient_is_the_closed_form_of_two_gaussians(t):
     """Unit Gaussians at mean a (student) and b (teacher): f - r = t² (a - b) / ((1 - t)² + t²) at every x_t and e."""
     a, b = 0.7, -0.4
-    field = lambda m: lambda x, t, text: -m + ((t - (1 - t)) / ((1 - t) ** 2 + t**2)).view(-1, 1, 1, 1, 1) * (x - (1 - t).view(-1, 1, 1, 1, 1) * m)  # noqa: E731
+
+    def field(mean):
+        def net(x, t, cond):
+            s = over(t)
+            return (s - (1 - s)) / ((1 - s) ** 2 + s**2) * (x - (1 - s) * mean) - mean
+        return net
+
     x0 = randn(3, 1, 1, 2, 2, dtype=torch.float64).requires_grad_()
     e, times = randn(3, 1, 1, 2, 2, seed=5, dtype=torch.float64), torch.full((3,), t, dtype=torch.float64)
-    loss, _ = dmd_loss(x0, field(b), field(a), None, None, times, e, 1.0)
+    loss, _ = dmd_loss(x0, field(b), field(a), None, None, times, e, None)
     loss.backward()
     x_t = add_noise(x0.detach(), e, times)
     r = to_x0(x_t, field(b)(x_t, times, None), times)
@@ -107,59 +185,87 @@ def test_the_dmd_gradient_is_the_closed_form_of_two_gaussians(t):
     assert torch.allclose(x0.grad, want.expand_as(x0), rtol=1e-12, atol=0)
 
 
-def dmd_grad(x0, f, r, t=None):
-    """The gradient for stubs whose x0 predictions are the given tensors."""
+def dmd_grad(x0, f, r):
+    """The gradient for a critic and a teacher whose x0 are the given tensors."""
+    def critic(x, t, cond):
+        return towards(x, t, f)
+
+    def teacher(x, t, cond):
+        return towards(x, t, r)
+
     x0 = x0.clone().requires_grad_()
-    t = torch.full((len(x0),), 0.5, dtype=x0.dtype) if t is None else t
-    e = randn(*x0.shape, seed=9, dtype=x0.dtype)
-    net = lambda goal: lambda x, t, text: (x - goal) / t.view(-1, 1, 1, 1, 1)  # noqa: E731
-    dmd_loss(x0, net(r), net(f), None, None, t, e, 1.0)[0].backward()
+    t, e = torch.full((len(x0),), 0.5, dtype=x0.dtype), randn(*x0.shape, seed=9, dtype=x0.dtype)
+    dmd_loss(x0, teacher, critic, None, None, t, e, None)[0].backward()
     return x0.grad
 
 
-def test_the_normaliser_is_per_sample_and_of_degree_zero_and_guarded():
+def sizes(x):
+    """Mean |x| of each sample."""
+    return x.abs().mean((1, 2, 3, 4))
+
+
+def test_the_normaliser_is_each_samples_own_and_takes_the_scale_out():
     x0, f, r = (randn(2, 1, 1, 2, 2, seed=s, dtype=torch.float64) for s in range(3))
     far = torch.stack([x0[0], 100 * x0[1]])
     alone = dmd_grad(x0[:1], f[:1], r[:1])
     assert torch.allclose(alone, 2 * dmd_grad(far, f, r)[:1], rtol=1e-6)          # a batch-wide mean would see sample 1
     assert torch.allclose(dmd_grad(10 * x0, 10 * f, 10 * r), dmd_grad(x0, f, r), rtol=1e-6)
-    ratio = (f - r).abs().mean((1, 2, 3, 4)) / (x0 - r).abs().mean((1, 2, 3, 4))
-    assert torch.allclose(dmd_grad(x0, f, r).abs().mean((1, 2, 3, 4)) * x0.numel(), ratio, rtol=1e-6)
-    at_the_teacher = dmd_grad(x0, f, x0)
-    assert at_the_teacher.isfinite().all() and at_the_teacher.abs().max() * x0.numel() <= 1.01 * (f - x0).abs().max() / 1e-5
+    assert torch.allclose(sizes(dmd_grad(x0, f, r)) * x0.numel(), sizes(f - r) / sizes(x0 - r), rtol=1e-6)
 
 
-def test_the_same_net_as_teacher_and_critic_gives_no_gradient_and_guidance_is_the_teachers_alone():
+def test_the_normaliser_is_guarded_where_the_student_is_at_the_teachers_x0():
+    x0, f = (randn(2, 1, 1, 2, 2, seed=s, dtype=torch.float64) for s in range(2))
+    grad = dmd_grad(x0, f, x0)
+    assert grad.isfinite().all()
+    assert grad.abs().max() * x0.numel() <= 1.01 * (f - x0).abs().max() / 1e-5
+
+
+def test_the_same_net_as_teacher_and_critic_gives_no_gradient():
     x0, e, t = example()
     x0.requires_grad_()
-    seen_text = []
-    net = lambda x, t, text: torch.sin(x) + text  # noqa: E731
-    critic = lambda x, t, text: seen_text.append(text) or net(x, t, text)  # noqa: E731
-    text, null = torch.tensor(0.3), torch.tensor(-0.2)
-    dmd_loss(x0, net, critic, text, null, t, e, 1.0)[0].backward()
-    assert torch.equal(x0.grad, torch.zeros_like(x0)) and seen_text == [text]
-    x0.grad = None
-    _, seen = dmd_loss(x0, net, critic, text, null, t, e, 4.0)
-    assert unfold(seen)["guidance_by_t4"] == pytest.approx(3 * 0.5 * 0.95, rel=1e-4)  # (s - 1) |c - u| in x0, t = .95
-    assert unfold(seen)["matching_by_t4"] == 0
+    dmd_loss(x0, wave, wave, torch.tensor(0.3), torch.tensor(-0.2), t, e, None)[0].backward()
+    assert torch.equal(x0.grad, torch.zeros_like(x0))
+
+
+def test_guidance_is_the_teachers_alone_and_measured_apart():
+    x0, e, t = example()
+    cond, uncond, asked = torch.tensor(0.3), torch.tensor(-0.2), []
+
+    def critic(x, t, given):
+        asked.append(given)
+        return wave(x, t, given)
+
+    _, seen = dmd_loss(x0, wave, critic, cond, uncond, t, e, torch.full((4,), 4.0))
+    assert asked == [cond]
+    seen = numbers(seen)
+    assert seen["guidance_by_t4"] == pytest.approx(3 * 0.5 * 0.95, rel=1e-4)  # (s - 1) |c - u| in x0, t = .95
+    assert seen["matching_by_t4"] == 0
 
 
 def test_samples_without_guidance_follow_the_conditional_teacher_and_have_no_part_in_the_cosine():
     x0, f, c, u, e = (randn(40, 3, 1, 2, 2, seed=s) for s in range(5))
-    net = lambda x, t, text: torch.sin(x) + text  # noqa: E731
     scale, t = torch.tensor([1.0] * 39 + [3.0]), torch.tensor([0.3] * 39 + [0.7])
-    r, plain = guided_x0(net, add_noise(x0, e, t), t, c, u, scale, 0.7)
-    assert torch.equal(r[:39], plain[:39]) and not torch.allclose(r[39], plain[39])
-    seen = dmd_loss(x0, net, lambda x, t, text: net(x, t, f), c, u, t, e, scale, 0.7)[1]
-    assert seen["guidance_by"][:, 1].tolist() == [0, 39] and seen["cosine_by"][1].tolist() == [0, 0, 0, 1, 0]
+
+    def critic(x, t, cond):
+        return wave(x, t, f)
+
+    r, plain = guided_x0(wave, add_noise(x0, e, t), t, c, u, scale, 0.7)
+    assert torch.equal(r[:39], plain[:39])
+    assert not torch.allclose(r[39], plain[39])
+    _, seen = dmd_loss(x0, wave, critic, c, u, t, e, scale, 0.7)
+    assert seen["guidance_by"][:, 1].tolist() == [0, 39]
+    assert seen["cosine_by"][1].tolist() == [0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
 def test_rescale_takes_back_the_contrast_that_guidance_adds_sample_by_sample(rescale):
     x0, f, c, u = (randn(2, 3, 1, 2, 2, seed=s, dtype=torch.float64).requires_grad_(s == 0) for s in range(4))
-    net = lambda x, t, text: (x - text) / t.view(-1, 1, 1, 1, 1)  # noqa: E731
     t, e = torch.tensor([0.3, 0.8], dtype=torch.float64), torch.zeros_like(x0)
-    dmd_loss(x0, net, lambda x, t, text: net(x, t, f), c, u, t, e, 3.0, rescale)[0].backward()
+
+    def critic(x, t, cond):
+        return towards(x, t, f)
+
+    dmd_loss(x0, towards, critic, c, u, t, e, torch.full((2,), 3.0), rescale)[0].backward()
     for i in range(2):
         r = u[i] + 3 * (c[i] - u[i])
         r = (1 - rescale) * r + rescale * r * c[i].std() / r.std()
@@ -167,38 +273,59 @@ def test_rescale_takes_back_the_contrast_that_guidance_adds_sample_by_sample(res
         assert torch.allclose(x0.grad[i], wanted.detach(), rtol=1e-9, atol=1e-12)
 
 
-# ---- samplers
+# ---- samplers -------------------------------------------------------------------------------------------------------
 
 
 def test_euler_follows_the_straight_path_exactly():
     x0, e, _ = example(torch.float64)
-    out = euler(lambda x, t, text: e - x0, e, None, grid(7, 3))
-    assert torch.allclose(out, x0, atol=1e-12)
+
+    def straight(x, t, cond):
+        return e - x0
+
+    assert torch.allclose(euler(straight, e, None, grid(7, 3)), x0, atol=1e-12)
 
 
-def test_rollout_ends_as_the_sampler_and_keeps_one_graph():
-    z, noises = randn(*SHAPE), [randn(*SHAPE, seed=s) for s in (5, 6, 7)]
-    w = torch.tensor(0.5, requires_grad=True)
-    calls = []
+def test_euler_is_guided_by_its_scale_and_asks_once_a_step_where_that_is_1():
+    z, asked = randn(*SHAPE), []
 
-    def net(x, t, text):
-        calls.append((t[0].item(), torch.is_grad_enabled()))
-        assert t.dtype == torch.float32
-        return w * x + t.view(-1, 1, 1, 1, 1)
+    def net(x, t, cond):
+        asked.append(cond)
+        return torch.full_like(x, cond)
 
-    times = grid(4, 5)
-    x, by_hand = z, []
+    assert torch.allclose(euler(net, z, 3.0, [1.0, 0.5], 1.0, 4.0), z - 9)
+    assert asked == [3.0, 1.0] * 2
+    asked.clear()
+    assert torch.allclose(euler(net, z, 3.0, [1.0, 0.5], 1.0, 1.0), z - 3)
+    assert asked == [3.0] * 2
+
+
+def few_steps(net, z, noises, times):
+    """x0 of each step of the few-step sampler, by hand."""
+    x, seen = z, []
+    for k, t in enumerate(times):
+        t = torch.full((len(z),), t)
+        seen.append(to_x0(x, net(x, t, None), t))
+        if k + 1 < len(times):
+            x = add_noise(seen[-1], noises[k], torch.full((len(z),), times[k + 1]))
+    return seen
+
+
+def test_rollout_is_the_sampler_up_to_its_exit_where_alone_it_keeps_a_graph():
+    z, noises, times = randn(*SHAPE), [randn(*SHAPE, seed=s) for s in (5, 6, 7)], grid(4, 5)
+    w, calls = torch.tensor(0.5, requires_grad=True), []
+
+    def net(x, t, cond):
+        calls.append((t.dtype, t[0].item(), torch.is_grad_enabled()))
+        return w * x + over(t)
+
     with torch.no_grad():
-        for k, t in enumerate(times):
-            t = torch.full((4,), t)
-            by_hand.append(to_x0(x, net(x, t, None), t))
-            x = add_noise(by_hand[-1], noises[k], torch.full((4,), times[k + 1])) if k < 3 else None
+        by_hand = few_steps(net, z, noises, times)
     for exit in range(4):
         calls.clear()
         x0 = rollout(net, z, None, times, noises, exit)
-        assert torch.equal(x0.detach(), by_hand[exit])  # exit 3: returned clean, not re-noised
-        assert calls == [(pytest.approx(times[k]), k == exit) for k in range(exit + 1)]
-    w.grad = None
+        assert torch.equal(x0.detach(), by_hand[exit])      # exit 3: returned clean, not re-noised
+        assert calls == [(torch.float32, pytest.approx(times[k]), k == exit) for k in range(exit + 1)]
+
     x0.square().sum().backward()
     last = add_noise(by_hand[2], noises[2], torch.full((4,), times[3]))
     v = torch.tensor(0.5, requires_grad=True)
@@ -208,97 +335,252 @@ def test_rollout_ends_as_the_sampler_and_keeps_one_graph():
         assert not rollout(net, z, None, times, noises, 3).requires_grad
 
 
-# ---- the step
+def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many():
+    noises, times = [randn(*SHAPE, seed=s) for s in range(3)], [1.0, 0.9, 0.5]
+    cond, uncond = torch.tensor(0.3), torch.tensor(-0.2)
+    few = sample(wave, noises, cond, uncond, {"sampler": "rollout", "times": times, "guidance": 1.0})
+    assert torch.equal(few, rollout(wave, noises[0], cond, times, noises[1:], 2))
+    how = {"sampler": "euler", "steps": 5, "shift": 3.0, "guidance": 2.0}
+    many = sample(wave, noises[:1], cond, uncond, how)
+    assert torch.equal(many, euler(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0))
 
 
-def small(seed=0):
-    p = randn(3, 2, seed=seed)
-    rows = {"w": (p, 0, (3, 2)), "bias": (randn(3, seed=seed + 1), 0, (3,))}
-    return rows, *adamw(rows, (0.9, 0.99), 0.1)
+# ---- the step -------------------------------------------------------------------------------------------------------
 
 
-def closures(rows, batch, parts):
-    """Closures over equal parts of a batch, and the norm that hands gradients over, as parallel.py does it."""
-    leaves = {n: r[0].detach().requires_grad_() for n, r in rows.items()}
+class Small:
+    """A learner of one matrix and one bias, and closures over parts of a batch: parallel.py's work done by hand."""
 
-    def loss(x):
-        value = (x @ leaves["w"].T + leaves["bias"]).square().mean()
-        return value, {"loss": value.detach()}
+    def __init__(self, seed=0):
+        self.rows = {"w": Part(randn(3, 2, seed=seed), 0, (3, 2)), "bias": Part(randn(3, seed=seed + 1), 0, (3,))}
+        self.leaves = {name: part.tensor.detach().requires_grad_() for name, part in self.rows.items()}
+        opt, opt_rows = adamw(self.rows, (0.9, 0.99), 0.1)
+        self.synced, self.me = [], None
+        self.me = Learner(self.rows, opt, opt_rows, self.synced.append, self.norm, copies(self.rows))
+
+    def norm(self):
+        for name, leaf in self.leaves.items():
+            self.rows[name].tensor.grad, leaf.grad = leaf.grad, None
+        grads = [tensor.grad for tensor in tensors(self.rows) if tensor.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def losses(self, batch, parts=1):
+        def loss_of(x):
+            def loss():
+                value = (x @ self.leaves["w"].T + self.leaves["bias"]).square().mean()
+                return value, {"loss": value.detach()}
+            return loss
+        return [loss_of(x) for x in batch.chunk(parts)]
+
+    def step(self, batch, parts=1, lr=0.1, clip=1.0, ema=0.9):
+        return train_step(self.me, self.losses(batch, parts), lr=lr, clip=clip, ema=ema)
+
+    def state(self):
+        """Everything that an update may change."""
+        parts = [*self.rows.values(), *self.me.opt_rows.values(), *self.me.average.values()]
+        return [part.tensor.clone() for part in parts]
+
+
+NAN = torch.tensor([[math.nan, 1.0]])
+
+
+def test_four_micro_batches_are_one_batch_and_only_the_last_syncs():
+    one, four, batch = Small(), Small(), randn(8, 2, seed=3)
+    a, b = one.step(batch), four.step(batch, parts=4)
+    assert one.synced == [True]
+    assert four.synced == [False, False, False, True]
+    assert a["loss"] == pytest.approx(b["loss"].item(), rel=1e-6)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"].item(), rel=1e-6)
+    assert torch.allclose(one.rows["w"].tensor, four.rows["w"].tensor, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1.0, 1e9])
+def test_clipping_is_torchs_own_and_zero_means_off(clip):
+    small, reference, batch, kept = Small(), Small(), randn(8, 2), []
+    small.me.opt.register_step_pre_hook(lambda *_: kept.extend(x.grad.clone() for x in tensors(small.rows)))
+    seen = small.step(batch, clip=clip)
+    for loss_of in reference.losses(batch):
+        loss_of()[0].backward()
+    leaves = list(reference.leaves.values())
+    norm = torch.nn.utils.clip_grad_norm_(leaves, clip or math.inf)
+    assert torch.equal(seen["grad_norm"], norm)
+    assert all(torch.equal(grad, leaf.grad) for grad, leaf in zip(kept, leaves, strict=True))
+
+
+def test_a_norm_that_is_not_finite_changes_nothing_to_the_bit_and_is_counted():
+    small = Small()
+    small.step(randn(2, 2))                     # moments, average and step counts that are not 0
+    before = small.state()
+    seen = small.step(NAN)
+    assert not seen["grad_norm"].isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, small.state(), strict=True))
+    assert small.me.counts == {"updates": 1, "skipped": 1, "in_a_row": 1}
+    assert all(x.grad is None for x in tensors(small.rows))
+
+
+def test_after_an_update_that_was_skipped_the_next_goes_on_as_if_it_had_not_been():
+    skipping, plain = Small(), Small()
+    for batch in (randn(2, 2, seed=1), NAN, randn(2, 2, seed=2)):
+        skipping.step(batch)
+    for batch in (randn(2, 2, seed=1), randn(2, 2, seed=2)):
+        plain.step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state(), skipping.state(), strict=True))
+    assert skipping.me.counts == {"updates": 2, "skipped": 1, "in_a_row": 0}
+
+
+def test_too_many_updates_skipped_in_a_row_are_an_error(monkeypatch):
+    monkeypatch.setattr(step, "SKIPS", 3)
+    small = Small()
+    for batch in (NAN, NAN, randn(2, 2), NAN, NAN):
+        small.step(batch)
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        small.step(NAN)
+    assert small.me.counts == {"updates": 1, "skipped": 5, "in_a_row": 3}
+
+
+def test_a_loss_that_does_not_depend_on_what_is_trained_is_an_error():
+    small, elsewhere = Small(), torch.ones((), requires_grad=True)
 
     def norm():
-        for name, leaf in leaves.items():
-            rows[name][0].grad, leaf.grad = leaf.grad, None
-        return torch.stack([r[0].grad.norm() for r in rows.values()]).norm()
+        return torch.zeros(())
 
-    return [lambda x=x: loss(x) for x in batch.chunk(parts)], norm
+    def loss():
+        return elsewhere.square(), {"loss": torch.zeros(())}
 
-
-def test_four_micro_batches_are_one_batch_and_all_four_are_used():
-    batch, ends = randn(8, 2, seed=3), []
-    for parts in (1, 4):
-        rows, opt, _ = small()
-        losses, norm = closures(rows, batch, parts)
-        synced = []
-        seen = train_step(opt, losses, lr=0.1, clip=1.0, sync=synced.append, norm=norm)
-        assert synced == [False] * (parts - 1) + [True]
-        ends.append((rows["w"][0], seen["loss"], seen["grad_norm"]))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*ends))
+    small.me.norm = norm
+    before = small.state()
+    with pytest.raises(RuntimeError, match="no trained tensor has a gradient"):
+        train_step(small.me, [loss], lr=0.1, clip=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, small.state(), strict=True))
 
 
-@pytest.mark.parametrize("clip, factor", [(0.0, 1.0), (1e9, 1.0), (0.01, None)])
-def test_clipping_scales_to_the_norm_and_zero_means_off(clip, factor):
-    rows, opt, _ = small()
-    losses, norm = closures(rows, randn(8, 2), 1)
-    kept = {}
-    opt.register_step_pre_hook(lambda *_: kept.update({n: r[0].grad.clone() for n, r in rows.items()}))
-    seen = train_step(opt, losses, lr=0.1, clip=clip, sync=lambda last: None, norm=norm)
-    after = torch.stack([g.norm() for g in kept.values()]).norm()
-    assert after == pytest.approx(seen["grad_norm"].item() * factor if factor else 0.01, rel=1e-3)
+def test_what_has_no_gradient_beside_something_that_has_stays():
+    small = Small()
+
+    def loss():
+        value = small.leaves["w"].square().sum()
+        return value, {"loss": value.detach()}
+
+    before = small.rows["bias"].tensor.clone()
+    train_step(small.me, [loss], lr=0.1, clip=1.0)
+    assert torch.equal(small.rows["bias"].tensor, before)
 
 
-def test_a_norm_that_is_not_finite_changes_nothing_and_is_counted():
-    rows, opt, state = small()
-    before = [x[0].clone() for x in (rows | state).values()]
-    losses, norm = closures(rows, torch.tensor([[float("nan"), 1.0]]), 1)
-    seen = train_step(opt, losses, lr=0.1, clip=1.0, sync=lambda last: None, norm=norm)
-    assert seen["skipped"] == 1 and all(torch.equal(a, b[0]) for a, b in zip(before, (rows | state).values()))
-    losses, norm = closures(rows, randn(2, 2), 1)
-    assert train_step(opt, losses, lr=0.1, clip=1.0, sync=lambda last: None, norm=norm)["skipped"] == 0
-    assert not torch.equal(before[0], rows["w"][0])
+def test_a_groups_learning_rate_is_its_scale_times_the_runs():
+    small = Small()
+    matrices, others = small.me.opt.param_groups
+    others["scale"] = 0.0
+    before = {name: part.tensor.clone() for name, part in small.rows.items()}
+    small.step(randn(4, 2), lr=0.3)
+    assert (matrices["lr"], others["lr"]) == (0.3, 0.0)
+    assert torch.equal(small.rows["bias"].tensor, before["bias"])
+    assert not torch.equal(small.rows["w"].tensor, before["w"])
+
+
+class Told(torch.Tensor):
+    """A number that tells when it, or what is made of it, is waited for."""
+    waits = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", str(function))
+        if name in ("item", "__bool__", "__float__", "__int__", "tolist", "numpy", "cpu"):
+            cls.waits.append(name)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("batch", [randn(2, 2), NAN], ids=["finite", "not finite"])
+def test_the_device_is_waited_for_once_after_the_optimizer_has_been_queued(batch, monkeypatch):
+    small, norm = Small(), None
+    monkeypatch.setattr(Told, "waits", events := [])
+    norm = small.me.norm
+    small.me.norm = lambda: norm().as_subclass(Told)
+    small.me.opt.register_step_post_hook(lambda *_: events.append("step"))
+    small.step(batch)
+    assert events == ["step", "item"]
 
 
 def test_adamw_decays_matrices_alone_and_its_state_is_there_from_the_start():
-    rows = {"w": (torch.ones(2, 2), 0, (2, 2)), "bias": (torch.ones(2), 0, (2,)), "blocks.0.modulation": (torch.ones(1, 6, 2), 0, (1, 6, 2))}
+    rows = {name: Part(torch.ones(shape), 0, shape) for name, shape in
+            (("w", (2, 2)), ("bias", (2,)), ("blocks.0.modulation", (1, 6, 2)))}
     opt, state = adamw(rows, (0.9, 0.99), 0.5)
-    assert set(state) == {f"{n}.{k}" for n in rows for k in ("step", "exp_avg", "exp_avg_sq")}
-    for p, _, _ in rows.values():
-        p.grad = torch.zeros_like(p)
+    assert set(state) == {f"{name}.{kind}" for name in rows for kind in ("step", "exp_avg", "exp_avg_sq")}
+    for tensor in tensors(rows):
+        tensor.grad = torch.zeros_like(tensor)
     for group in opt.param_groups:
         group["lr"] = 0.1
     opt.step()
-    assert torch.allclose(rows["w"][0], torch.tensor(0.95)) and (rows["bias"][0] == 1).all() and (rows["blocks.0.modulation"][0] == 1).all()
-    assert state["w.step"][0] == 1  # the very tensors that the optimizer uses
+    assert torch.allclose(rows["w"].tensor, torch.tensor(0.95))
+    assert (rows["bias"].tensor == 1).all()
+    assert (rows["blocks.0.modulation"].tensor == 1).all()
+    assert state["w.step"].tensor == 1  # the very tensors that the optimizer uses
+
+
+def test_adamw_of_a_shard_knows_its_place_and_which_parameter_is_a_matrix():
+    """A rank may hold a single row, or none, of a matrix: what is decayed follows the whole one's shape."""
+    rows = {"w": Part(torch.ones(0, 4), 8, (8, 4)), "bias": Part(torch.ones(1), 3, (5,))}
+    opt, state = adamw(rows, (0.9, 0.99), 0.5)
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.5, 0.0]
+    assert (state["w.exp_avg"].first, state["w.exp_avg"].shape) == (8, (8, 4))
+    assert (state["bias.exp_avg_sq"].first, state["bias.exp_avg_sq"].shape) == (3, (5,))
+    assert (state["w.step"].first, state["w.step"].shape) == (0, ())
 
 
 def test_learning_rate_at_its_corners():
-    at = lambda n, schedule: lr_at(n, lr=2.0, warmup=4, decay_steps=12, schedule=schedule)  # noqa: E731
+    def at(n, schedule):
+        return lr_at(n, lr=2.0, warmup=4, decay_steps=12, schedule=schedule)
+
     assert [at(n, "constant") for n in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
-    assert at(8, "cosine") == pytest.approx(1.0) and at(12, "cosine") == pytest.approx(0) and at(99, "cosine") == pytest.approx(0)
-    assert at(4, "linear") == 2.0 and at(10, "linear") == pytest.approx(0.5)
+    assert [at(n, "cosine") for n in (4, 8, 12, 99)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert [at(n, "linear") for n in (4, 10, 12)] == pytest.approx([2.0, 0.5, 0.0])
     assert lr_at(0, lr=1.0, warmup=0, decay_steps=10, schedule="cosine") == 1.0
     assert lr_at(9, lr=1.0, warmup=2, decay_steps=None, schedule="constant") == 1.0
 
 
-def test_ema_warms_up_and_is_swapped_in_and_out_to_the_bit_even_on_an_exception():
-    p, ema = [torch.ones(3)], [torch.zeros(3)]
-    ema_update(ema, p, 0.999, n=1)
-    assert torch.allclose(ema[0], torch.tensor(1 - 2 / 11))
-    ema_update(ema, p, 0.1, n=10**6)
-    assert torch.allclose(ema[0], torch.tensor(0.1 * (1 - 2 / 11) + 0.9))
-    p, ema = [randn(5)], [randn(5, seed=1)]
-    kept = p[0].clone(), ema[0].clone()
+# ---- the average ----------------------------------------------------------------------------------------------------
+
+
+def learner(tensor, average):
+    rows = {"w": Part(tensor, 0, tuple(tensor.shape))}
+    return Learner(rows, None, {}, None, None, {"w": Part(average, 0, tuple(average.shape))})
+
+
+def test_the_average_warms_up():
+    me = learner(torch.ones(3), torch.zeros(3))
+    me.counts["updates"] = 1
+    ema_update(me, 0.999)
+    assert torch.allclose(me.average["w"].tensor, torch.tensor(1 - 2 / 11))
+    me.counts["updates"] = 10**6
+    ema_update(me, 0.1)
+    assert torch.allclose(me.average["w"].tensor, torch.tensor(0.1 * (1 - 2 / 11) + 0.9))
+
+
+def test_an_update_counts_before_it_is_averaged_and_without_a_decay_is_not():
+    small, still, batch = Small(), Small(), randn(4, 2)
+    first = small.rows["w"].tensor.clone()
+    small.step(batch)                           # n = 1: a decay of 2 / 11
+    want = first.lerp(small.rows["w"].tensor, 1 - 2 / 11)
+    assert torch.allclose(small.me.average["w"].tensor, want, atol=1e-7)
+    still.step(batch, ema=None)
+    assert torch.equal(still.me.average["w"].tensor, first)
+
+
+def test_the_average_starts_as_the_net_with_tensors_of_its_own():
+    rows = {"w": Part(randn(5), 3, (9,))}
+    average = copies(rows)
+    assert (average["w"].first, average["w"].shape) == (3, (9,))
+    rows["w"].tensor.zero_()
+    assert average["w"].tensor.abs().max() > 0
+    start_average(Learner(rows, None, {}, None, None, average))
+    assert torch.equal(average["w"].tensor, torch.zeros(5))
+
+
+def test_the_average_is_swapped_in_and_out_to_the_bit_even_on_an_exception():
+    me = learner(randn(5), randn(5, seed=1))
+    net, average = me.rows["w"].tensor.clone(), me.average["w"].tensor.clone()
     with pytest.raises(KeyboardInterrupt):
-        with ema_weights(p, ema):
-            assert torch.equal(p[0], kept[1])
+        with averaged(me):
+            assert torch.equal(me.rows["w"].tensor, average)
             raise KeyboardInterrupt
-    assert torch.equal(p[0], kept[0]) and torch.equal(ema[0], kept[1])
+    assert torch.equal(me.rows["w"].tensor, net)
+    assert torch.equal(me.average["w"].tensor, average)

@@ -1,0 +1,377 @@
+"""sample.py: a checkpoint and words become videos, the same over any number of ranks, in bounded memory."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import ckpt
+import codec
+import parallel
+import plan
+import sample
+from conftest import ROOT
+from data import noise
+from model import MODELS, Cond, blank, token_grid
+
+PROMPTS = ("a red circle moving left", "a blue zeppelin", "a green square moving up")
+NAMES = ["0000_a_red_circle_moving_left.mp4", "0001_a_blue_zeppelin.mp4",
+         "0002_a_green_square_moving_up.mp4"]
+SAMPLING = {
+    "codec": codec.load("dct").spec, "mean": [0.1] * 24, "std": [0.2] * 24, "fps": 8, "model": "tiny",
+    "shapes": [[24, 2, 4, 4], [24, 5, 8, 8]], "text": {"length": 8, "width": 64}, "window": None,
+    "tile": [4, 4, 8], "dense_ends": 0, "sampler": "euler", "steps": 2, "shift": 1.0, "guidance": 2.0}
+STUDENT = {name: value for name, value in SAMPLING.items() if name != "steps"} | {
+    "sampler": "rollout", "times": [1.0, 0.75, 0.5], "guidance": 1.0}
+
+
+def run(cfg):
+    """One process's main(cfg), in this process."""
+    try:
+        return sample.main(cfg)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def saved(out, sampling):
+    """A run's folder with one checkpoint of random weights, as a trainer leaves it."""
+    rows = {}
+    for i, role in enumerate(("net", "ema", "opt")):
+        rng = torch.Generator().manual_seed(i)
+        for name, p in blank("tiny").named_parameters():
+            value = torch.randn(p.shape, generator=rng) * 0.05
+            rows[f"{role}.{name}"] = parallel.Part(value, 0, tuple(p.shape))
+    null = torch.randn(8, 64, generator=rng)
+    rows["null"] = parallel.Part(null, 0, tuple(null.shape))
+    ckpt.save(out, 3, rows, {"sampling": json.loads(json.dumps(sampling)), "config": {}}, keep=1)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("teacher") / "run", SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("student") / "run", STUDENT)
+
+
+def config(path, out, **given):
+    given = dict(prompts=PROMPTS, device="cpu") | given
+    return sample.Config(ckpt=path, out=str(out), **given)
+
+
+def videos(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the sampler was asked for: a list of (net, noises, cond, uncond, sampling)."""
+    calls, draw = [], sample.step.sample
+
+    def recorded(*args):
+        calls.append(args)
+        return draw(*args)
+
+    monkeypatch.setattr(sample.step, "sample", recorded)
+    return calls
+
+
+# ---- what is sampled ------------------------------------------------------------------------------------------------
+
+
+def test_sampling_needs_the_checkpoint_alone_and_repeats_itself(teacher, tmp_path, capsys):
+    cfg = config(teacher, tmp_path / "a", batch=1)
+    run(cfg)
+    assert f"3 videos and sheet.png are in {tmp_path / 'a'}/" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [*NAMES, "sheet.png"]
+    run(replace(cfg, out=str(tmp_path / "b"), batch=2))
+    assert videos(tmp_path / "b") == videos(tmp_path / "a")     # the noise belongs to the video
+    run(replace(cfg, out=str(tmp_path / "c"), guidance=1.0))
+    assert videos(tmp_path / "c").keys() == videos(tmp_path / "a").keys()
+    for name, content in videos(tmp_path / "c").items():
+        assert content != videos(tmp_path / "a")[name]
+
+
+def test_each_video_gets_its_own_noise_prompt_and_the_null_text(teacher, tmp_path, asked):
+    run(config(teacher, tmp_path / "s", n=2, prompts=PROMPTS[:2], batch=3, seed=7))
+    words, shape = codec.load("dct").embed(PROMPTS[:2]), (24, 2, 4, 4)
+    null = ckpt.stored(ckpt.latest(teacher)).tensor("null")
+    assert len(asked) == 2
+    for places, (_, noises, cond, uncond, sampling) in zip(([0, 1, 2], [3]), asked):
+        assert len(noises) == 1
+        assert torch.equal(noises[0], noise(7, "sample", 0, places, shape))
+        assert type(cond) is Cond and cond.text.shape == (len(places), 8, 64)
+        for i, text in zip(places, cond.text):
+            row = words[i // 2]
+            assert torch.equal(text[:len(row)], row)
+            assert not text[len(row):].any()
+        assert torch.equal(uncond.text, null.expand(len(places), 8, 64))
+        assert sampling == SAMPLING
+
+
+def test_a_student_gets_a_noise_for_each_of_its_times(student, tmp_path, asked):
+    run(config(student, tmp_path / "s", batch=8))
+    (_, noises, _, _, sampling), = asked
+    assert len(noises) == 3
+    for k, e in enumerate(noises):
+        assert torch.equal(e, noise(0, "sample", k, range(3), (24, 2, 4, 4)))
+    assert sampling == STUDENT
+
+
+def test_flags_change_the_sampler_and_a_negative_prompt_takes_the_place_of_null(
+        teacher, tmp_path, asked):
+    run(config(teacher, tmp_path / "s", prompts=PROMPTS[:1], steps=3, guidance=4.0, shift=2.0,
+               negative="a blue square"))
+    (_, _, _, uncond, sampling), = asked
+    assert sampling == SAMPLING | dict(steps=3, guidance=4.0, shift=2.0)
+    row, = codec.load("dct").embed(["a blue square"])
+    assert torch.equal(uncond.text[0, :len(row)], row)
+    assert not uncond.text[0, len(row):].any()
+
+
+def test_prompts_come_from_a_file_too_and_empty_lines_do_not(teacher, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n\n  \n{PROMPTS[2]}\n")
+    cfg = config(teacher, "", prompts=PROMPTS[:1], file=str(tmp_path / "prompts.txt"), n=2)
+    assert sample.captions_of(cfg) == [prompt for prompt in PROMPTS for _ in range(2)]
+
+
+def test_the_first_bucket_is_sampled_unless_a_size_is_given():
+    assert sample.latent_shape(SAMPLING, sample.Config()) == (24, 2, 4, 4)      # not the largest
+    assert sample.latent_shape(SAMPLING, sample.Config(size=(9, 24, 40))) == (24, 3, 6, 10)
+
+
+REFUSED = [
+    (dict(prompts=()), "0 prompts"),
+    (dict(n=0), "--n=0"),
+    (dict(batch=0), "--batch=0"),
+    (dict(prompts=("one two three four five six seven eight",)), "8 words"),
+    (dict(ckpt="nowhere"), "nowhere"),
+    (dict(file="nowhere.txt"), "nowhere.txt"),
+    (dict(size=(16, 32, 32)), "--size 16 32 32: frames are 1 . a multiple of 4, height of 8"),
+    (dict(size=(17, 36, 32)), "--size 17 36"),
+    (dict(vae="x"), "--vae"),
+    (dict(text="x"), "--text"),
+    (dict(steps=0), "--steps=0"),
+    (dict(shift=0.0), "--shift=0.0"),
+    (dict(guidance=math.inf), "--guidance=inf"),
+    (dict(guidance=1.0, negative="a"), "--negative does nothing"),
+]
+
+
+@pytest.mark.parametrize("given, words", REFUSED, ids=[" ".join(given) for given, _ in REFUSED])
+def test_what_cannot_be_sampled_is_refused_in_a_line(teacher, tmp_path, capsys, given, words):
+    with pytest.raises(SystemExit) as refused:
+        run(replace(config(teacher, tmp_path / "s"), **given))
+    assert refused.value.code == 2
+    assert re.search(f"sample.py: .*{words}", capsys.readouterr().err)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_students_times_cannot_be_chosen(student, tmp_path, capsys):
+    for given in (dict(steps=3), dict(guidance=2.0), dict(shift=2.0)):
+        with pytest.raises(SystemExit):
+            run(config(student, tmp_path / "s", **given))
+        message = capsys.readouterr().err
+        assert f"without guidance: {', '.join(given)} cannot be chosen" in message
+
+
+def test_a_prompt_longer_than_the_model_was_trained_with_is_refused(tmp_path, capsys):
+    path = saved(tmp_path / "run", SAMPLING | {"text": {"length": 4, "width": 64}})
+    with pytest.raises(SystemExit):
+        run(config(path, tmp_path / "s"))
+    message = capsys.readouterr().err
+    assert "'a red circle moving left' has 6 tokens, the model was trained with 4 at most" in message
+
+
+# ---- over ranks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """as_rank(r, n, cfg): what rank r of n does, in this process, the others being imagined."""
+    start = parallel.init
+
+    def play(rank, size, cfg):
+        monkeypatch.setattr(parallel, "init", lambda *args, **named:
+                            start(*args, **named)._replace(rank=rank, size=size))
+        monkeypatch.setattr(parallel, "agree", lambda x, world: x)
+        run(cfg)
+
+    return play
+
+
+def test_ranks_divide_the_videos_and_embed_no_others(teacher, tmp_path, as_rank, monkeypatch):
+    run(config(teacher, tmp_path / "one"))
+    embedded, load = [], codec.load
+
+    def watched(spec, **parts):
+        coder = load(spec, **parts)
+        return coder._replace(embed=lambda prompts: embedded.extend(prompts) or coder.embed(prompts))
+
+    monkeypatch.setattr(codec, "load", watched)
+    monkeypatch.setattr(ckpt, "verify", lambda path, *args, **ranks: ckpt.read_manifest(path))
+    for rank in (3, 2, 1, 0):
+        before = videos(tmp_path / "four").keys()
+        as_rank(rank, 4, config(teacher, tmp_path / "four"))
+        new = videos(tmp_path / "four").keys() - before
+        assert new == {*NAMES[rank:rank + 1]}
+        assert embedded == [*PROMPTS[rank:rank + 1]]
+        embedded.clear()
+    assert videos(tmp_path / "four") == videos(tmp_path / "one")
+    sheets = [(tmp_path / name / "sheet.png").read_bytes() for name in ("one", "four")]
+    assert sheets[0] == sheets[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_make_the_videos_of_one(teacher, tmp_path, capsys):
+    run(config(teacher, tmp_path / "one"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    flags = [f"--ckpt={teacher}", f"--out={tmp_path / 'two'}", "--n=1", "--device=cpu", "--prompts", *PROMPTS]
+    done = subprocess.run([*launch, str(ROOT / "sample.py"), *flags], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 videos and sheet.png") == 1
+    assert videos(tmp_path / "two") == videos(tmp_path / "one")
+    assert (tmp_path / "two/sheet.png").exists()
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_files_of_the_weights_and_the_null_text_are_read(teacher, tmp_path, capsys):
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", teacher, folder], check=True)
+    for role in ("net", "opt"):
+        file, = folder.glob(f"ckpt/*/rank_00000.{role}.pt")
+        file.write_bytes(b"")
+    cfg = config(str(folder), tmp_path / "s", prompts=PROMPTS[:1])
+    run(cfg)
+    with pytest.raises(SystemExit):
+        run(replace(cfg, weights="net"))
+    assert "rank_00000.net.pt" in capsys.readouterr().out
+
+
+def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_path, monkeypatch):
+    events, load, prepare = [], codec.load, parallel.prepare
+
+    class Encoder:
+        def __init__(self, embed):
+            self.embed = embed
+
+        def __call__(self, prompts):
+            events.append("embed")
+            return self.embed(prompts)
+
+    def loaded(spec, *, vae=None, text=None, device="cpu"):
+        events.append(f"load vae={vae} text={text}")
+        coder = load(spec)
+        if text:
+            encoder = Encoder(coder.embed)
+            weakref.finalize(encoder, events.append, "text encoder freed")
+            coder = coder._replace(embed=encoder)
+        return coder
+
+    monkeypatch.setattr(codec, "load", loaded)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("memory given back"))
+    monkeypatch.setattr(parallel, "prepare", lambda *args, **named:
+                        events.append("net") or prepare(*args, **named))
+    run(config(teacher, tmp_path / "s", vae="V", text="T", prompts=PROMPTS[:2], negative="a"))
+    assert events == ["load vae=None text=T", "embed", "embed", "embed", "text encoder freed",
+                      "memory given back", "load vae=V text=None", "net"]
+
+
+def test_one_video_is_in_memory_at_a_time_and_the_sheet_has_six_frames_of_each(
+        teacher, tmp_path, monkeypatch):
+    shown, alive = [], []
+    write, sheet = codec.write_video, codec.contact_sheet
+
+    def watched(path, clips, fps):
+        assert not any(video() is not None for video in alive)
+        alive.extend(weakref.ref(video) for video in clips)
+        shown.extend(video[[0, 3, 6, 10, 13, 16]].copy() for video in clips)
+        write(path, clips, fps)
+
+    def strips(path, clips, captions):
+        assert captions == [*PROMPTS]
+        for strip, frames in zip(clips, shown, strict=True):
+            assert codec.psnr(strip, frames).min() > 30
+        sheet(path, clips, captions)
+
+    monkeypatch.setattr(codec, "write_video", watched)
+    monkeypatch.setattr(codec, "contact_sheet", strips)
+    run(config(teacher, tmp_path / "s", size=(17, 32, 32)))
+    assert len(shown) == 3
+
+
+def test_the_sheet_reads_large_videos_small(tmp_path, monkeypatch):
+    video = np.random.default_rng(0).integers(0, 256, (5, 320, 480, 3), dtype=np.uint8)
+    codec.write_video(tmp_path / "a.mp4", [video], 8)
+    seen = []
+    monkeypatch.setattr(codec, "contact_sheet", lambda path, clips, captions: seen.extend(clips))
+    files = [tmp_path / "a.mp4", tmp_path / "on another node.mp4"]
+    sample.contact_sheet(tmp_path / "s.png", files, ["a", "b"], (16, 2, 40, 60), (4, 8, 8), 8)
+    assert [strip.shape for strip in seen] == [(6, 160, 240, 3)]
+
+
+AT_ONCE = [("tiny", (24, 5, 8, 8), 8), ("wan-1.3b", (16, 21, 60, 104), 3),
+           ("wan2.2-5b", (48, 31, 44, 80), 2), ("wan-14b", (16, 21, 60, 104), 1),
+           ("wan-14b", (16, 21, 90, 160), 1)]
+
+
+@pytest.mark.parametrize("name, shape, videos", AT_ONCE)
+def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(name, shape, videos):
+    config = MODELS[name]
+    assert sample.batch_size(config, shape) == videos
+    net = blank(name)
+    net.blocks = net.blocks[:2]                 # without gradient, a block leaves nothing behind
+    net.to(torch.bfloat16)
+    for island in net.islands():
+        island.float()
+    x, t = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
+    text = torch.empty(1, 8 if name == "tiny" else 512, config.text_dim, device="meta")
+    with torch.no_grad(), plan.Alive(net.parameters()) as alive:
+        net(x, t, Cond(text))
+    tokens = math.prod(token_grid(config, shape))
+    assert 33 < alive.most / tokens / config.dim < 40.2
+    if name != "tiny":
+        assert videos == 1 or videos * alive.most < 8e9
+
+
+def test_the_default_batch_is_the_sizes(teacher, tmp_path, asked, monkeypatch):
+    monkeypatch.setattr(sample, "batch_size", lambda config, shape: shape[1])
+    run(config(teacher, tmp_path / "s", prompts=PROMPTS * 2, size=(13, 16, 16)))
+    assert [len(noises[0]) for _, noises, *_ in asked] == [4, 2]
+
+
+def test_precision_and_compilation_are_the_worlds(teacher, tmp_path, asked, monkeypatch):
+    start, compiled = parallel.init, []
+    monkeypatch.setattr(parallel, "init", lambda *args, **named:
+                        start(*args, **named)._replace(compile=True))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **how: compiled.append(net))
+    run(config(teacher, tmp_path / "s", prompts=PROMPTS[:1], precision="bf16"))
+    net = asked[0][0].net
+    assert compiled == [*net.blocks]
+    assert {p.dtype for p in net.blocks.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("window", [None, [1, 1, 1]])
+def test_the_net_attends_as_it_was_trained(tmp_path, asked, window):
+    path = saved(tmp_path / "run", SAMPLING | dict(window=window, tile=[1, 1, 2], dense_ends=1))
+    run(config(path, tmp_path / "s", prompts=PROMPTS[:1]))
+    bound = asked[0][0]
+    assert (bound.metadata is None) == (window is None)
+    assert bound.dense_ends == 1
+    if window:
+        assert bound.metadata.sparsity == 0.75
