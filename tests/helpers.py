@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from functools import wraps
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,10 @@ from conftest import ROOT
 from log import MACHINE
 
 TIMINGS = set(MACHINE)      # differ between runs that are otherwise identical
+
+# A run's folder as the ckpt.save of commit 496ae65 wrote it on two ranks; its meta is of a train.py of that commit.
+V1 = Path(__file__).parent / "v1"
+V1_PATH = V1 / "ckpt" / "step_0000002"
 
 
 def run(main, *args):
@@ -198,6 +203,25 @@ def rewrite(path, change):
     manifest = ckpt.read_manifest(path)
     change(manifest)
     ckpt.write_json(Path(path) / "manifest.json", manifest | {"crc32": ckpt.digest(manifest)})
+
+
+def as_version_1(path):
+    """Rewrites a checkpoint in place as commit 496ae65 wrote it: one file a rank, each tensor's rows with it."""
+    path = Path(path)
+    manifest = ckpt.read_manifest(path)
+    tensors = ckpt.described(manifest)
+    files = {}
+    for rank in range(1 + max(r for t in tensors.values() for r, _, _ in t["rows"])):
+        held = {}
+        for file in sorted(path.glob(f"rank_{rank:05d}.*.pt")):
+            held |= {name: x.clone() for name, x in torch.load(file, weights_only=True).items()}
+            file.unlink()
+        file = path / f"rank_{rank:05d}.pt"
+        torch.save({name: held[name] for name in tensors if name in held}, file)
+        files[file.name] = {"size": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+    old = {"version": 1, "step": manifest["step"], "meta": manifest["meta"], "files": files, "tensors": tensors}
+    ckpt.write_json(path / "manifest.json", old | {"crc32": ckpt.digest(old)})
+    return path
 
 
 def copied(folder, to):

@@ -21,12 +21,11 @@ import sample
 import step
 import train
 from data import Latents, noise
-from helpers import (as_flags, close, copied, finished, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
-                     refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell, signal_one_of_two,
-                     spied, state)
+from helpers import (as_flags, as_version_1, close, copied, finished, full_disk, log_of, meta, nan_at, no_curves,
+                     out_of_memory, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
+                     signal_one_of_two, spied, state)
 from model import MODELS, Bound, Cond, DiT
 from step import Learner, adamw, averaged, copies, dmd_loss, euler, flow_loss, grid, rollout, sample_t, train_step
-from test_ckpt import as_version_1
 
 QUIET = dict(val_every=0, samples=0)    # no videos, no figures of them
 LOSSES = "student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"

@@ -19,12 +19,11 @@ import export
 import sample
 import train
 from data import Latents
-from helpers import (as_flags, close, copied, finished, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
-                     refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell, signal_one_of_two,
-                     spied, state, wait_until)
+from helpers import (V1_PATH, as_flags, as_version_1, close, copied, finished, full_disk, log_of, meta, nan_at,
+                     no_curves, out_of_memory, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset,
+                     shell, signal_one_of_two, spied, state, wait_until)
 from log import curves
 from model import MODELS, Cond, DiT, add_lora
-from test_ckpt import V1_PATH, as_version_1
 
 QUIET = dict(val_every=0, samples=0)    # validates at the end alone, without videos
 
