@@ -302,7 +302,7 @@ def begin(cfg):
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     weights, inputs = None, {"data": data.manifest["crc32"]}
     # A full finetune needs --init for its first start alone: later it may be gone.
-    if cfg.init and (cfg.lora_rank or not path or Path(cfg.init).exists()):
+    if cfg.init and (cfg.lora_rank or not path or parallel.agree(Path(cfg.init).exists(), world)):
         weights = ckpt.weights(cfg.init, **world.ranks)
         ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
         inputs["init"] = ckpt.fingerprint(weights)
@@ -312,6 +312,7 @@ def begin(cfg):
         saved = ckpt.read_manifest(path)
         ckpt.differences(path, saved, asdict(cfg), inputs, FREE | set(cfg.allow), BEFORE)
         step, counts = saved["step"], saved["meta"]["counts"]
+        inputs = saved["meta"].get("inputs", {}) | inputs       # also of what is not there any more
     ckpt.claim(cfg.out, **world.ranks)
     return cfg, world, data, Origin(path, step, counts, weights, base, inputs)
 

@@ -1,12 +1,18 @@
 """What several test files share: a root run in this process or as a command line, and what a run leaves behind."""
+import inspect
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from functools import wraps
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +24,10 @@ from conftest import ROOT
 from log import MACHINE
 
 TIMINGS = set(MACHINE)      # differ between runs that are otherwise identical
+
+# A run's folder as the ckpt.save of commit 496ae65 wrote it on two ranks; its meta is of a train.py of that commit.
+V1 = Path(__file__).parent / "v1"
+V1_PATH = V1 / "ckpt" / "step_0000002"
 
 
 def run(main, *args):
@@ -129,7 +139,7 @@ def total(lines, line="in all"):
 
 
 def spied(monkeypatch, module, name, record):
-    """Replaces a module's function by itself followed by record(out, *args, **more) -> list of what that returns."""
+    """Replaces a module's function by itself, then record(out, *args, **more) -> the list of what record returns."""
     original, seen = getattr(module, name), []
 
     @wraps(original)
@@ -140,3 +150,122 @@ def spied(monkeypatch, module, name, record):
 
     monkeypatch.setattr(module, name, told)
     return seen
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def run_stopped(root, cfg, update):
+    """A run that gets a signal in the midst of an update, the first one being 1."""
+    calls = count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        original = root.train_step
+
+        def interrupted(*args, **more):
+            if next(calls) == update:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **more)
+
+        patch.setattr(root, "train_step", interrupted)
+        run(root.main, cfg)
+
+
+def run_killed(root, cfg, step):
+    """A run that is killed when it begins to validate at this step."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = root.validate
+        named = inspect.signature(original)
+
+        def killed(*args):
+            if named.bind(*args).arguments["step"] == step:
+                raise Killed
+            return original(*args)
+
+        patch.setattr(root, "validate", killed)
+        with pytest.raises(Killed):
+            run(root.main, cfg)
+
+
+def refused(main, cfg, capsys):
+    """What a run that is refused says: one line on stderr, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(main, cfg)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
+
+
+def rewrite(path, change):
+    """Changes the manifest of a checkpoint in place: change(manifest) alters it."""
+    manifest = ckpt.read_manifest(path)
+    change(manifest)
+    ckpt.write_json(Path(path) / "manifest.json", manifest | {"crc32": ckpt.digest(manifest)})
+
+
+def as_version_1(path):
+    """Rewrites a checkpoint in place as commit 496ae65 wrote it: one file a rank, each tensor's rows with it."""
+    path = Path(path)
+    manifest = ckpt.read_manifest(path)
+    tensors = ckpt.described(manifest)
+    files = {}
+    for rank in range(1 + max(r for t in tensors.values() for r, _, _ in t["rows"])):
+        held = {}
+        for file in sorted(path.glob(f"rank_{rank:05d}.*.pt")):
+            held |= {name: x.clone() for name, x in torch.load(file, weights_only=True).items()}
+            file.unlink()
+        file = path / f"rank_{rank:05d}.pt"
+        torch.save({name: held[name] for name in tensors if name in held}, file)
+        files[file.name] = {"size": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+    old = {"version": 1, "step": manifest["step"], "meta": manifest["meta"], "files": files, "tensors": tensors}
+    ckpt.write_json(path / "manifest.json", old | {"crc32": ckpt.digest(old)})
+    return path
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def meta(path):
+    """What a checkpoint says beside its tensors; path: it, or a run's folder."""
+    return ckpt.read_manifest(ckpt.latest(path) or path)["meta"]
+
+
+def close(mine, theirs, rel, *names):
+    """Compares these numbers of two logs at the steps that both have; each is met at least once."""
+    theirs, met = {line["step"]: line for line in theirs}, set()
+    for line in mine:
+        for name in set(names) & line.keys() & theirs.get(line["step"], {}).keys():
+            assert line[name] == pytest.approx(theirs[line["step"]][name], rel=rel), (line["step"], name)
+            met.add(name)
+    assert met == set(names)
+
+
+def no_curves(path, entries):
+    """Stands for log.curves."""
+
+
+def out_of_memory(*args, **more):
+    raise RuntimeError("out of memory")
+
+
+def full_disk(*args, **more):
+    raise OSError("the disk is full")
+
+
+def nan_at(monkeypatch, root, name, *calls):
+    """The loss called `name` is not a number at these of its calls with a gradient, the first one being 1."""
+    original, made = getattr(root, name), []
+
+    def broken(*args, **more):
+        loss, seen = original(*args, **more)
+        if torch.is_grad_enabled():
+            made.append(name)
+            if len(made) in calls:
+                loss = loss * math.nan
+        return loss, seen
+
+    monkeypatch.setattr(root, name, broken)

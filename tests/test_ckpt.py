@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt
+from helpers import V1, V1_PATH, as_version_1
 
 
 def state(seed=0):
@@ -864,10 +865,6 @@ def test_a_folder_in_use_is_refused_on_all_ranks(tmp_path, elsewhere):
 
 # ---- version 1 -----------------------------------------------------------------------------------------------------
 
-# A run's folder as the ckpt.save of commit 496ae65 wrote it on two ranks; its meta is of a train.py of that commit.
-V1 = Path(__file__).parent / "v1"
-V1_PATH = V1 / "ckpt" / "step_0000002"
-
 
 def v1_state():
     """What is saved in V1."""
@@ -884,26 +881,6 @@ def v1_state():
 def numbers(name, shape):
     start = zlib.crc32(name.encode()) % 1000
     return ((torch.arange(math.prod(shape)) + start) / 8).reshape(shape)
-
-
-def as_version_1(path):
-    """Rewrites a checkpoint in place as commit 496ae65 wrote it: one file a rank, each tensor's rows with it."""
-    path = Path(path)
-    manifest = ckpt.read_manifest(path)
-    tensors = ckpt.described(manifest)
-    files = {}
-    for rank in range(1 + max(r for t in tensors.values() for r, _, _ in t["rows"])):
-        held = {}
-        for file in sorted(path.glob(f"rank_{rank:05d}.*.pt")):
-            held |= {name: x.clone() for name, x in torch.load(file, weights_only=True).items()}
-            file.unlink()
-        file = path / f"rank_{rank:05d}.pt"
-        torch.save({name: held[name] for name in tensors if name in held}, file)
-        files[file.name] = {"size": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
-    old = {"version": 1, "step": manifest["step"], "meta": manifest["meta"], "files": files,
-           "tensors": tensors}
-    ckpt.write_json(path / "manifest.json", old | {"crc32": ckpt.digest(old)})
-    return path
 
 
 @pytest.fixture(params=["496ae65", "rewritten"])

@@ -1,45 +1,62 @@
-"""distill.py: who is updated when and on what, exact resume, and a Gaussian mixture whose student is known."""
-import json
+"""distill.py: who is updated when and on what, exact resume, and students that are known: a mixture's, a Gaussian's."""
 import math
-import os
 import re
-import signal
-import subprocess
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+import tyro
 
 import ckpt
+import codec
 import distill
 import export
 import parallel
 import prepare
 import sample
+import step
 import train
-from data import Latents
-from model import MODELS, DiT
-from step import adamw, dmd_loss, ema_update, euler, flow_loss, grid, rollout, sample_t, train_step
-from test_train import as_flags, log_of, run, same, shell, signal_one_of_two, state
+from data import Latents, noise
+from helpers import (as_flags, as_version_1, close, copied, finished, full_disk, log_of, meta, nan_at, no_curves,
+                     out_of_memory, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
+                     signal_one_of_two, spied, state)
+from model import MODELS, Bound, Cond, DiT
+from step import Learner, adamw, averaged, copies, dmd_loss, euler, flow_loss, grid, rollout, sample_t, train_step
+
+QUIET = dict(val_every=0, samples=0)    # no videos, no figures of them
+LOSSES = "student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap():
+    """Runs draw no curves: two thirds of the time that they would take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("log.curves", no_curves)
+        yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    out = str(tmp_path_factory.mktemp("data") / "shapes")
-    run(prepare.main, prepare.Config(clips=60, out=out))
-    return out
+    return shapes_dataset(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")
 def teacher(data, tmp_path_factory):
+    """A run whose checkpoint says that it is sampled in 3 steps instead of 50."""
     out = str(tmp_path_factory.mktemp("teacher") / "run")
-    run(train.main, train.Config(data=data, out=out, steps=6, batch=4, warmup=2, val_every=0, samples=0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.TINY, "sample_steps", 3)
+        run(train.main, train.Config(data=data, out=out, steps=6, batch=4, warmup=2, **QUIET))
     return out
 
 
 def config(data, teacher, out, **flags):
-    base = dict(data=data, teacher=teacher, out=str(out), steps=8, student_every=2, batch=4, schedule="constant", shift=5.0, val_every=4, save_every=3, samples=2)
-    return distill.Config(**base | flags)
+    base = dict(steps=8, student_every=2, batch=4, schedule="constant", shift=5.0, val_every=4, save_every=3, samples=2)
+    return distill.Config(data=data, teacher=teacher, out=str(out), **base | flags)
 
 
 @pytest.fixture(scope="module")
@@ -52,294 +69,516 @@ def whole(data, teacher, tmp_path_factory):
 
 def test_a_run_logs_both_nets_apart_and_leaves_videos_of_all_three(whole):
     lines = log_of(whole)
+    last = lines[-1]
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
-    assert {"student_loss", "student_grad_norm", "critic_loss", "critic_grad_norm", "student_x0_std", "student_updates", "val_diversity",
-            "val_motion", "val_std"} <= lines[-1].keys()
-    assert any(name.startswith("student_matching_by_t") for name in lines[-1]) and any(name.startswith("critic_loss_by_t") for name in lines[-1])
+    assert {*LOSSES, "student_x0_std", "val_diversity", "val_motion", "val_std"} <= last.keys()
+    assert any(name.startswith("student_matching_by_t") for name in last)
+    assert any(name.startswith("critic_loss_by_t") for name in last)
+    assert last["student_updates"] == 4
     for kind in ("samples", "inside"):
-        assert sorted(p.name for p in (whole / kind).iterdir()) == [f"step_{n:07d}.mp4" for n in (0, 4, 8)]
-    assert lines[-1]["student_updates"] == 4
+        assert sorted(p.name for p in (whole / kind).glob("*.mp4")) == [f"step_{n:07d}.mp4" for n in (0, 4, 8)]
+    assert "inside/step_0000008.mp4" in (whole / "index.html").read_text()
+
+
+def test_a_checkpoint_holds_student_and_critic_and_says_how_to_sample(whole):
     roles = {name.split(".")[0] for name in state(whole)}
     assert roles == {"net", "opt", "critic", "critic_opt", "ema", "null"}     # never the teacher
-    how = ckpt.read_manifest(ckpt.latest(whole))["meta"]["sampling"]
-    assert how["times"] == pytest.approx([1, 0.9375, 5 / 6, 0.625]) and how["guidance"] == 1 and how["shift"] == 5
+    how = meta(whole)["sampling"]
+    assert how["sampler"] == "rollout"
+    assert how["times"] == pytest.approx([1, 0.9375, 5 / 6, 0.625])
+    assert (how["guidance"], how["shift"]) == (1, 5)
+    assert meta(whole)["counts"] == {"student": {"updates": 4, "skipped": 0, "in_a_row": 0},
+                                     "critic": {"updates": 8, "skipped": 0, "in_a_row": 0}}
 
 
-def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(data, teacher, whole, tmp_path, monkeypatch):
-    original = distill.train_step
-
-    def interrupted(*args, **more):
-        interrupted.left -= 1
-        if interrupted.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **more)
-
-    monkeypatch.setattr(distill, "train_step", interrupted)
-    for interrupted.left in (2, 4, 99):
-        run(distill.main, config(data, teacher, tmp_path / "run"))
-    assert same(state(tmp_path / "run"), state(whole)) and log_of(tmp_path / "run") == log_of(whole)
+# ---- nothing is lost ------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_distil_as_one_does(data, teacher, whole, tmp_path):
-    two = shell(2, "distill.py", *as_flags(config(data, teacher, tmp_path / "run", steps=4, micro_batch=1, shard=-1)))
-    printed, _ = two.communicate(timeout=300)
-    assert two.returncode == 0, printed
-    for mine, theirs in zip(log_of(tmp_path / "run"), log_of(whole)):
-        for name in {"student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm", "val_diversity"} & theirs.keys():
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-4), name
-
-
-def test_a_signal_to_one_of_two_ranks_stops_both_and_nothing_is_lost(data, teacher, tmp_path):
-    flags = as_flags(config(data, teacher, tmp_path / "run", steps=10**4, save_every=0, val_every=0, samples=0))
-    signal_one_of_two("distill.py", flags, tmp_path / "run")
-
-
-def spied(monkeypatch, cfg):
-    """A run whose losses, rollouts and EMA tell what they were given, in order."""
-    seen = []
-
-    def spy(name, *keep):
-        original = getattr(distill, name)
-
-        def told(*args, **more):
-            out = original(*args, **more)
-            seen.append((name, *keep[0](args, out)))
-            return out
-        monkeypatch.setattr(distill, name, told)
-
-    spy("rollout", lambda a, out: (a[0], a[5], torch.is_grad_enabled(), out.requires_grad, a[3], out.detach().clone()))
-    spy("dmd_loss", lambda a, out: (a[1], a[2], a[5], a[7]))
-    spy("flow_loss", lambda a, out: (a[0], a[1], a[3], torch.is_grad_enabled()))
-    spy("ema_update", lambda a, out: (a[3],))
-    spy("add_noise", lambda a, out: ())
+def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(data, teacher, whole, tmp_path, capsys):
+    """Stopped in a student's update and a critic's; where a validation is due; at the last step."""
+    cfg = config(data, teacher, tmp_path / "run")
+    for step, updates in ((2, 2), (3, 1), (4, 1), (8, 5)):      # calls of train_step: critic; student, critic; …
+        run_stopped(distill, cfg, updates)
+        assert f"step {step} of 8 is saved" in capsys.readouterr().out
+        assert step % 2 or "val_std" not in log_of(cfg.out)[-1]
     run(distill.main, cfg)
-    return seen
+    assert log_of(cfg.out) == log_of(whole)
+    assert same(state(cfg.out), state(whole))
+    run(distill.main, cfg)
+    assert "is finished" in capsys.readouterr().out
 
 
-def test_each_net_is_updated_on_its_clock_from_the_students_own_clips(data, teacher, tmp_path, monkeypatch):
-    seen = spied(monkeypatch, config(data, teacher, tmp_path / "run", steps=40, student_every=5, val_every=0, samples=0))
-    losses = [event[0] for event in seen if event[0] in ("dmd_loss", "flow_loss")]
-    assert losses == (["flow_loss"] * 4 + ["dmd_loss", "flow_loss"]) * 8       # student first in the 5th step, critic always
-    assert [event[1] for event in seen if event[0] == "ema_update"] == list(range(1, 9))     # with the student, never else
-    exits, guided = {"dmd_loss": [], "flow_loss": []}, set()
-    for rolled, loss in zip(seen, seen[1:]):
-        if loss[0] in exits:
-            name, net, exit, enabled, has_graph, times, x0 = rolled
-            exits[loss[0]].append(exit)
-            assert name == "rollout" and enabled == has_graph == (loss[0] == "dmd_loss")
-            t = loss[3]
-            assert t.dtype == torch.float32 and t.min() >= 0.02 and t.max() <= 0.98 and len(t.unique()) > 1
-            if loss[0] == "flow_loss":
-                assert torch.equal(loss[2], x0) and not loss[2].requires_grad and loss[4]      # on the student's clips, without its graph
-                assert loss[1].func is not net.func                         # the critic, not the student
-            else:
-                teacher_net, critic_net = loss[1].func, loss[2].func
-                assert len({teacher_net, critic_net, net.func}) == 3
-                inside = (0.6 <= t) & (t <= 0.97)               # where alone the teacher is guided
-                assert torch.equal(loss[4], torch.where(inside, 2.0, 1.0))
-                guided |= set(inside.tolist())
-                assert not any(p.requires_grad for p in teacher_net.parameters())
-                assert all(p.grad is None for n in (teacher_net, critic_net) for p in n.parameters())
-    assert guided == {True, False}
-    assert exits["dmd_loss"] == [0, 1, 2, 3] * 2 and exits["flow_loss"] == [0, 1, 2, 3] * 10     # each net's own count, stratified
+def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data, teacher, whole, tmp_path):
+    cfg = config(data, teacher, tmp_path / "run", save_every=4)
+    for step in (4, 8):
+        run_killed(distill, cfg, step)
+        assert ckpt.latest(cfg.out).name == f"step_{step:07d}"
+        assert "val_std" not in log_of(cfg.out)[-1]
+    run(distill.main, cfg)
+    assert log_of(cfg.out) == log_of(whole)
+    assert same(state(cfg.out), state(whole))
+    for kind in ("samples", "inside"):
+        assert sorted(p.name for p in (tmp_path / "run" / kind).glob("*.mp4")) == [
+            f"step_{n:07d}.mp4" for n in (0, 4, 8)]
 
 
-def test_the_scores_times_are_shifted_once_and_drawn_per_slot(data, teacher, tmp_path, monkeypatch):
-    cfg = config(data, teacher, tmp_path / "run", steps=1, student_every=1, val_every=0, samples=0, score_shift=3.0)
-    seen = spied(monkeypatch, cfg)
-    latents = Latents(data, seed=0, batch=4)
-    _, cfg = distill.resolve(cfg)
-    (micro,) = distill.draw(latents, cfg, "critic", 0)
-    t = next(event[3] for event in seen if event[0] == "flow_loss")
-    assert torch.allclose(t, (3 * micro.u / (1 + 2 * micro.u)).clamp(0.02, 0.98))
+def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, teacher, tmp_path, monkeypatch, capsys):
+    load = codec.load
+    monkeypatch.setattr(codec, "load", lambda *args, **more: load(*args, **more)._replace(decode=out_of_memory))
+    run(distill.main, config(data, teacher, tmp_path / "run", steps=2, samples=1))
+    printed = capsys.readouterr().out
+    for kind, clips in (("samples", 2), ("inside", 3)):
+        file = tmp_path / "run" / kind / "step_0000002.npy"
+        assert f"{file} holds latents instead of a video: RuntimeError: out of memory" in printed
+        assert np.load(file).shape == (clips, 24, 5, 8, 8)
+    assert ckpt.latest(tmp_path / "run").name == "step_0000002"
+    assert "val_std" in log_of(tmp_path / "run")[-1]
+
+
+def test_a_folder_is_claimed_before_anything_is_built(data, teacher, tmp_path, monkeypatch, capsys):
+    built = spied(monkeypatch, distill, "blank", lambda net, *args: args)
+    monkeypatch.setattr(ckpt, "claim", full_disk)
+    assert refused(distill.main, config(data, teacher, tmp_path / "run"), capsys) == "distill.py: the disk is full\n"
+    assert built == []
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_no_file_of_the_teacher_is_open_while_the_student_learns(data, teacher, tmp_path, monkeypatch, lora_rank):
+    files = str(Path(teacher).resolve())
+    began, fill = [], ckpt.fill
+
+    def filling(rows, source):
+        fill(rows, source)
+        began.append(files in Path("/proc/self/maps").read_text())
+
+    monkeypatch.setattr(ckpt, "fill", filling)
+    held = spied(monkeypatch, distill, "train_step", lambda *a, **m: files in Path("/proc/self/maps").read_text())
+    run(distill.main, config(data, teacher, tmp_path / "run", steps=1, student_every=1, lora_rank=lora_rank, **QUIET))
+    assert began[0]             # a mapped file is seen there
+    assert held == [False, False]
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted_and_names_the_prompts_of_all_ranks(
+        data, teacher, tmp_path, monkeypatch, capsys):
+    """Rank 1 of 2, which itself has half of each batch."""
+    def half(*args, **more):
+        return Latents(*args, **more | dict(rank=1, world=2))
+
+    monkeypatch.setattr(distill, "Latents", half)
+    nan_at(monkeypatch, distill, "dmd_loss", 1)
+    nan_at(monkeypatch, distill, "flow_loss", 2, 3)
+    cfg = config(data, teacher, tmp_path / "run", steps=4, **QUIET)
+    run(distill.main, cfg)
+    printed, latents = capsys.readouterr().out, Latents(data, seed=0, batch=4)
+    for role, step in (("student", 1), ("critic", 1), ("critic", 2)):
+        _, ids = distill.prompts(latents, distill.resolve(cfg)[0], role, step)
+        assert len(ids) == 4
+        assert f"step {step}: the {role}'s gradient norm is nan, update skipped; samples {ids}\n" in printed
+    assert printed.count("skipped; samples") == 3
+    assert meta(cfg.out)["counts"] == {"student": {"updates": 1, "skipped": 1, "in_a_row": 0},
+                                       "critic": {"updates": 2, "skipped": 2, "in_a_row": 0}}
+    assert log_of(cfg.out)[-1]["skipped"] == 3
+
+
+def test_a_student_that_cannot_be_updated_ends_the_run_whatever_the_critic_does(data, teacher, tmp_path, monkeypatch):
+    nan_at(monkeypatch, distill, "dmd_loss", 1, 2, 3)
+    monkeypatch.setattr("step.SKIPS", 3)
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        run(distill.main, config(data, teacher, tmp_path / "run", **QUIET))
+
+
+# ---- what a run goes on with ----------------------------------------------------------------------------------------
+
+
+def test_flags_left_out_stay_as_they_were_when_the_defaults_change(data, teacher, whole, tmp_path, monkeypatch):
+    cfg = config(data, teacher, tmp_path / "run", samples=0)
+    run(distill.main, replace(cfg, steps=4))
+    new = distill.TINY | dict(student_lr=1.0, critic_lr=1.0, ema=0.1, guidance=7.0, score_shift=1.0)
+    monkeypatch.setitem(distill.DEFAULTS, "tiny", new)
+    run(distill.main, cfg)
+    assert same(state(cfg.out), state(whole))
+    assert distill.resolve(replace(cfg, allow=("ema",)))[0].ema == 0.1
+    assert distill.resolve(replace(cfg, ema=0.7))[0].ema == 0.7
+
+
+def test_a_run_from_before_a_flag_goes_on_and_one_with_a_flag_that_is_gone_is_refused(
+        data, teacher, whole, tmp_path, capsys):
+    cfg = config(data, teacher, copied(whole, tmp_path / "run"), steps=10, samples=0)
+
+    def change(start):
+        def changed(manifest):
+            manifest["meta"]["config"].pop("deterministic", None)
+            manifest["meta"]["config"]["start"] = start
+        rewrite(ckpt.latest(cfg.out), changed)
+
+    change("data")
+    assert "--start=data (there is only noise now)" in refused(distill.main, cfg, capsys)
+    change("noise")
+    assert "--deterministic=True (was False)" in refused(distill.main, replace(cfg, deterministic=True), capsys)
+    run(distill.main, cfg)
+    assert log_of(cfg.out)[-1]["step"] == 10
+
+
+def test_a_run_of_the_first_layout_goes_on(data, teacher, whole, tmp_path, capsys):
+    """As 496ae65 wrote it: one file a rank, and one count of what both nets skipped."""
+    cfg = config(data, teacher, copied(whole, tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run/ckpt/step_0000008")
+
+    def then(manifest):
+        manifest["meta"]["counts"] = {"student": 3, "critic": 6, "skipped": 5, "in_a_row": {"student": 0, "critic": 0}}
+        manifest["meta"]["config"].pop("deterministic")
+        manifest["meta"]["config"]["start"] = "noise"
+
+    rewrite(as_version_1(ckpt.latest(cfg.out)), then)
+    run(distill.main, cfg)
+    assert "on from step 6" in capsys.readouterr().out
+    assert same(state(cfg.out), state(whole))
+    assert log_of(cfg.out)[-1] == log_of(whole)[-1] | {"skipped": 5}
+    assert meta(cfg.out)["counts"]["critic"]["updates"] == 8
+
+
+def test_counts_of_the_first_layout_are_told_apart():
+    saved = {"student": 3, "critic": 9, "skipped": 2, "in_a_row": {"student": 1, "critic": 2}}
+    student, critic = distill.counts_of({"meta": {"counts": saved}})
+    assert student == {"updates": 3, "skipped": 2, "in_a_row": 1}
+    assert critic == {"updates": 9, "skipped": 0, "in_a_row": 2}
+
+
+@pytest.mark.parametrize("form", ["first layout", "wan"])
+def test_teachers_of_any_form_teach_the_same(data, teacher, whole, tmp_path, form):
+    other, more = tmp_path / "other", {}
+    if form == "wan":
+        export.main(export.Config(ckpt=teacher, format="wan", out=str(other)))
+        more = dict(model="tiny")
+    else:
+        as_version_1(ckpt.latest(copied(teacher, other)))
+    run(distill.main, config(data, str(other), tmp_path / "run", steps=2, **QUIET, **more))
+    close(log_of(tmp_path / "run"), log_of(whole), 1e-6, *LOSSES)
+
+
+def test_a_teacher_is_known_by_its_content_and_no_student_is_one(data, teacher, whole, tmp_path, capsys):
+    other = tmp_path / "other"
+    run(train.main, train.Config(data=data, out=str(other), steps=1, batch=4, warmup=2, **QUIET))
+    moved = copied(teacher, tmp_path / "moved")
+    assert "other (is not what" in refused(distill.main, config(data, str(other), whole), capsys)
+    for cfg in (config(data, str(moved), whole), config(data, str(other), whole, allow=("teacher",))):
+        run(distill.main, cfg)
+        assert "is finished" in capsys.readouterr().out
+    clips = shapes_dataset(tmp_path / "data", clips=61)
+    assert "data (is not what" in refused(distill.main, config(clips, teacher, whole), capsys)
+    student = config(data, str(whole), tmp_path / "run")
+    assert "itself a few-step student" in refused(distill.main, student, capsys)
+
+
+# ---- several ranks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_ranks_distil_as_one_does_and_stop_at_a_signal_to_one(data, teacher, whole, tmp_path):
+    cfg = config(data, teacher, tmp_path / "run", steps=10**4, keep=100, micro_batch=1, shard=-1)
+    signal_one_of_two("distill.py", as_flags(cfg), tmp_path / "run")
+    close(log_of(cfg.out)[:5], log_of(whole), 2e-4, *LOSSES, "val_diversity")
+
+
+# ---- who is updated when, and on what -------------------------------------------------------------------------------
+
+
+class Rolled(NamedTuple):
+    net: Bound
+    times: tuple
+    exit: int
+    grad: bool          # whether gradients were enabled
+    x0: torch.Tensor
+
+
+class Student(NamedTuple):
+    teacher: Bound
+    critic: Bound
+    t: torch.Tensor
+    scale: Any
+    matching: torch.Tensor      # sums over fifths of t
+    guidance: torch.Tensor
+    grads: list                 # the gradients that teacher and critic have
+
+
+class Critic(NamedTuple):
+    net: Bound
+    x0: torch.Tensor
+    t: torch.Tensor
+
+
+class Averaged(NamedTuple):
+    updates: int
+
+
+def told(monkeypatch, cfg):
+    """A run whose rollouts, losses and averages tell what they were given -> these events, in order."""
+    events = []
+
+    def rolled(x0, net, z, cond, times, noises, exit):
+        events.append(Rolled(net, times, exit, torch.is_grad_enabled(), x0))
+
+    def student(out, x0, teacher, critic, cond, uncond, t, e, scale, rescale):
+        grads = [p.grad for bound in (teacher, critic) for p in bound.net.parameters()]
+        _, seen = out
+        sums = seen["matching_by"][0], seen["guidance_by"][0]
+        events.append(Student(teacher, critic, t, scale, *sums, grads))
+
+    def critic(out, net, x0, cond, t, e):
+        events.append(Critic(net, x0, t))
+
+    def average(out, me, decay):
+        events.append(Averaged(me.counts["updates"]))
+
+    spied(monkeypatch, distill, "rollout", rolled)
+    spied(monkeypatch, distill, "dmd_loss", student)
+    spied(monkeypatch, distill, "flow_loss", critic)
+    spied(monkeypatch, step, "ema_update", average)
+    run(distill.main, cfg)
+    return events
+
+
+@pytest.fixture(scope="module")
+def events(data, teacher, tmp_path_factory):
+    """Of 40 steps, the student's every 5th."""
+    out = tmp_path_factory.mktemp("told") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        return told(patch, config(data, teacher, out, steps=40, student_every=5, score_shift=3.0, **QUIET))
+
+
+def of_kind(events, kind):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def rollouts(events, kind):
+    """The rollouts whose clips went into losses of a kind."""
+    return [rolled for rolled, loss in zip(events, events[1:]) if isinstance(loss, kind)]
+
+
+def test_the_student_is_updated_every_fifth_step_before_the_critic_which_always_is(events):
+    losses = [type(event) for event in events if isinstance(event, (Student, Critic))]
+    assert losses == ([Critic] * 4 + [Student, Critic]) * 8
+
+
+def test_the_average_follows_each_update_of_the_student_and_no_other(events):
+    assert [event.updates for event in of_kind(events, Averaged)] == list(range(1, 9))
+
+
+def test_both_nets_train_at_each_exit_of_the_sampler_equally_often_by_their_own_counts(events):
+    assert [rolled.exit for rolled in rollouts(events, Student)] == [0, 1, 2, 3] * 2
+    assert [rolled.exit for rolled in rollouts(events, Critic)] == [0, 1, 2, 3] * 10
+
+
+def test_the_student_learns_through_its_rollout_and_the_critic_from_finished_clips(events):
+    assert all(rolled.grad and rolled.x0.requires_grad for rolled in rollouts(events, Student))
+    assert not any(rolled.grad or rolled.x0.requires_grad for rolled in rollouts(events, Critic))
+    for rolled, loss in zip(rollouts(events, Critic), of_kind(events, Critic), strict=True):
+        assert torch.equal(loss.x0, rolled.x0)
+
+
+def test_the_three_nets_are_three_and_the_teacher_and_critic_get_no_gradient_from_the_student(events):
+    students, (teacher, *_) = {rolled.net.net for rolled in of_kind(events, Rolled)}, of_kind(events, Student)
+    assert students.isdisjoint({teacher.teacher.net, teacher.critic.net})
+    assert {loss.net.net for loss in of_kind(events, Critic)} == {teacher.critic.net}
+    assert teacher.teacher.net is not teacher.critic.net
+    assert not any(p.requires_grad for p in teacher.teacher.net.parameters())
+    assert all(grad is None for loss in of_kind(events, Student) for grad in loss.grads)
+
+
+def test_the_teacher_is_guided_inside_its_interval_alone(events):
+    inside = []
+    for loss in of_kind(events, Student):
+        inside.append((0.6 <= loss.t) & (loss.t <= 0.97))
+        assert torch.equal(loss.scale, torch.where(inside[-1], 2.0, 1.0))
+    assert set(torch.cat(inside).tolist()) == {True, False}
+
+
+def test_the_scores_times_are_shifted_once_clamped_and_drawn_per_slot(data, events):
+    cfg = replace(distill.Config(batch=4), times=(1.0,))
+    losses = of_kind(events, Critic)
+    for step in (0, 7):
+        micro, = distill.draw(Latents(data, seed=0, batch=4), cfg, "critic", step)
+        assert torch.allclose(losses[step].t, (3 * micro.u / (1 + 2 * micro.u)).clamp(0.02, 0.98))
+    assert losses[0].t.dtype == torch.float32
+    assert len(losses[0].t.unique()) == 4
+
+
+def test_the_student_starts_as_the_teacher_so_that_the_matching_part_is_zero(events):
+    first = of_kind(events, Student)[0]     # the critic has had 4 updates
+    assert first.matching.sum() > 0
+    assert first.guidance.sum() > 0
 
 
 def test_every_draw_belongs_to_a_role_a_step_and_a_slot(data):
     cfg = replace(distill.Config(seed=3, batch=8), times=(1.0, 0.9, 0.5))
-    draws = lambda role, step, **rank: distill.draw(Latents(data, seed=3, batch=8, **rank), cfg, role, step)  # noqa: E731
-    (one,) = draws("student", 4)
-    four = [m for rank in range(2) for m in draws("student", 4, rank=rank, world=2, micro_batch=2)]
+
+    def draws(role, step, **rank):
+        return distill.draw(Latents(data, seed=3, batch=8, **rank), cfg, role, step)
+
+    one, = draws("student", 4)
+    four = [micro for rank in range(2) for micro in draws("student", 4, rank=rank, world=2, micro_batch=2)]
     for name in ("text", "z", "e", "u"):
-        assert torch.equal(torch.cat([vars_of(m)[name] for m in four]), vars_of(one)[name])
-    assert all(torch.equal(torch.cat([m.noises[k] for m in four]), one.noises[k]) for k in range(2))
-    numbers = [*one.z, *one.e, *one.noises[0], *one.noises[1], *draws("critic", 4)[0].z, *draws("student", 9)[0].z]
-    assert len({tuple(x.flatten()[:4].tolist()) for x in numbers}) == len(numbers)      # no two alike
+        assert torch.equal(torch.cat([getattr(micro, name) for micro in four]), getattr(one, name)), name
+    for k in range(2):
+        assert torch.equal(torch.cat([micro.noises[k] for micro in four]), one.noises[k])
+
+    critic, later = draws("critic", 4)[0].z, draws("student", 9)[0].z
+    fields = [*one.z, *one.e, *one.noises[0], *one.noises[1], *critic, *later]
+    assert len({tuple(x.flatten()[:4].tolist()) for x in fields}) == len(fields)        # no two alike
     bound = 5 / math.sqrt(one.z[0].numel())
-    assert all(abs((a * b).mean()) < bound for i, a in enumerate(numbers[:8]) for b in numbers[8:16])
+    assert all(abs((a * b).mean()) < bound for i, a in enumerate(fields[:8]) for b in fields[8:16])
 
 
-def vars_of(draw):
-    return draw._asdict()
-
-
-def test_both_learning_rates_fall_to_0_at_the_last_step_which_then_is_no_free_flag(data, teacher, tmp_path, monkeypatch, capsys):
-    used, original = [], distill.train_step
-
-    def interrupted(*args, lr, **more):
-        used.append(lr)
-        if len(used) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, lr=lr, **more)
-
-    monkeypatch.setattr(distill, "train_step", interrupted)
-    cfg = config(data, teacher, tmp_path / "run", steps=4, student_every=2, student_lr=4e-4, critic_lr=1e-3, schedule="linear", samples=0)
-    for start in (0, 2):
-        run(distill.main, cfg)
-        assert f"step {start + 2} of 4 is saved" in capsys.readouterr().out
-    assert used == pytest.approx([1e-3, 3e-4, 7.5e-4, 5e-4, 1e-4, 2.5e-4])     # critic; student, critic; critic; student, critic
-    assert log_of(tmp_path / "run")[-1]["student_lr"] == pytest.approx(1e-4)
-    with pytest.raises(SystemExit):
-        run(distill.main, replace(cfg, steps=8))
-    assert "--steps=8 (was 4)" in capsys.readouterr().err
+def test_both_learning_rates_fall_to_0_at_the_last_step_which_then_is_no_free_flag(
+        data, teacher, tmp_path, monkeypatch, capsys):
+    used = spied(monkeypatch, distill, "train_step", lambda out, *args, lr, **more: lr)
+    rates = dict(student_lr=4e-4, critic_lr=1e-3, schedule="linear")
+    cfg = config(data, teacher, tmp_path / "run", steps=4, samples=0, **rates)
+    run_stopped(distill, cfg, 3)
+    assert "step 2 of 4 is saved" in capsys.readouterr().out
+    run(distill.main, cfg)
+    # critic; student, critic; critic; student, critic
+    assert used == pytest.approx([1e-3, 3e-4, 7.5e-4, 5e-4, 1e-4, 2.5e-4])
+    assert log_of(cfg.out)[-1]["student_lr"] == pytest.approx(1e-4)
+    assert "--steps=8 (was 4)" in refused(distill.main, replace(cfg, steps=8), capsys)
 
 
 def test_accumulation_is_the_large_batch(data, teacher, whole, tmp_path):
-    run(distill.main, config(data, teacher, tmp_path / "run", micro_batch=1, steps=4))
-    for mine, theirs in zip(log_of(tmp_path / "run"), log_of(whole)):
-        assert all(mine[n] == pytest.approx(theirs[n], rel=1e-4) for n in {"student_grad_norm", "critic_loss"} & mine.keys())
+    run(distill.main, config(data, teacher, tmp_path / "run", micro_batch=1, steps=4, samples=0))
+    close(log_of(tmp_path / "run"), log_of(whole), 1e-4, *LOSSES)
 
 
-def test_the_student_starts_as_the_teacher_so_that_the_matching_part_is_zero(data, teacher, tmp_path, monkeypatch):
-    measured = []
-    original = distill.dmd_loss
-    monkeypatch.setattr(distill, "dmd_loss", lambda *a: measured.append(original(*a)) or measured[-1])
-    run(distill.main, config(data, teacher, tmp_path / "run", steps=1, student_every=1, val_every=0, samples=0))
-    assert measured[0][1]["matching_by"][0].sum() == 0 and measured[0][1]["guidance_by"][0].sum() > 0
+def test_validation_forwards_no_more_than_a_micro_batch(data, teacher, tmp_path, monkeypatch):
+    sizes = spied(monkeypatch, DiT, "forward", lambda v, net, x, *rest, **more: len(x))
+    run(distill.main, config(data, teacher, tmp_path / "run", steps=2, micro_batch=2))
+    assert set(sizes) == {2}
 
 
-def test_a_student_that_cannot_be_updated_fails_whatever_the_critic_does(data, teacher, tmp_path, monkeypatch):
-    original = distill.dmd_loss
-    monkeypatch.setattr(distill, "dmd_loss", lambda *a: (original(*a)[0] * math.nan, {}))
-    monkeypatch.setattr(distill, "SKIPS", 3)
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
-        run(distill.main, config(data, teacher, tmp_path / "run", val_every=0, samples=0))
-
-
-def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, teacher, whole, monkeypatch):
+def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, teacher, whole):
     """The last validation's figures, made again from the checkpoints alone."""
-    few = distill.resolve(config(data, teacher, whole))[1]
-    how = ckpt.read_manifest(ckpt.latest(teacher))["meta"]["sampling"]
-    latents, saved = Latents(data, seed=0, batch=4), state(whole)
+    cfg, _ = distill.resolve(config(data, teacher, whole))
+    latents, how = Latents(data, seed=0, batch=4), meta(teacher)["sampling"]
+    shape = latents.shape_of(0)
+    ids = [i for i in range(latents.count) if latents.shape_of(i) == shape][:2]
+    text = latents.text([i for i in ids for _ in range(4)])
 
-    def net(role, held):
+    def net_of(held):
         net = DiT(MODELS["tiny"])
-        net.load_state_dict({name: held[f"{role}.{name}"] for name in net.state_dict()})
-        return lambda x, t, text: net(x, t, text)
+        net.load_state_dict({name: held[f"ema.{name}"] for name in net.state_dict()})
+        return net
 
-    def student(z, text, null, noises):
-        return rollout(net("ema", saved), z, text, few.times, noises, 3)
-
-    def many_steps(z, text, null, noises):
-        return euler(net("ema", state(teacher)), z, text, grid(how["steps"], how["shift"]), null, 2.0)
-
-    def figures(cfg):
-        world = parallel.init("cpu")
-        return distill.likeness(*(distill.clips(sampler, latents, cfg, world)[0] for sampler in (student, many_steps)))
-
-    for name, value in run(figures, few).items():
-        assert log_of(whole)[-1][name] == pytest.approx(value.item(), rel=1e-4)
+    with torch.no_grad():
+        z, *noises = [noise(0, "sample", k, list(range(8)), shape) for k in range(4)]
+        student = rollout(net_of(state(whole)), z, Cond(text), cfg.times, noises, 3)
+        cond, uncond, times = Cond(text), Cond(latents.null.expand_as(text)), grid(how["steps"], how["shift"])
+        clips = euler(net_of(state(teacher)), z, cond, times, uncond, 2.0)
+    for name, value in distill.likeness(student, clips).items():
+        assert log_of(whole)[-1][name] == pytest.approx(value.item(), rel=1e-4), name
 
 
 def test_a_teacher_that_learned_sparse_is_asked_sparse_and_so_are_critic_and_student(data, tmp_path, monkeypatch):
     sparse = dict(window=(1, 1, 1), tile=(2, 2, 2), dense_ends=1)
-    run(train.main, train.Config(data=data, out=str(tmp_path / "t"), steps=2, batch=4, val_every=0, samples=0, **sparse))
-    cfg = config(data, str(tmp_path / "t"), tmp_path / "run", steps=2, val_every=0, samples=0)
-    for name, *what in spied(monkeypatch, cfg):
-        for net in [net for net in what[:2] if callable(net)]:
-            assert net.keywords["metadata"].tile == (2, 2, 2) and net.keywords["dense_ends"] == 1
-    how = ckpt.read_manifest(ckpt.latest(tmp_path / "run"))["meta"]["sampling"]
+    run(train.main, train.Config(data=data, out=str(tmp_path / "t"), steps=1, batch=4, warmup=0, **QUIET, **sparse))
+    for event in told(monkeypatch, config(data, str(tmp_path / "t"), tmp_path / "run", steps=2, **QUIET)):
+        for bound in of_kind(event, Bound):
+            assert bound.metadata.tile == (2, 2, 2)
+            assert bound.dense_ends == 1
+    how = meta(tmp_path / "run")["sampling"]
     assert (how["window"], how["tile"], how["dense_ends"]) == ([1, 1, 1], [2, 2, 2], 1)
 
 
 def test_a_sparse_student_beside_dense_teacher_and_critic(data, teacher, tmp_path, monkeypatch):
-    cfg = config(data, teacher, tmp_path / "run", steps=2, window=(1, 1, 1), tile=(2, 2, 2), remat=True, val_every=0, samples=0)
-    seen = spied(monkeypatch, cfg)
-    for name, *what in seen:
-        if name == "rollout":
-            assert what[0].keywords["metadata"].sparsity > 0.7
-        if name in ("dmd_loss", "flow_loss"):
-            assert all(net.keywords["metadata"] is None for net in what[:2] if callable(net))
-    run(sample.main, sample.Config(ckpt=str(tmp_path / "run"), prompts=("a red circle moving left",), out=str(tmp_path / "s")))
+    sparse = dict(window=(1, 1, 1), tile=(2, 2, 2), remat=True)
+    events = told(monkeypatch, config(data, teacher, tmp_path / "run", steps=2, **QUIET, **sparse))
+    assert all(rolled.net.metadata.sparsity > 0.7 for rolled in of_kind(events, Rolled))
+    assert all(loss.net.metadata is None for loss in of_kind(events, Critic))
+    assert all(loss.teacher.metadata is None for loss in of_kind(events, Student))
+    assert all(loss.critic.metadata is None for loss in of_kind(events, Student))
+    cfg = sample.Config(ckpt=str(tmp_path / "run"), prompts=("a red circle moving left",), out=str(tmp_path / "s"))
+    run(sample.main, cfg)
     assert (tmp_path / "s/sheet.png").exists()
 
 
-def test_a_rollout_from_data_starts_at_its_exit(data, teacher, tmp_path, monkeypatch):
-    seen = spied(monkeypatch, config(data, teacher, tmp_path / "run", steps=8, val_every=0, samples=0, start="data"))
-    times = [event[5] for event in seen if event[0] == "rollout"]
-    assert {len(t) for t in times} == {1} and {t[0] for t in times} == {1.0, 0.9375, 5 / 6, 0.625}
-
-
 def test_prompts_alone_are_enough(data, teacher, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle moving left\na blue square moving up\na white triangle moving down\n")
-    run(prepare.main, prepare.Config(prompts=str(tmp_path / "prompts.txt"), shape=(24, 5, 8, 8), text_length=8, out=str(tmp_path / "p")))
-    run(distill.main, config(str(tmp_path / "p"), teacher, tmp_path / "run", steps=2, batch=2))
-    assert "critic_loss" in log_of(tmp_path / "run")[-1]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle moving left\na blue square moving up\na white triangle moving down\n")
+    cfg = prepare.Config(prompts=str(prompts), shape=(24, 5, 8, 8), text_length=8, out=str(tmp_path / "p"))
+    run(prepare.main, cfg)
+    run(distill.main, config(str(tmp_path / "p"), teacher, tmp_path / "run", steps=2, batch=2, samples=1))
+    assert {"critic_loss", "val_std"} <= log_of(tmp_path / "run")[-1].keys()
 
 
 # ---- LoRA: student and critic are adapters of the one teacher -------------------------------------------------------
 
 
+LORA = dict(lora_rank=4, student_lr=1e-3)
+
+
 @pytest.fixture(scope="module")
 def adapters(data, teacher, tmp_path_factory):
     out = tmp_path_factory.mktemp("adapters") / "run"
-    run(distill.main, config(data, teacher, out, lora_rank=4, student_lr=1e-3, val_every=8, samples=1))
+    run(distill.main, config(data, teacher, out, val_every=8, samples=1, **LORA))
     return out
 
 
-def test_three_roles_are_one_set_of_weights_and_begin_as_one(data, teacher, adapters, tmp_path, monkeypatch):
-    seen = spied(monkeypatch, config(data, teacher, tmp_path / "run", steps=2, student_every=1, val_every=0, samples=0, lora_rank=4,
-                                     guidance_interval=(0.0, 1.0)))
-    calls = [event for event in seen if event[0] in ("rollout", "dmd_loss", "flow_loss")]
-    nets = {}
-    for name, *what in calls:
-        for role, net in zip(dict(rollout=["student"], dmd_loss=["teacher", "critic"], flow_loss=["critic"])[name], what):
-            nets.setdefault(role, set()).add((net.func, net.keywords.get("lora")))
-    (base, _), = nets["teacher"]
-    assert nets == {"student": {(base, "student")}, "critic": {(base, "critic")}, "teacher": {(base, None)}}
-    first = log_of(tmp_path / "run")[0]
-    assert all(first[name] == 0 for name in first if name.startswith("student_matching_by"))
-    assert all(first[name] > 0 for name in first if name.startswith("student_guidance_by"))
+def test_three_roles_are_one_set_of_weights_and_begin_as_one(data, teacher, tmp_path, monkeypatch):
+    flags = dict(steps=1, student_every=1, guidance_interval=(0.0, 1.0))
+    events = told(monkeypatch, config(data, teacher, tmp_path / "run", **QUIET, **LORA, **flags))
+    score, = of_kind(events, Student)
+    base = score.teacher.net
+    assert {(rolled.net.net, rolled.net.lora) for rolled in of_kind(events, Rolled)} == {(base, "student")}
+    assert {(loss.net.net, loss.net.lora) for loss in of_kind(events, Critic)} == {(base, "critic")}
+    assert (score.critic.net, score.critic.lora) == (base, "critic")
+    assert score.teacher.lora is None
+    assert score.matching.sum() == 0        # the student is the teacher, the critic too
+    assert score.guidance.sum() > 0
 
+
+def test_adapters_are_all_that_their_checkpoint_holds(adapters):
     held = state(adapters)
-    assert ckpt.read_manifest(ckpt.latest(adapters))["meta"]["config"]["lora_alpha"] == 4.0
+    assert meta(adapters)["config"]["lora_alpha"] == 4.0
     assert {name.split(".")[0] for name in held} == {"net", "opt", "critic", "critic_opt", "ema", "null"}
-    for role, adapter in (("net", "student"), ("ema", "student"), ("opt", "student"), ("critic", "critic"), ("critic_opt", "critic")):
+    whose = dict(net="student", ema="student", opt="student", critic="critic", critic_opt="critic")
+    for role, adapter in whose.items():
         names = [name for name in held if name.startswith(f"{role}.")]
-        assert len(names) in (80, 240) and all(f".lora.{adapter}." in name for name in names)
-    for name in ("net.blocks.0.ffn.0.lora.student.B", "critic.blocks.0.ffn.0.lora.critic.B", "ema.blocks.0.ffn.0.lora.student.B"):
-        assert held[name].abs().max() > 0
-    assert not torch.equal(held["net.blocks.0.ffn.0.lora.student.A"], held["critic.blocks.0.ffn.0.lora.critic.A"])
+        assert len(names) == (240 if "opt" in role else 80)
+        assert all(f".lora.{adapter}." in name for name in names)
+        if "opt" not in role:
+            assert held[f"{role}.blocks.0.ffn.0.lora.{adapter}.B"].abs().max() > 0
+    student, critic = (held[f"{role}.blocks.0.ffn.0.lora.{whose[role]}.A"] for role in ("net", "critic"))
+    assert not torch.equal(student, critic)
 
 
 def test_adapters_stopped_and_resumed_are_the_uninterrupted_ones_to_the_bit(data, teacher, adapters, tmp_path):
     for steps in (3, 8):
-        run(distill.main, config(data, teacher, tmp_path / "run", steps=steps, lora_rank=4, student_lr=1e-3, samples=0))
+        run(distill.main, config(data, teacher, tmp_path / "run", steps=steps, samples=0, **LORA))
     assert same(state(tmp_path / "run"), state(adapters))
 
 
+@pytest.mark.slow
 def test_two_ranks_distil_adapters_as_one_does(data, teacher, adapters, tmp_path):
-    cfg = config(data, teacher, tmp_path / "run", steps=4, micro_batch=1, shard=-1, lora_rank=4, student_lr=1e-3, samples=0)
-    two = shell(2, "distill.py", *as_flags(cfg))
-    printed, _ = two.communicate(timeout=300)
-    assert two.returncode == 0, printed
-    logs = ([line for line in log_of(out) if "critic_loss" in line] for out in (tmp_path / "run", adapters))
-    for mine, theirs in zip(*logs):
-        for name in ("student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-4), name
+    cfg = config(data, teacher, tmp_path / "run", steps=4, micro_batch=1, shard=-1, samples=0, **LORA)
+    finished(shell(2, "distill.py", *as_flags(cfg)))
+    close(log_of(cfg.out), log_of(adapters), 2e-4, *LOSSES)
 
 
 def test_a_student_that_is_an_adapter_is_sampled_merged_and_exported_alone(teacher, adapters, tmp_path):
-    run(sample.main, sample.Config(ckpt=str(adapters), prompts=("a red circle moving left",), out=str(tmp_path / "s")))
+    cfg = sample.Config(ckpt=str(adapters), prompts=("a red circle moving left",), out=str(tmp_path / "s"))
+    run(sample.main, cfg)
+    assert (tmp_path / "s/sheet.png").exists()
     export.main(export.Config(ckpt=str(adapters), lora=True, out=str(tmp_path / "lora")))
+    assert len(ckpt.files(tmp_path / "lora").shapes) == 80
     export.main(export.Config(ckpt=str(adapters), merge=True, format="wan", out=str(tmp_path / "merged")))
-    assert (tmp_path / "s/sheet.png").exists() and len(ckpt.files(tmp_path / "lora").shapes) == 80
     merged, base = ckpt.weights(tmp_path / "merged"), ckpt.weights(teacher)
     changed = {name for name in base.shapes if not torch.equal(base.tensor(name), merged.tensor(name))}
-    assert changed == {f"blocks.{i}.{m}.weight" for i in range(4) for m in (
-        "ffn.0", "ffn.2", *(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo"))}
+    layers = ["ffn.0", "ffn.2", *(f"{a}.{x}" for a in ("self_attn", "cross_attn") for x in "qkvo")]
+    assert changed == {f"blocks.{i}.{layer}.weight" for i in range(4) for layer in layers}
 
 
-REFUSED = [
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+REFUSED = [  # flags, what the message says
     (dict(teacher="nowhere"), "nowhere"),
     (dict(model="wan-1.3b"), "--model=wan-1.3b, but"),
     (dict(times=(1.0, 0.5, 0.7), shift=None), "descend"),
@@ -360,46 +599,40 @@ REFUSED = [
     (dict(times=(1.0, 0.5)), "--shift=5.0 does not apply"),
     (dict(window=(0, 1, 1)), "window is .0, 1, 1."),
     (dict(sp=3), "--sp=3"),
+    (dict(vae="x"), "--vae"),
+    (dict(allow=("lrr",)), "lrr"),
     (dict(wandb="online"), "WANDB_API_KEY"),
     (dict(lora_alpha=4.0), "needs --lora_rank"),
 ]
 
 
 @pytest.mark.parametrize("flags, said", REFUSED, ids=[" ".join(f) for f, _ in REFUSED])
-def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, teacher, tmp_path, capsys, monkeypatch, flags, said):
+def test_bad_flags_are_refused_in_a_line_before_anything_is_written(
+        data, teacher, tmp_path, capsys, monkeypatch, flags, said):
     monkeypatch.setattr("wandb.login", lambda **how: False)
-    with pytest.raises(SystemExit) as refused:
-        run(distill.main, replace(config(data, teacher, tmp_path / "run"), **flags))
-    assert refused.value.code == 2 and re.search(said, capsys.readouterr().err) and not (tmp_path / "run").exists()
+    message = refused(distill.main, replace(config(data, teacher, tmp_path / "run"), **flags), capsys)
+    assert message.startswith("distill.py: ")
+    assert re.search(said, message)
+    assert not (tmp_path / "run").exists()
 
 
-def test_another_teacher_on_resume_and_a_student_as_teacher_are_refused(data, teacher, whole, tmp_path, capsys):
-    run(train.main, train.Config(data=data, out=str(tmp_path / "other"), steps=2, batch=4, val_every=0, samples=0))
-    with pytest.raises(SystemExit):
-        run(distill.main, config(data, str(tmp_path / "other"), whole))
-    assert "other (is not what" in capsys.readouterr().err
-    subprocess.run(["cp", "-r", teacher, tmp_path / "moved"], check=True)
-    for other in (config(data, str(tmp_path / "moved"), whole), config(data, str(tmp_path / "other"), whole, allow=("teacher",))):
-        run(distill.main, other)
-        assert "is finished" in capsys.readouterr().out
-    run(prepare.main, prepare.Config(clips=61, out=str(tmp_path / "data")))
-    with pytest.raises(SystemExit):
-        run(distill.main, config(str(tmp_path / "data"), teacher, whole))
-    assert "data (is not what" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(distill.main, config(data, str(whole), tmp_path / "run"))
-    assert "itself a few-step student" in capsys.readouterr().err
+@pytest.mark.parametrize("flag, said", [("--start=data", "start"), ("--student_steps=few", "few"),
+                                        ("--schedule=wavy", "cosine")])
+def test_an_unknown_flag_and_a_wrong_value_exit_2_and_name_what_is_accepted(capsys, flag, said):
+    with pytest.raises(SystemExit) as exit:
+        tyro.cli(distill.Config, args=[flag])
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
 
 
-# ---- a student that is known: two nets that learn, an exact teacher, a mixture of Gaussians in two dimensions
-
+# ---- a student that is known: two nets that learn, an exact teacher, a mixture of Gaussians in two dimensions -------
 
 MEANS = torch.tensor([[2.0, 0.0], [-1.0, 1.7], [-1.0, -1.7]])
 SPREAD = 0.3
 
 
-def mixture(x, t, text):
-    """The velocity that flow matching learns from the mixture of equal Gaussians at MEANS of std SPREAD (distill.md's closed form)."""
+def mixture(x, t, cond):
+    """The velocity that flow matching learns from equal Gaussians of std SPREAD at MEANS, in closed form."""
     point, t = x.flatten(1), t.view(-1, 1, 1)
     variance = (1 - t) ** 2 * SPREAD**2 + t**2                                  # (B, 1, 1)
     off = point[:, None] - (1 - t) * MEANS                                      # (B, modes, 2)
@@ -408,88 +641,104 @@ def mixture(x, t, text):
     return v.sum(1).view(x.shape)
 
 
-class Learner(torch.nn.Module):
-    """The exact teacher plus a correction that starts at zero: student and critic, as in a real run, begin as the teacher."""
+class Corrected(torch.nn.Module):
+    """The exact teacher plus a correction that starts at zero: student and critic, as in a real run, begin as it."""
 
     def __init__(self, seed):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.layers = torch.nn.Sequential(torch.nn.Linear(5, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 2))
+            self.layers = torch.nn.Sequential(
+                torch.nn.Linear(5, 64), torch.nn.SiLU(),
+                torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                torch.nn.Linear(64, 2),
+            )
         torch.nn.init.zeros_(self.layers[-1].weight)
         torch.nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, x, t, text):
+    def forward(self, x, t, cond):
         features = torch.cat([x.flatten(1), t[:, None], torch.cos(3 * t)[:, None], torch.sin(3 * t)[:, None]], 1)
-        return mixture(x, t, text) + self.layers(features).view(x.shape)
+        return mixture(x, t, cond) + self.layers(features).view(x.shape)
 
 
+def learner(net):
+    """The net as train_step takes it, in a process of its own."""
+    rows = {name: parallel.Part(p.detach(), 0, tuple(p.shape)) for name, p in net.named_parameters()}
+    opt, opt_rows = adamw(rows, (0.0, 0.999), 0.0)
+
+    def norm():
+        parallel.collect(net, rows)
+        return torch.nn.utils.get_total_norm([part.tensor.grad for part in rows.values()])
+
+    return Learner(rows, opt, opt_rows, lambda last: None, norm, copies(rows))
+
+
+@pytest.mark.slow
 def test_a_one_step_student_of_a_mixture_finds_its_modes():
-    """One step from noise: undistilled it lands on the mixture's mean, where no sample is; distilled it lands on the modes."""
+    """One step from noise: undistilled it lands on the mixture's mean, where no sample is; distilled on the modes."""
     rng = torch.Generator().manual_seed(0)
-    randn = lambda n: torch.randn(n, 2, 1, 1, 1, generator=rng)  # noqa: E731
-    nets = {}
-    for role, seed in (("student", 1), ("critic", 2)):
-        net = Learner(seed)
-        rows = {n: (p.detach(), 0, tuple(p.shape)) for n, p in net.named_parameters()}
-        nets[role] = net, rows, adamw(rows, (0.0, 0.999), 0.0)[0]
+    student, critic = Corrected(1), Corrected(2)
+    me, other = learner(student), learner(critic)
 
-    def update(role, loss, lr):
-        net, rows, opt = nets[role]
+    def randn(n):
+        return torch.randn(n, 2, 1, 1, 1, generator=rng)
 
-        def norm():
-            for n, p in net.named_parameters():
-                rows[n][0].grad, p.grad = p.grad, None
-            return torch.nn.utils.get_total_norm([r[0].grad for r in rows.values()])
-        train_step(opt, [loss], lr=lr, clip=10.0, sync=lambda last: None, norm=norm)
+    def generate(n):
+        return rollout(student, randn(n), None, [1.0], [], 0)
 
-    student, critic = nets["student"][0], nets["critic"][0]
-    times = [1.0]
-    far = lambda x: torch.cdist(x.flatten(1), MEANS).min(1).values  # noqa: E731
-    assert far(rollout(student, randn(500), None, times, [], 0)).median() > 1.0
-    ema = [r[0].clone() for r in nets["student"][1].values()]
+    def from_a_mode(x):
+        return torch.cdist(x.flatten(1), MEANS).min(1).values
+
+    def share_of_modes(x):
+        return torch.cdist(x.flatten(1), MEANS).argmin(1).bincount(minlength=3) / len(x)
+
+    assert from_a_mode(generate(500)).median() > 1.0
     for step in range(1800):
         t = sample_t(torch.rand(256, generator=rng), "uniform", 1.0, (0.02, 0.98))
         if (step + 1) % 5 == 0:
-            update("student", lambda: dmd_loss(rollout(student, randn(256), None, times, [], 0), mixture, critic, None, None, t, randn(256), 1.0), 3e-3)
-            ema_update(ema, [r[0] for r in nets["student"][1].values()], 0.95, step)
+            e = randn(256)
+            train_step(me, [lambda: dmd_loss(generate(256), mixture, critic, None, None, t, e, None)], lr=3e-3,
+                       clip=10.0, ema=0.95)
         with torch.no_grad():
-            x0 = rollout(student, randn(256), None, times, [], 0)
-        update("critic", lambda: flow_loss(critic, x0, None, t, randn(256)), 3e-3)
-    with torch.no_grad():
-        for p, a in zip(student.parameters(), ema):
-            p.copy_(a)
-        x = rollout(student, randn(1500), None, times, [], 0)
+            x0 = generate(256)
+        train_step(other, [lambda: flow_loss(critic, x0, None, t, randn(256))], lr=3e-3, clip=10.0)
+    with averaged(me), torch.no_grad():
+        x = generate(1500)
         true = euler(mixture, randn(1500), None, grid(50, 1.0))
-    counts = lambda x: torch.cdist(x.flatten(1), MEANS).argmin(1).bincount(minlength=3) / len(x)  # noqa: E731
-    assert (counts(x) - 1 / 3).abs().max() < 0.1, counts(x)                     # all three modes; their sampling error is 0.012
-    assert far(true).median() == pytest.approx(SPREAD * 1.18, rel=0.1)          # the sampler's floor: Rayleigh's median
-    assert far(x).median() < 0.8, far(x).median()                               # of 2 from the mean to any mode
+    assert (share_of_modes(x) - 1 / 3).abs().max() < 0.1                        # their sampling error is 0.012
+    assert from_a_mode(true).median() == pytest.approx(SPREAD * 1.18, rel=0.1)  # the sampler's floor: Rayleigh's median
+    assert from_a_mode(x).median() < 0.8                                        # of 2 from the mean to any mode
 
 
 def gaussian(mean, std):
-    """The velocity of N(mean, std²): what flow matching learns from it."""
-    def net(x, t, text):
-        t, m = t.view(-1, 1, 1, 1, 1), mean if text is None else text
+    """The velocity of N(mean, std²): what flow matching learns from it; cond, if given, is the mean."""
+    def net(x, t, cond):
+        t, m = t.view(-1, 1, 1, 1, 1), mean if cond is None else cond
         return -m + (t - (1 - t) * std**2) / ((1 - t) ** 2 * std**2 + t**2) * (x - (1 - t) * m)
     return net
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_student_beside_an_exact_critic_becomes_the_guided_gaussian(scale):
-    """Conditional N(1, .5²), unconditional N(.2, .5²): equal spreads, where u + s (c - u) is exactly N(.2 + .8 s, .5²)."""
+    """Conditional N(1, .5²), unconditional N(.2, .5²): of equal spreads u + s (c - u) is exactly N(.2 + .8 s, .5²)."""
     rng = torch.Generator().manual_seed(0)
     mean, std = (torch.tensor(x, requires_grad=True, dtype=torch.float64) for x in (-0.5, 1.2))
     opt = torch.optim.Adam([mean, std], lr=0.05, betas=(0.0, 0.99))
-    text, null = torch.tensor(1.0).double(), torch.tensor(0.2).double()
+    cond, uncond, teacher = torch.tensor(1.0).double(), torch.tensor(0.2).double(), gaussian(None, 0.5)
     for step in range(1500):
         z, e = (torch.randn(256, 1, 1, 1, 1, generator=rng, dtype=torch.float64) for _ in range(2))
         t = sample_t(torch.rand(256, generator=rng), "uniform", 2.0, (0.02, 0.98)).double()
-        critic = lambda x, t, _: gaussian(mean.detach(), std.detach())(x, t, None)  # noqa: E731
-        loss, _ = dmd_loss(mean + std * z, gaussian(None, 0.5), critic, text, null, t, e, scale)
+        exact = gaussian(mean.detach(), std.detach())
+
+        def critic(x, t, cond):
+            return exact(x, t, None)
+
+        guidance = None if scale == 1 else torch.full((256,), scale).double()
+        loss, _ = dmd_loss(mean + std * z, teacher, critic, cond, uncond, t, e, guidance)
         for group in opt.param_groups:
             group["lr"] = 0.05 * (1 - step / 1500)
         opt.zero_grad()
         loss.backward()
         opt.step()
-    assert mean.item() == pytest.approx(0.2 + scale * 0.8, abs=0.03) and std.item() == pytest.approx(0.5, abs=0.03)
+    assert mean.item() == pytest.approx(0.2 + scale * 0.8, abs=0.03)
+    assert std.item() == pytest.approx(0.5, abs=0.03)
