@@ -18,7 +18,6 @@ import re
 import sys
 import time
 import unicodedata
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,6 +29,7 @@ import tyro
 from tqdm import tqdm
 
 import codec
+import flags
 import parallel
 import shapes
 from data import Writer, stream, write_whole
@@ -79,7 +79,7 @@ FILMS = set(".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .
 
 
 def main(cfg):
-    with door():
+    with flags.door(__file__):
         cfg = resolve(cfg)
         world = parallel.init(cfg.device if cfg.codec == "wan" else "cpu")
         coder = codec.load(cfg.codec, vae=cfg.vae, text=cfg.text, device=world.device,
@@ -337,16 +337,6 @@ def compose(name):
 
 
 # ---- the door -------------------------------------------------------------------------------------------------------
-
-@contextmanager
-def door():
-    """Bad input is refused in one line, exit code 2, before anything is encoded; a bug later on keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
 
 def resolve(cfg):
     """The config with None replaced by its defaults; ValueError for flags that are impossible together."""
