@@ -576,7 +576,7 @@ def test_adapters_stopped_and_resumed_are_the_uninterrupted_ones_to_the_bit(data
 
 @pytest.mark.slow
 def test_two_ranks_distil_adapters_as_one_does(data, teacher, adapters, tmp_path):
-    cfg = config(data, teacher, tmp_path / "run", steps=4, micro_batch=1, shard=-1, samples=0, **LORA)
+    cfg = config(data, teacher, tmp_path / "run", steps=2, micro_batch=1, shard=-1, samples=0, **LORA)
     finished(shell(2, "distill.py", *as_flags(cfg)))
     close(log_of(cfg.out), log_of(adapters), 2e-4, *LOSSES)
 
