@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
 import ckpt
 import codec
@@ -681,5 +680,5 @@ def show_first(micro, origin, cfg, world, log):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config, DEFAULTS))
     parallel.leave()

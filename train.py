@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import tyro
 
 import ckpt
 import codec
@@ -483,5 +482,5 @@ def show_first(micro, data, cfg, world, log):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config, DEFAULTS))
     parallel.leave()
