@@ -555,7 +555,7 @@ def free(cfg):
 
 
 def validated(cfg, step, world):
-    """Whether there is nothing to validate at this step, or the log holds it: a kill right after saving prevents it."""
+    """Whether there is nothing to validate at this step, or the log holds a number with which validation ends."""
     done = not cfg.samples or not world.main or holds(cfg.out, step, "val_std")
     return parallel.agree(done, world)
 
@@ -638,11 +638,11 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         goal.append(parallel.spread(many_steps, n, chunk, world))
     seen = parallel.spread(inside, len(ids), chunk, world)
     if world.main:
-        log(step, **likeness(drawn, goal[0]))
         captions = [data.caption(i) for i in ids]
         show(step, "samples", dict(student=drawn[::SEEDS], teacher=goal[0][::SEEDS]), captions, origin, cfg, log, world)
         x0, f, r = seen.unbind(1)
         show(step, "inside", {"student": x0, "critic's x0": f, "teacher's x0": r}, captions, origin, cfg, log, world)
+        log(step, **likeness(drawn, goal[0]))
 
 
 def show(step, kind, rows, captions, origin, cfg, log, world):

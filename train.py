@@ -185,8 +185,8 @@ def main(cfg):
             ckpt.save(cfg.out, step, state, meta, keep=cfg.keep, report=log.say, **world.ranks)
         if not stop and (last or due(step, cfg.val_every)) and not validated(cfg, step, data, world):
             with averaged(me):
-                log(step, **validate(net, step, data, cfg, world))
                 show(net, step, data, cfg, world, log)
+                log(step, **validate(net, step, data, cfg, world))
         if last or stop:
             log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}{'' if last else '; the same command goes on'}")
             break
@@ -377,7 +377,7 @@ def patterns(cfg, shapes):
 
 
 def validated(cfg, step, data, world):
-    """Whether the log holds the validation at this step, which a kill right after saving may have prevented."""
+    """Whether the log holds the number with which validation at this step ends: a kill may have come before."""
     return parallel.agree(not world.main or holds(cfg.out, step, loss_name(data)), world)
 
 

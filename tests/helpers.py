@@ -171,18 +171,18 @@ def run_stopped(root, cfg, update):
         run(root.main, cfg)
 
 
-def run_killed(root, cfg, step):
-    """A run that is killed when it begins to validate at this step."""
+def run_killed(root, cfg, step, function):
+    """A run that is killed when it calls this function of its root at this step."""
+    original = getattr(root, function)
+    named = inspect.signature(original)
+
+    def killed(*args):
+        if named.bind(*args).arguments["step"] == step:
+            raise Killed
+        return original(*args)
+
     with pytest.MonkeyPatch.context() as patch:
-        original = root.validate
-        named = inspect.signature(original)
-
-        def killed(*args):
-            if named.bind(*args).arguments["step"] == step:
-                raise Killed
-            return original(*args)
-
-        patch.setattr(root, "validate", killed)
+        patch.setattr(root, function, killed)
         with pytest.raises(Killed):
             run(root.main, cfg)
 

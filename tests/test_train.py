@@ -77,6 +77,7 @@ def test_a_run_leaves_its_log_curves_page_videos_and_checkpoints(whole):
 # ---- nothing is lost ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(data, whole, tmp_path, capsys):
     """Stopped between two saves; where a validation is due, which the next start makes up for; at the last step."""
     cfg = config(data, tmp_path / "run")
@@ -92,10 +93,11 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(data, who
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data, whole, tmp_path):
     cfg = config(data, tmp_path / "run", save_every=4)
-    for step in (4, 8):
-        run_killed(train, cfg, step)
+    for step, function in ((4, "show"), (8, "validate")):
+        run_killed(train, cfg, step, function)
         assert ckpt.latest(cfg.out).name == f"step_{step:07d}"
         assert "val_loss" not in log_of(cfg.out)[-1]
     run(train.main, cfg)
@@ -196,6 +198,7 @@ def test_a_flipped_sample_of_the_dataset_stops_the_run_by_name(data, tmp_path):
 # ---- what a run goes on with ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_flags_left_out_stay_as_they_were_when_the_defaults_change(data, whole, tmp_path, monkeypatch):
     """ema, lr and the others that config() does not give come from the row of the day the run began."""
     cfg = config(data, tmp_path / "run")
@@ -234,6 +237,7 @@ def old(whole, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_layout_goes_on(data, whole, old, tmp_path, capsys):
     cfg = config(data, copied(old, tmp_path / "run"))
     run(train.main, cfg)
@@ -242,6 +246,7 @@ def test_a_run_of_the_first_layout_goes_on(data, whole, old, tmp_path, capsys):
     assert log_of(cfg.out) == log_of(whole)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another_of_either_layout(data, whole, old, tmp_path):
     new, first = ckpt.weights(whole / "ckpt/step_0000006"), ckpt.weights(old)
     assert all(torch.equal(new.tensor(name), first.tensor(name)) for name in new.shapes)
@@ -252,6 +257,7 @@ def test_a_run_starts_from_the_weights_of_another_of_either_layout(data, whole, 
     assert log_of(tmp_path / "last")[0]["val_loss"] == pytest.approx(log_of(whole)[-1]["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_full_finetune_goes_on_when_its_init_has_gone_or_moved(data, whole, tmp_path, capsys):
     base = copied(whole, tmp_path / "base")
     cfg = config(data, tmp_path / "run", init=str(base), **QUIET)
@@ -265,6 +271,7 @@ def test_a_full_finetune_goes_on_when_its_init_has_gone_or_moved(data, whole, tm
     assert "is not what" in refused(train.main, replace(cfg, steps=4, init=other), capsys)
 
 
+@pytest.mark.slow
 def test_a_run_begun_from_anothers_checkpoint_goes_on_by_the_same_command(data, whole, tmp_path, capsys):
     cfg = config(data, tmp_path / "run", resume=str(whole / "ckpt/step_0000003"))
     run(train.main, replace(cfg, steps=5))
@@ -388,6 +395,7 @@ def test_an_adapters_alpha_is_its_rank_unless_it_is_given():
     assert train.resolve(train.Config()).lora_alpha is None
 
 
+@pytest.mark.slow
 def test_an_adapters_run_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(data, whole, lora, tmp_path):
     for steps in (3, 8):
         run(train.main, adapting(data, whole, tmp_path / "run", steps=steps))
@@ -407,6 +415,7 @@ def test_an_adapter_goes_on_with_its_base_wherever_that_is_and_with_no_other(dat
     assert "is not what" in refused(train.main, replace(cfg, steps=10), capsys)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_sampled_as_the_weights_that_it_is_merged_into(whole, lora, tmp_path):
     export.main(export.Config(ckpt=str(lora), merge=True, format="wan", out=str(tmp_path / "merged")))
     merged, null = ckpt.weights(tmp_path / "merged"), state(lora)["null"]
@@ -440,6 +449,7 @@ def test_an_adapter_beside_its_base_computes_what_the_merged_weights_do(whole, l
         assert (adapted(x, t, cond) - v).norm() > 1e-3 * v.norm()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_merged(data, lora, tmp_path):
     run(train.main, config(data, tmp_path / "next", steps=1, init=str(lora), samples=0))
     assert log_of(tmp_path / "next")[0]["val_loss"] == pytest.approx(log_of(lora)[-1]["val_loss"], rel=1e-5)
