@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
 import ckpt
 import codec
@@ -435,8 +434,8 @@ def resolve(cfg):
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
     row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
-    kept = {name: saved.get(name) for name in row if name not in cfg.allow}
-    cfg = flags.filled(cfg, kept, row)
+    kept = {*row, "precision", "lora_alpha"} - set(cfg.allow)
+    cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
     flags.at_least(cfg, 0, "guidance", "ema", "val_every", "save_every", "samples", "dense_ends", "lora_rank")
     flags.at_least(cfg, 1, "student_steps", "steps", "student_every", "batch", "keep")
@@ -681,5 +680,5 @@ def show_first(micro, origin, cfg, world, log):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config, DEFAULTS))
     parallel.leave()

@@ -9,6 +9,9 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 REFUSALS = ValueError, OSError, RuntimeError, ImportError
 
@@ -29,6 +32,20 @@ def raised_by_us(error):
     """Whether the innermost line of an error's trace is a `raise` in a file beside this one."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).parent == Path(__file__).parent and (last.line or "").startswith("raise ")
+
+
+def read(Config, defaults):
+    """The command line as a Config; its --help says what a flag that is left None is in each row of `defaults`."""
+    for field in fields(Config):
+        rows = {}       # {value: names of the rows that have it}
+        for name, row in defaults.items():
+            if field.name in row:
+                rows.setdefault(row[field.name], []).append(name)
+        if field.default is None and rows:
+            hint = "; ".join(f"{', '.join(names)} {value}" for value, names in rows.items())
+            shown = tyro.conf.arg(help_behavior_hint=f"(default: {hint})")
+            Config.__annotations__[field.name] = Annotated[field.type, shown]
+    return tyro.cli(Config)
 
 
 def filled(cfg, *rows):

@@ -25,7 +25,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 import codec
@@ -410,5 +409,5 @@ def spec_of(cfg, coder):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config, DEFAULTS))
     parallel.leave()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import tyro
 
 import ckpt
 import codec
@@ -320,8 +319,10 @@ def begin(cfg):
 def resolve(cfg):
     """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
     row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
-    kept = {name: saved.get(name) for name in row if name not in cfg.allow}
-    cfg = flags.filled(cfg, kept, row)
+    kept = {*row, "precision", "lora_alpha", "decay_steps"} - set(cfg.allow)
+    if cfg.steps not in (None, saved.get("steps")):
+        kept -= {"decay_steps"}     # another length is another decay, which is refused unless allowed
+    cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     if cfg.schedule != "constant" and cfg.decay_steps is None:
         cfg = replace(cfg, decay_steps=cfg.steps)
     if cfg.lora_rank and not cfg.init:
@@ -483,5 +484,5 @@ def show_first(micro, data, cfg, world, log):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config, DEFAULTS))
     parallel.leave()

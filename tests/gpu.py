@@ -48,7 +48,7 @@ PARTS = {   # seconds in a run of all parts, the modules that it needs, the comm
 }
 SIZES = {   # what stands for {model} and {grid}
     "cuda": {"model": "wan-1.3b", "grid": "--grid 30 48 80 --tile 6 8 8 --heads=24"},
-    "cpu": {"model": "tiny", "grid": "--no-check --grid 4 8 8 --tile 2 4 4 --heads=1 --width=32"},
+    "cpu": {"model": "tiny", "grid": "--no-check --grid 4 8 8 --tile 2 4 4 --window 1 1 1 --heads=1 --width=32"},
 }
 ALONE = 4       # times the limit that a part has which was asked for by name
 

@@ -61,6 +61,7 @@ def drop_grad(p):
     p.grad = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", (False, True))
 @pytest.mark.parametrize("remat", (False, True))
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))

@@ -61,6 +61,7 @@ def launched(tmp_path, monkeypatch):
     return launch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/*.sh")), ids=lambda path: path.name)
 def test_a_recipe_takes_what_its_first_lines_say(recipe, launched, capsys):
     script, *flags = launched(recipe, "--dry_run", *ON.get(recipe.name, ("8", "80")))
