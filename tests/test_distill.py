@@ -206,6 +206,11 @@ def test_flags_left_out_stay_as_they_were_when_the_defaults_change(data, teacher
     assert distill.resolve(replace(cfg, ema=0.7))[0].ema == 0.7
 
 
+def test_values_that_were_worked_out_when_a_run_began_stay(data, teacher, whole):
+    cfg, _ = distill.resolve(config(data, teacher, whole, steps=None, shift=None))
+    assert (cfg.steps, cfg.shift, cfg.precision) == (8, 5.0, "fp32")
+
+
 @pytest.mark.slow
 def test_a_run_from_before_a_flag_goes_on_and_one_with_a_flag_that_is_gone_is_refused(
         data, teacher, whole, tmp_path, capsys):

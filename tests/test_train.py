@@ -395,6 +395,13 @@ def test_an_adapters_alpha_is_its_rank_unless_it_is_given():
     assert train.resolve(train.Config()).lora_alpha is None
 
 
+def test_values_that_were_worked_out_when_a_run_began_stay(data, whole, lora):
+    cfg = train.resolve(config(data, whole, steps=None, decay_steps=None))
+    assert (cfg.steps, cfg.decay_steps, cfg.precision) == (8, 8, "fp32")
+    assert train.resolve(config(data, whole, steps=9, decay_steps=None)).decay_steps == 9       # which is refused
+    assert train.resolve(adapting(data, whole, lora, lora_alpha=None)).lora_alpha == 6.0
+
+
 @pytest.mark.slow
 def test_an_adapters_run_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(data, whole, lora, tmp_path):
     for steps in (3, 8):
