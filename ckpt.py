@@ -204,16 +204,26 @@ def differences(path, saved, flags, inputs, free, before=None):
 
 
 def flags_of(out, resume=None):
-    """The flags of the run that `newest` would go on from, {} if none: of the newest manifest that can be read.
+    """The flags of the run that `newest` would go on from, {} if none. See meta_of."""
+    return meta_of(out, resume).get("config", {})
 
-    No file of tensors is looked at, so that this may come before anything else.
+
+def sampling_of(path):
+    """How to sample from a run's newest checkpoint, or from a checkpoint; None of other weights. See meta_of."""
+    return meta_of(path, path).get("sampling")
+
+
+def meta_of(out, other=None):
+    """The meta of a run's newest checkpoint whose manifest can be read, else of the checkpoint `other`, else {}.
+
+    No file of tensors is looked at, so that this may come before anything else; what is damaged is found later.
     """
-    for path in reversed(steps(out).values()):
+    for path in [*reversed(steps(out).values()), other]:
         try:
-            return read_manifest(path)["meta"].get("config", {})
+            return read_manifest(path)["meta"] if path else {}
         except (OSError, ValueError):
-            continue    # `latest` reports it
-    return read_manifest(resume)["meta"].get("config", {}) if resume else {}
+            continue
+    return {}
 
 
 def verify(path, roles=None, *, rank=0, world=1, agree=identity):

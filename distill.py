@@ -392,7 +392,7 @@ class Origin(NamedTuple):
 
 def begin(cfg):
     """The resolved config, the ranks, the dataset and the run's Origin; errors for what cannot be, or exits."""
-    cfg, weights = resolve(cfg)
+    cfg = resolve(cfg)
     takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True)
     if cfg.dry_run:
         raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes))
@@ -407,6 +407,7 @@ def begin(cfg):
         world=world.data_size,
         device=world.device,
     )
+    weights = ckpt.weights(cfg.teacher, **world.ranks)
     teacher, student = samplings(cfg, data, weights)
     codec.load(teacher["codec"], vae=cfg.vae if world.main else None)       # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
@@ -426,15 +427,14 @@ def begin(cfg):
 
 
 def resolve(cfg):
-    """The config with each None filled, and the teacher's weights, None where a dry run finds none.
-
-    From the run that goes on, else from the model's row. ValueError for values that are impossible together.
-    """
-    cfg, weights = inherit(cfg)
+    """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
+    cfg = inherit(cfg)
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
     row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
     kept = {*row, "precision", "lora_alpha"} - set(cfg.allow)
+    if not cfg.lora_rank:
+        kept -= {"lora_alpha"}      # the rank is what differs, and is named
     cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
     flags.at_least(cfg, 0, "guidance", "ema", "val_every", "save_every", "samples", "dense_ends", "lora_rank")
@@ -452,19 +452,16 @@ def resolve(cfg):
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
-    return replace(cfg, times=times, student_steps=len(times)), weights
+    return replace(cfg, times=times, student_steps=len(times))
 
 
 def inherit(cfg):
-    """The config with what a teacher of ours decides, the model's size and the student's window; its weights."""
-    if cfg.dry_run and cfg.model and not Path(cfg.teacher).exists():
-        return cfg, None
-    weights = ckpt.weights(cfg.teacher)
-    sampling = weights.sampling
+    """The config with what a teacher of ours decides: the model's size, and the student's window unless one is given."""
+    sampling = ckpt.sampling_of(cfg.teacher)
     if sampling is None:
         if cfg.model is None:
             raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
-        return cfg, weights
+        return cfg
     if cfg.model not in (None, sampling["model"]):
         raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
     if "times" in sampling:
@@ -473,7 +470,7 @@ def inherit(cfg):
     if sampling["window"] and not cfg.window:
         window, tile = tuple(sampling["window"]), tuple(sampling["tile"])
         cfg = replace(cfg, window=window, tile=tile, dense_ends=sampling["dense_ends"])
-    return cfg, weights
+    return cfg
 
 
 def samplings(cfg, data, weights):

@@ -8,6 +8,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from opcode import opmap
 from pathlib import Path
 from typing import Annotated
 
@@ -29,9 +30,13 @@ def door(file):
 
 
 def raised_by_us(error):
-    """Whether the innermost line of an error's trace is a `raise` in a file beside this one."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).parent == Path(__file__).parent and (last.line or "").startswith("raise ")
+    """Whether a `raise` in a file beside this one made the error, not something that it called."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    here = Path(code.co_filename).parent == Path(__file__).parent
+    return here and code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def read(Config, defaults):

@@ -322,6 +322,8 @@ def resolve(cfg):
     kept = {*row, "precision", "lora_alpha", "decay_steps"} - set(cfg.allow)
     if cfg.steps not in (None, saved.get("steps")):
         kept -= {"decay_steps"}     # another length is another decay, which is refused unless allowed
+    if not cfg.lora_rank:
+        kept -= {"lora_alpha"}      # the rank is what differs, and is named
     cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     if cfg.schedule != "constant" and cfg.decay_steps is None:
         cfg = replace(cfg, decay_steps=cfg.steps)

@@ -175,7 +175,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_and_names_the_promp
     run(distill.main, cfg)
     printed, latents = capsys.readouterr().out, Latents(data, seed=0, batch=4)
     for role, step in (("student", 1), ("critic", 1), ("critic", 2)):
-        _, ids = distill.prompts(latents, distill.resolve(cfg)[0], role, step)
+        _, ids = distill.prompts(latents, distill.resolve(cfg), role, step)
         assert len(ids) == 4
         assert f"step {step}: the {role}'s gradient norm is nan, update skipped; samples {ids}\n" in printed
     assert printed.count("skipped; samples") == 3
@@ -202,12 +202,12 @@ def test_flags_left_out_stay_as_they_were_when_the_defaults_change(data, teacher
     monkeypatch.setitem(distill.DEFAULTS, "tiny", new)
     run(distill.main, cfg)
     assert same(state(cfg.out), state(whole))
-    assert distill.resolve(replace(cfg, allow=("ema",)))[0].ema == 0.1
-    assert distill.resolve(replace(cfg, ema=0.7))[0].ema == 0.7
+    assert distill.resolve(replace(cfg, allow=("ema",))).ema == 0.1
+    assert distill.resolve(replace(cfg, ema=0.7)).ema == 0.7
 
 
 def test_values_that_were_worked_out_when_a_run_began_stay(data, teacher, whole):
-    cfg, _ = distill.resolve(config(data, teacher, whole, steps=None, shift=None))
+    cfg = distill.resolve(config(data, teacher, whole, steps=None, shift=None))
     assert (cfg.steps, cfg.shift, cfg.precision) == (8, 5.0, "fp32")
 
 
@@ -475,7 +475,7 @@ def test_validation_forwards_no_more_than_a_micro_batch(data, teacher, tmp_path,
 
 def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, teacher, whole):
     """The last validation's figures, made again from the checkpoints alone."""
-    cfg, _ = distill.resolve(config(data, teacher, whole))
+    cfg = distill.resolve(config(data, teacher, whole))
     latents, how = Latents(data, seed=0, batch=4), meta(teacher)["sampling"]
     shape = latents.shape_of(0)
     ids = [i for i in range(latents.count) if latents.shape_of(i) == shape][:2]

@@ -181,8 +181,8 @@ def distilling(cfg, world):
 
 
 def distill_config(monkeypatch, **flags):
-    monkeypatch.setattr(distill, "inherit", lambda cfg: (cfg, None))
-    cfg, _ = distill.resolve(distill.Config(model="tiny", batch=4, out="nowhere", **flags))
+    monkeypatch.setattr(distill, "inherit", lambda cfg: cfg)
+    cfg = distill.resolve(distill.Config(model="tiny", batch=4, out="nowhere", **flags))
     return cfg
 
 

@@ -164,7 +164,7 @@ def weighed(main, size=1, *, shard=1, shapes=((24, 5, 8, 8),), length=8, **flags
         cfg = train.resolve(train.Config(out="nowhere", **flags))
         lora, takes = train.adapter(cfg), dict(optimizer=train.optimizer(cfg))
     else:
-        cfg, _ = distill.resolve(distill.Config(out="nowhere", teacher="nowhere", dry_run=(1,), **flags))
+        cfg = distill.resolve(distill.Config(out="nowhere", teacher="nowhere", dry_run=(1,), **flags))
         lora, takes = distill.adapters(cfg), dict(optimizer=distill.optimizer(cfg), learners=2, teacher=True)
     return plan.weigh(cfg, parallel.imagine(size, shard, cfg.sp), lora, shapes, length, **takes)
 
