@@ -392,12 +392,15 @@ class Origin(NamedTuple):
 
 def begin(cfg):
     """The resolved config, the ranks, the dataset and the run's Origin; errors for what cannot be, or exits."""
-    cfg, weights = resolve(cfg)
-    takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True)
+    takes = dict(learners=2, teacher=True)
     if cfg.dry_run:
-        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes))
-    world = parallel.init(cfg.device, cfg.shard, cfg.sp, cfg.precision, cfg.compile, cfg.deterministic)
-    cfg = replace(cfg, precision=world.precision)
+        cfg, _ = resolve(cfg)
+        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), optimizer=optimizer(cfg), **takes))
+    # before the other flags: all ranks share the work of verifying the teacher, whose model decides these
+    saved = {} if "precision" in cfg.allow else ckpt.flags_of(cfg.out, cfg.resume)
+    precision = cfg.precision or saved.get("precision")
+    world = parallel.init(cfg.device, cfg.shard, cfg.sp, precision, cfg.compile, cfg.deterministic)
+    cfg, weights = resolve(replace(cfg, precision=world.precision), **world.ranks)
     data = Latents(
         cfg.data,
         seed=cfg.seed,
@@ -410,7 +413,7 @@ def begin(cfg):
     teacher, student = samplings(cfg, data, weights)
     codec.load(teacher["codec"], vae=cfg.vae if world.main else None)       # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
-    plan.start(cfg, world, adapters(cfg), data, **takes)
+    plan.start(cfg, world, adapters(cfg), data, optimizer=optimizer(cfg), **takes)
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
     base = ckpt.base_of(cfg.teacher, weights)
@@ -425,12 +428,12 @@ def begin(cfg):
     return cfg, world, data, Origin(path, step, counts, weights, base, inputs, teacher, student)
 
 
-def resolve(cfg):
+def resolve(cfg, **ranks):
     """The config with each None filled, and the teacher's weights, None where a dry run finds none.
 
     From the run that goes on, else from the model's row. ValueError for values that are impossible together.
     """
-    cfg, weights = inherit(cfg)
+    cfg, weights = inherit(cfg, **ranks)
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
     row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
@@ -455,11 +458,11 @@ def resolve(cfg):
     return replace(cfg, times=times, student_steps=len(times)), weights
 
 
-def inherit(cfg):
+def inherit(cfg, **ranks):
     """The config with what a teacher of ours decides, the model's size and the student's window; its weights."""
     if cfg.dry_run and cfg.model and not Path(cfg.teacher).exists():
         return cfg, None
-    weights = ckpt.weights(cfg.teacher)
+    weights = ckpt.weights(cfg.teacher, **ranks)
     sampling = weights.sampling
     if sampling is None:
         if cfg.model is None:
