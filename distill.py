@@ -165,7 +165,7 @@ def main(cfg):
     # 1) refuse what cannot be, before anything is allocated or written
     with flags.door(__file__):
         cfg, world, data, origin = begin(cfg)
-        if origin.step >= cfg.steps and validated(cfg, origin.step, world):
+        if origin.step > cfg.steps or origin.step == cfg.steps and validated(cfg, origin.step, world):
             return world.say(finished(cfg, origin))
 
     # 2) build: three nets of one make; with LoRA one, of which student and critic are adapters
@@ -217,7 +217,7 @@ def main(cfg):
             with averaged(student):
                 validate(step, nets, goal, data, origin, cfg, log, world)
         if last or stop:
-            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}{'' if last else '; the same command goes on'}")
+            log.say(ended(step, cfg))
             break
 
         # the student follows the teacher, now and then
@@ -555,6 +555,11 @@ def validated(cfg, step, world):
     """Whether there is nothing to validate at this step, or the log holds a number with which validation ends."""
     done = not cfg.samples or not world.main or holds(cfg.out, step, "val_std")
     return parallel.agree(done, world)
+
+
+def ended(step, cfg):
+    saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 
 def finished(cfg, origin):

@@ -70,7 +70,7 @@ class Log:
         write(file, json.dumps(self.about, indent=1) + "\n")
         (self.out / "log.jsonl").touch()
         self.jsonl = open(self.out / "log.jsonl", "r+b")
-        self.entries, self.tail = cut_back(self.jsonl, step)
+        self.entries, self.tail = cut_back(self.jsonl, step or -1)      # nothing stays of a run that has saved nothing
         self.bar, self.shown = None, {}
         if sys.stdout.isatty() and sys.stderr.isatty() and os.get_terminal_size().columns:
             form = "{n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
@@ -128,9 +128,10 @@ class Log:
             self.bar.write(text) if self.bar else print(text, flush=True)
 
     def file(self, kind, step, suffix=""):
-        """The path for a file of this step, out/samples/step_0000500.mp4; makes its folder."""
+        """The path for a file of this step, out/samples/step_0000500.mp4; makes its folder if it can."""
         path = self.out / kind / f"step_{step:07d}{suffix and '.'}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def video(self, step, path, captions=(), rows=()):

@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
@@ -45,6 +46,7 @@ GRAPHS = 8          # per compiled shape: with and without gradient, 3 batch siz
 STOP = signal.SIGTERM, signal.SIGINT
 BEAT = 5.0          # seconds between two signs of life of a rank
 PATIENCE = 60.0     # seconds without one, after a signal, that mean its death
+ECHO = 3.0          # seconds in which signals are one: SLURM signals torchrun and its ranks, torchrun them too
 
 
 class Part(NamedTuple):
@@ -454,8 +456,8 @@ def wanted(n, rank, world):
 def stop_requested(world):
     """-> stopped(), to be called once a step: True on all ranks once one of them got SIGTERM or SIGINT. Also a barrier.
 
-    A second signal ends the process at once. So does, after a signal, the death of another rank, for which this one
-    might wait an hour: see `watch`.
+    A second signal, more than ECHO seconds later, ends the process at once. So does, after a signal, the death of
+    another rank, for which this one might wait an hour: see `watch`.
     """
     asked = []
     store = None
@@ -481,16 +483,17 @@ def watch(world, store, inbox, outbox):
     if store is not None:
         inbox.settimeout(BEAT)
     ranks = [str(rank) for rank in range(world.size)]
-    signals = b""
+    signals, until = b"", math.inf
     beats = [b""] * world.size
     missed = [0] * world.size   # polls in a row without a new beat; seconds would count suspensions
     while True:
         try:
-            signals += inbox.recv(64)
+            new = inbox.recv(64)
+            if time.monotonic() > until and any(number in signals for number in new):
+                os._exit(1)
+            signals, until = signals + new, min(until, time.monotonic() + ECHO)
         except TimeoutError:
             pass
-        if any(signals.count(number) > 1 for number in STOP):
-            os._exit(1)
         if store is None:
             continue
         try:

@@ -7,7 +7,7 @@
     python prepare.py --prompts=FILE --shape 24 5 8 8                       prompts alone, to distil from
 
 Under torchrun each rank encodes its share. Interrupted, the same command goes on where it was, and where the folder has
-got more films since, it adds them. Imports codec, data, parallel, shapes.
+got more films since, it adds them. Imports ckpt, codec, data, parallel, shapes.
 
 C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ckpt
 import codec
 import flags
 import parallel
@@ -92,6 +93,7 @@ def main(cfg):
         names, samples = source(cfg, encoder, embed)
         # shard the full list, so that ranks agree although each has finished other names
         count, names = len(names), names[world.rank::world.size]
+        ckpt.claim(cfg.out, **world.ranks)
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
     say = print if world.rank == 0 else lambda *_: None
     todo = [name for name in names if name not in writer.done]

@@ -148,7 +148,7 @@ def main(cfg):
     # 1) refuse what cannot be, before anything is allocated or written
     with flags.door(__file__):
         cfg, world, data, origin = begin(cfg)
-        if origin.step >= cfg.steps and validated(cfg, origin.step, data, world):
+        if origin.step > cfg.steps or origin.step == cfg.steps and validated(cfg, origin.step, data, world):
             return world.say(finished(cfg, origin))
 
     # 2) build: on meta, then over the ranks and compiled; what of it is trained
@@ -188,7 +188,7 @@ def main(cfg):
                 show(net, step, data, cfg, world, log)
                 log(step, **validate(net, step, data, cfg, world))
         if last or stop:
-            log.say(f"step {step} of {cfg.steps} is saved in {cfg.out}{'' if last else '; the same command goes on'}")
+            log.say(ended(step, cfg))
             break
 
         # one update
@@ -292,6 +292,8 @@ def begin(cfg):
         val=cfg.val,
         device=world.device,
     )
+    if not all(bucket["files"] for bucket in data.manifest["buckets"]):
+        raise ValueError(f"{cfg.data} holds prompts without latents: one can distil from it, not train on it")
     width = data.manifest["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
@@ -383,6 +385,11 @@ def patterns(cfg, shapes):
 def validated(cfg, step, data, world):
     """Whether the log holds the number with which validation at this step ends: a kill may have come before."""
     return parallel.agree(not world.main or holds(cfg.out, step, loss_name(data)), world)
+
+
+def ended(step, cfg):
+    saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 
 def finished(cfg, origin):

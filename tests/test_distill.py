@@ -146,6 +146,12 @@ def test_a_folder_is_claimed_before_anything_is_built(data, teacher, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
+def test_the_ranks_share_the_work_of_verifying_the_teacher(data, teacher, tmp_path, monkeypatch):
+    asked = spied(monkeypatch, ckpt, "weights", lambda out, path, **ranks: set(ranks))
+    run(distill.begin, config(data, teacher, tmp_path / "run"))
+    assert asked == [{"rank", "world", "agree"}]
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_no_file_of_the_teacher_is_open_while_the_student_learns(data, teacher, tmp_path, monkeypatch, lora_rank):
     files = str(Path(teacher).resolve())

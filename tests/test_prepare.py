@@ -441,9 +441,22 @@ def test_flags_that_cannot_be_are_refused_before_anything_is_written(flags, word
 
 def test_a_dataset_begun_with_other_settings_is_left_alone(tmp_path, capsys):
     run(clips=3, out=tmp_path / "set")
+    (tmp_path / "set/.owner").unlink()
     before = {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
     assert "frames was 17 and is now 9" in refused(capsys, clips=3, out=tmp_path / "set", frames=9)
+    (tmp_path / "set/.owner").unlink()
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+
+
+def test_two_processes_do_not_write_one_dataset(tmp_path, capsys):
+    code = f"import ckpt, time; ckpt.claim({str(tmp_path)!r}); print(flush=True); time.sleep(100)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    said = refused(capsys, clips=2, out=tmp_path)
+    other.kill()
+    other.wait()
+    assert f"is in use by process {other.pid}" in said and not (tmp_path / "spec.json").exists()
+    assert run(clips=2, out=tmp_path).count == 2
 
 
 def test_a_list_of_captions_that_cannot_be_read_is_named_with_its_line(tmp_path, capsys):

@@ -16,6 +16,7 @@ import tyro
 import ckpt
 import codec
 import export
+import prepare
 import sample
 import train
 from data import Latents
@@ -105,6 +106,44 @@ def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data
     assert same(state(cfg.out), state(whole))
     for step in (4, 8):
         assert (tmp_path / f"run/samples/step_{step:07d}.mp4").exists()
+
+
+def test_a_run_that_saved_nothing_leaves_nothing_to_the_log_of_the_next(data, tmp_path):
+    cfg = config(data, tmp_path / "run", steps=2, decay_steps=2, samples=0, seed=1)
+    run_killed(train, replace(cfg, seed=0), 2, "validate")
+    shutil.rmtree(tmp_path / "run/ckpt")
+    for out in (cfg.out, str(tmp_path / "new")):
+        run(train.main, replace(cfg, out=out))
+    assert log_of(cfg.out) == log_of(tmp_path / "new")
+
+
+def test_a_run_stopped_before_its_first_update_does_not_say_that_it_is_saved(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "Clock", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(train.main, config(data, tmp_path / "run"))
+    assert "step 0 of 8 is the start: nothing is saved; the same command goes on" in capsys.readouterr().out
+
+
+def test_fewer_steps_than_a_run_has_done_are_called_finished(data, whole, tmp_path, capsys):
+    out = copied(whole, tmp_path / "run")
+    shutil.rmtree(ckpt.step_folder(out, 8))
+    run(train.main, config(data, out, steps=4))
+    assert "step_0000006 is finished, 6 of 4 steps" in capsys.readouterr().out
+
+
+def test_a_folder_for_videos_that_cannot_be_made_does_not_end_a_run(data, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/samples").touch()
+    run(train.main, config(data, tmp_path / "run", steps=1))
+    assert "step_0000001.mp4 is not written (FileExistsError" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[-1].keys() >= {"loss", "val_loss"}
+
+
+def test_prompts_without_latents_are_refused_at_the_door(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red circle moving left\n")
+    out = str(tmp_path / "set")
+    run(prepare.main, prepare.Config(prompts=str(tmp_path / "p.txt"), shape=(24, 5, 8, 8), out=out))
+    assert "prompts without latents: one can distil" in refused(train.main, config(out, tmp_path / "run"), capsys)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("part", ["decode", "load"])
