@@ -441,7 +441,7 @@ def grid(pictures, columns=None, gap=4):
     h, w = np.max([picture.shape[:2] for picture in pictures], axis=0)
     zoom = max(1, min(256 // max(h, w), 1280 // (columns * w)))     # 32 px are shown at 256, a wall of them at 1280
     pictures = [picture.repeat(zoom, 0).repeat(zoom, 1) for picture in pictures]
-    h, w, rows = h * zoom + gap, w * zoom + gap, -(-len(pictures) // columns)
+    h, w, rows = h * zoom + gap, w * zoom + gap, math.ceil(len(pictures) / columns)
     sheet = np.full((rows * h - gap, columns * w - gap, 3), 16, np.uint8)
     for i, picture in enumerate(pictures):
         top, left = i // columns * h, i % columns * w
@@ -465,7 +465,7 @@ def contact_sheet(path, videos, captions):
 
     rows = min(len(videos), 24)
     h, w = np.max(sizes, axis=0) + [label + gap, 3 * gap]       # of a cell
-    height, width = rows * h + gap, -(-len(videos) // rows) * w
+    height, width = rows * h + gap, math.ceil(len(videos) / rows) * w
     sheet = Figure((width / 100, height / 100), dpi=100, facecolor="#101010")
     for i, (strip, size, caption) in enumerate(zip(strips, sizes, captions, strict=True)):
         left, top = i // rows * w + 2 * gap, height - i % rows * h - gap

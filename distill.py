@@ -10,7 +10,6 @@ Reads top to bottom: flags, setup in five steps, the loop, the two losses, valid
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
-import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise

@@ -34,6 +34,7 @@ from shapes import CAPTIONS, clip, features, judge
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
 NEAREST = 5             # recall: a clip reaches as far as its 5th neighbour
+HALVES = 200            # random halves of the clips, from which two systems' intervals are read
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Config:
 def main(cfg):
     with flags.door(__file__):
         world = parallel.init(cfg.device, precision="fp32")
-        student = stored(cfg.ckpt, cfg, world)
-        teacher = stored(cfg.teacher, cfg, world) if cfg.teacher else None
+        roles = [cfg.weights, "null"]
+        student = ckpt.stored(cfg.ckpt, roles, **world.ranks)
+        teacher = ckpt.stored(cfg.teacher, roles, **world.ranks) if cfg.teacher else None
         sampling = student.sampling
         made_by = sampling["codec"]["name"]
         if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or made_by != "dct":
@@ -95,13 +97,6 @@ def main(cfg):
               "paired": pairs}
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {out}")
-
-
-def stored(path, cfg, world):
-    """A checkpoint, or a run's newest one; only the files of the weights and the null text are read."""
-    ranks = dict(rank=world.rank, world=world.size, agree=partial(parallel.agree, world=world))
-    roles = [cfg.weights, "null"]
-    return ckpt.stored(ckpt.latest(path, roles=roles, **ranks) or path, roles, **ranks)
 
 
 def folder(path):
@@ -259,7 +254,7 @@ def figures(clips, real, others):
         "energy": np.mean([energy(xx, xy, yy) for xy, yy in pairs]),
         "recall": np.mean([recall(xx, xy) for xy, _ in pairs]),
         "vendi": vendi(xx),
-        "diversity": spread(clips.features[n:] / unit) / spread(real.features[n:] / unit),
+        "diversity": variety(clips.features[n:] / unit) / variety(real.features[n:] / unit),
         "std": (clips.latents.std() / real.latents.std()).item(),
         "motion": motion(clips.latents) / motion(real.latents),
     }
@@ -288,7 +283,7 @@ def vendi(xx):
     return np.exp(-(p * np.log(p)).sum())
 
 
-def spread(x):
+def variety(x):
     """Mean distance between clips of the same prompt."""
     sums = [distances(same, same).sum() for same in np.split(x, PROMPTS)]
     return np.mean([total / (SEEDS * (SEEDS - 1)) for total in sums])
@@ -299,7 +294,7 @@ def motion(latents):
     return latents.diff(dim=2).abs().mean().item()
 
 
-def paired(a, b, real, others, draws=200):
+def paired(a, b, real, others):
     """a against b on the same captions and noises: McNemar's test of joint, 95 % intervals of a - b in the rest.
 
     The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and
@@ -312,7 +307,7 @@ def paired(a, b, real, others, draws=200):
     zz = distances(z, z)
     rng = stream(0, "val", 0)
     energies, recalls = [], []
-    for _ in range(draws):
+    for _ in range(HALVES):
         picked = rng.permutation(n)[:n // 2]
         half = np.ix_(picked, picked)
         energies.append(energy(xx[half], xz[half], zz[half]) - energy(yy[half], yz[half], zz[half]))

@@ -9,7 +9,6 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +55,7 @@ def main(cfg):
         world = parallel.init(cfg.device, precision=cfg.precision)
         captions = captions_of(cfg)
         mine = range(world.rank, len(captions), world.size)
-        saved = stored(cfg, world)
+        saved = ckpt.stored(cfg.ckpt, [cfg.weights, "null"], **world.ranks)
         sampling = chosen(saved.sampling, cfg)
         shape = latent_shape(sampling, cfg)
         source = ckpt.model_of(saved, cfg.weights)
@@ -107,13 +106,6 @@ def captions_of(cfg):
         raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: "
                          "give --prompts \"…\" or --file, and 1 or more of each")
     return [prompt for prompt in prompts for _ in range(cfg.n)]
-
-
-def stored(cfg, world):
-    """The checkpoint; only the files that sampling needs are read, and ranks share the work of verifying them."""
-    ranks = dict(rank=world.rank, world=world.size, agree=partial(parallel.agree, world=world))
-    roles = [cfg.weights, "null"]
-    return ckpt.stored(ckpt.latest(cfg.ckpt, roles=roles, **ranks) or cfg.ckpt, roles, **ranks)
 
 
 def chosen(sampling, cfg):
