@@ -203,7 +203,7 @@ def main(cfg):
     stopped, clock = parallel.stop_requested(world), Clock()
 
     # 5) the loop
-    nets = partial(bound, student_net, critic_net, teacher_net, origin.teacher, cfg, world)
+    nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
     K, clip, goal = len(cfg.times), DEFAULTS[cfg.model]["clip"], []
     for step in range(origin.step, cfg.steps + 1):
@@ -293,14 +293,14 @@ def critic_flops(nets, micro, exit, cfg):
     return student.flops(*sizes) * (exit + 1) + critic.flops(*sizes) * learning
 
 
-def bound(student, critic, teacher, sampling, cfg, world, shape):
+def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
     """The three nets as the losses see them, for latents (…, F, H, W) -> (student, critic, teacher), each a Bound.
 
-    The student attends as its flags say; the teacher as its own sampling block does, and so does the critic, its copy.
+    The student attends as its flags say, the teacher as it was trained, and so does the critic, its copy.
     """
     adapters = ("student", "critic") if cfg.lora_rank else (None, None)
     few = cfg.window, cfg.tile, cfg.dense_ends
-    full = sampling["window"], sampling["tile"], sampling["dense_ends"]
+    full = [teacher_sampling[name] for name in ("window", "tile", "dense_ends")]
     return (
         bind(student, shape, world, *few, adapters[0]),
         bind(critic, shape, world, *full, adapters[1]),
@@ -385,8 +385,8 @@ class Origin(NamedTuple):
     weights: ckpt.Source | None     # of the teacher
     base: dict                      # where these are, and their CRC32
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
-    teacher: dict                   # sampling block of the teacher
-    student: dict                   # and of the student
+    teacher_sampling: dict          # sampling block of the teacher
+    student_sampling: dict          # and of the student
 
 
 def begin(cfg):
@@ -406,8 +406,8 @@ def begin(cfg):
         world=world.data_size,
         device=world.device,
     )
-    teacher, student = samplings(cfg, data, weights)
-    codec.load(teacher["codec"], vae=cfg.vae if world.main else None)       # a wrong --vae fails here
+    teacher_sampling, student_sampling = samplings(cfg, data, weights)
+    codec.load(teacher_sampling["codec"], vae=cfg.vae if world.main else None)  # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
@@ -421,7 +421,8 @@ def begin(cfg):
         ckpt.differences(path, saved, asdict(cfg), inputs, free(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     ckpt.claim(cfg.out, **world.ranks)
-    return cfg, world, data, Origin(path, step, counts, weights, base, inputs, teacher, student)
+    origin = Origin(path, step, counts, weights, base, inputs, teacher_sampling, student_sampling)
+    return cfg, world, data, origin
 
 
 def resolve(cfg):
@@ -443,7 +444,9 @@ def resolve(cfg):
     if cfg.ema >= 1 or cfg.steps < cfg.student_every:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
                          "never change")
-    times = cfg.times or tuple(grid(cfg.student_steps, cfg.shift))
+    times = cfg.times
+    if not times:
+        times = tuple(grid(cfg.student_steps, cfg.shift))
     if times[0] != 1 or min(times) <= 0 or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"--times {' '.join(map(str, times))}: they start at 1, noise, and descend, all above 0")
     if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
@@ -575,7 +578,7 @@ def about(student, critic, cfg, origin):
         "inputs": origin.inputs,
         "base": origin.base,
         "counts": {"student": student.counts, "critic": critic.counts},
-        "sampling": origin.student,
+        "sampling": origin.student_sampling,
     }
 
 
@@ -602,7 +605,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     shape = data.shape_of(0)
     ids = list(islice((i for i in range(data.count) if data.shape_of(i) == shape), cfg.samples))
     student, critic, teacher = nets(shape)
-    times = grid(origin.teacher["steps"], origin.teacher["shift"])
+    times = grid(origin.teacher_sampling["steps"], origin.teacher_sampling["shift"])
 
     def draw(purpose, k, places):
         return noise(cfg.seed, purpose, k, places, shape).to(world.device)
@@ -649,7 +652,7 @@ def show(step, kind, rows, captions, origin, cfg, log, world):
     path = codec.write_clips(
         log.file(kind, step),
         torch.cat(list(rows.values())),
-        origin.student,
+        origin.student_sampling,
         vae=cfg.vae,
         device=world.device,
         columns=len(captions),
@@ -674,8 +677,8 @@ def likeness(student, teacher):
 def show_first(micro, origin, cfg, world, log):
     """Decodes a clip after the first update, where memory is full: what would fail at a validation is said now."""
     if world.main and cfg.vae and parallel.on_gpu(world.device):
-        codec.write_clips(log.file("noise", 0), micro.z[:1].cpu(), origin.student, vae=cfg.vae, device=world.device,
-                          report=log.say)
+        codec.write_clips(log.file("noise", 0), micro.z[:1].cpu(), origin.student_sampling, vae=cfg.vae,
+                          device=world.device, report=log.say)
 
 
 if __name__ == "__main__":

@@ -122,8 +122,8 @@ def systems_of(student, teacher, cfg):
         systems = []
         for steps in cfg.steps or [sampling["steps"]]:
             for scale in cfg.guidance or [sampling["guidance"]]:
-                own = sampling | {"steps": steps, "guidance": scale}
-                systems.append(System(f"{steps} steps, s={scale:g}", student, weights, own))
+                tried = sampling | {"steps": steps, "guidance": scale}
+                systems.append(System(f"{steps} steps, s={scale:g}", student, weights, tried))
         return systems
 
     if cfg.guidance or cfg.steps:
@@ -154,15 +154,10 @@ class Clips(NamedTuple):
     features: np.ndarray        # (n + PROMPTS SEEDS, 6), see shapes.features
 
 
-def constants(sampling):
-    """mean and std of the codec's latents, (C, 1, 1, 1) each."""
-    return (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
-
-
 def real_clips(coder, sampling, captions, seed, i):
     """The i-th set of clips of these captions, from seeds that no dataset has -> normalised latents."""
     (_, F, H, W), (f, h, w) = sampling["shapes"][0], coder.stride
-    mean, std = constants(sampling)
+    mean, std = codec.moments(sampling)
     size, frames = (H * h, W * w), (F - 1) * f + 1
     latents = []
     for slot, caption in enumerate(captions):
@@ -215,7 +210,7 @@ def sampled(system, coder, captions, cfg, world):
 
 def measure(latents, coder, sampling, captions, n):
     """Decoded, judged against the captions, and described -> Clips."""
-    mean, std = constants(sampling)
+    mean, std = codec.moments(sampling)
     videos = [coder.decode(z * std + mean) for z in latents]
     seen = [judge(video) for video in videos[:n]]
     right = [verdict(saw, caption) for saw, caption in zip(seen, captions)]

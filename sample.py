@@ -77,10 +77,12 @@ def main(cfg):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
-    at_once = cfg.batch or batch_size(net.net.config, shape)
+    at_once = cfg.batch
+    if at_once is None:
+        at_once = batch_size(net.net.config, shape)
     batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
     K = len(sampling["times"]) if "times" in sampling else 1    # noises of a video
-    mean, std = (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = codec.moments(sampling)
     for places in tqdm(batches, unit="batch", disable=True if world.rank > 0 else None):
         text = padded([texts[captions[i]] for i in places], sampling).to(world.device)
         uncond = padded([null] * len(places), sampling).to(world.device)

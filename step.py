@@ -119,14 +119,16 @@ def rollout(net, z, cond, times, noises, exit):
     return x0
 
 
-def sample(net, noises, cond, uncond, how):
+def sample(net, noises, cond, uncond, sampling):
     """x0 by a checkpoint's own sampler: a teacher's guided Euler steps, or a student's few, each with fresh noise.
 
-    how: the checkpoint's sampling block. noises: one (B, C, F, H, W) for "euler", one per time for "rollout".
+    sampling: the checkpoint's block of that name. noises: one (B, C, F, H, W) for "euler", one per time for "rollout".
     """
-    if how["sampler"] == "rollout":
-        return rollout(net, noises[0], cond, how["times"], noises[1:], len(how["times"]) - 1)
-    return euler(net, noises[0], cond, grid(how["steps"], how["shift"]), uncond, how["guidance"])
+    if sampling["sampler"] == "rollout":
+        times = sampling["times"]
+        return rollout(net, noises[0], cond, times, noises[1:], len(times) - 1)
+    times = grid(sampling["steps"], sampling["shift"])
+    return euler(net, noises[0], cond, times, uncond, sampling["guidance"])
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------

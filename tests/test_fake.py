@@ -175,7 +175,7 @@ def distilling(cfg, world):
     if not lora:
         teacher.requires_grad_(False)
     sampling = {"window": None, "tile": (4, 4, 8), "dense_ends": 0, "steps": 3, "shift": 1.0}
-    nets = partial(distill.bound, student, critic, teacher, sampling, cfg, world)
+    nets = partial(distill.bound_nets, student, critic, teacher, sampling, cfg, world)
     learners = distill.learner("student", student, cfg, world), distill.learner("critic", critic, cfg, world)
     return nets, *learners, sampling
 
