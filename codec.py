@@ -398,7 +398,8 @@ def write_video(path, videos, fps, columns=None):
 def write_clips(stem, x0, sampling, *, vae=None, device="cpu", columns=None, report=print):
     """Clips as one video stem.mp4, or their latents as stem.npy -> the path, None if neither could be written.
 
-    x0 (n, C, F, H, W), normalised; sampling: a checkpoint's block of that name, or a manifest; columns: of the grid; vae, device: see `load`.
+    x0 (n, C, F, H, W), normalised; sampling: a checkpoint's block of that name, or a dataset's manifest; columns: of
+    the grid; vae, device: see `load`.
     Latents are kept, not normalised, where the codec needs a VAE that is not given, and where decoding or writing fails
     (out of memory, ffmpeg, a full disk). `report` is told in one line. Raises nothing, so that training goes on.
     """

@@ -6,7 +6,8 @@
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
 gradient. No discriminator, no real clips. The same command again resumes, exactly.
-Reads top to bottom: flags, setup in five steps, the loop, the two losses, validation. Imports model, plan, every leaf.
+Reads top to bottom: flags, setup in five steps, the loop, the two losses, draws, checkpoints, validation.
+Imports model, plan and every leaf but shapes.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
@@ -37,15 +38,15 @@ class Config:
 
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
-    model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; none = the teacher run's
+    model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; None = the teacher run's
     data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote; prompts are enough
     out: str = "out/distill"                              # folder of the run: log, curves, samples, checkpoints
     seed: int = 0                                         # random seed
 
     # the student's sampler
     student_steps: int = 4                                # number of sampling steps K of the student
-    shift: float | None = None                            # time shift of these steps; 5 gives t = 1 .9375 .8333 .625
-    times: tuple[float, ...] = ()                         # the steps' times themselves, descending from 1
+    shift: float | None = None                            # time shift of the student; 5 gives t 1 .9375 .8333 .625
+    times: tuple[float, ...] = ()                         # the student's times, from 1 down; given instead of --shift
 
     # what it learns from
     guidance: float | None = None                         # the teacher's guidance scale s of u + s (c - u)
@@ -56,40 +57,40 @@ class Config:
     steps: int | None = None                              # number of critic updates
     student_every: int | None = None                      # critic updates per student update
     batch: int | None = None                              # samples per update of either net, over all ranks
-    micro_batch: int | None = None                        # samples a rank forwards at once; none = batch / data ranks
+    micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
     student_lr: float | None = None                       # learning rate of the student
     critic_lr: float | None = None                        # learning rate of the critic
-    schedule: Literal["constant", "cosine", "linear"] | None = None  # both learning rates over the run
-    ema: float | None = None                              # decay of the student's averaged weights, which are sampled
+    schedule: Literal["constant", "cosine", "linear"] | None = None  # shape of both learning rates over the run
+    ema: float | None = None                              # decay of the student's average, which samples the videos
     lora_rank: int = 0                                    # LoRA rank of student and critic; 0 trains full copies
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
 
     # the student's sparse attention; teacher and critic attend as the teacher was trained
     window: tuple[int, int, int] | None = None            # student's attention window in tiles; None = the teacher's
-    tile: tuple[int, int, int] = (4, 4, 8)                # tokens of an attention tile: frames, rows, columns
-    dense_ends: int = 0                                   # first and last blocks that stay dense
+    tile: tuple[int, int, int] = (4, 4, 8)                # tokens of the student's tile: frames, rows, columns
+    dense_ends: int = 0                                   # how many blocks at either end stay dense
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # what to run on; auto = cuda where there is a GPU
     precision: Literal["fp32", "bf16"] | None = None      # dtype blocks compute in; None = bf16 on a GPU, else fp32
     shard: int = 1                                        # ranks that share one copy of the weights; -1 = all (FSDP)
     sp: int = 1                                           # ranks that share one sample's tokens (sequence parallel)
     compile: bool | None = None                           # compile the blocks; None = on a GPU
     remat: bool | None = None                             # recompute activations in backward, except attention
-    deterministic: bool = False                           # only deterministic kernels on a GPU: resume to the bit there
+    deterministic: bool = False                           # use deterministic GPU kernels only: resume to the bit
 
     # now and then
-    val_every: int | None = None                          # steps between validations, with videos; 0 = only at the end
+    val_every: int | None = None                          # steps between validations, with videos; 0 = only at end
     save_every: int | None = None                         # steps between checkpoints; 0 = only at the end
-    keep: int = 3                                         # newest checkpoints to keep
-    samples: int = 4                                      # prompts sampled at each validation, each under 4 noises
-    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
+    keep: int = 3                                         # how many of the newest checkpoints to keep
+    samples: int = 4                                      # prompts sampled at each validation, each from 4 noises
+    vae: str | None = None                                # Wan VAE that decodes videos; None = latents in .npy
 
     # the run
-    resume: str | None = None                             # checkpoint that begins a run in a new folder
+    resume: str | None = None                             # checkpoint from which a new --out goes on
     allow: tuple[str, ...] = ()                           # names of flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # print what so many ranks (of so many GB) take, then exit
+    dry_run: tuple[int, ...] = ()                         # plan for this many ranks (and GB per GPU), then exit
 
 
 # A row per model. The last block of each has no flags: edit it here. rescale is the share of the contrast added by
@@ -148,6 +149,7 @@ FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "w
 BEFORE = {"deterministic": False, "start": "noise"}
 CLAMP = (0.02, 0.98)    # of the t at which teacher and critic are asked
 SEEDS = 4               # noises per prompt at validation, to see how far the clips of one prompt differ
+CHUNK = 16              # clips sampled at once where no --micro_batch is given
 
 
 class Draw(NamedTuple):
@@ -205,7 +207,8 @@ def main(cfg):
     # 5) the loop
     nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
-    K, clip, goal = len(cfg.times), DEFAULTS[cfg.model]["clip"], []
+    K, clip = len(cfg.times), DEFAULTS[cfg.model]["clip"]
+    goal = []       # the teacher's clips, from the first validation on
     for step in range(origin.step, cfg.steps + 1):
         # once in a while: save, then validate; a run killed in between validates when it resumes
         last, stop = step == cfg.steps, stopped()
@@ -348,7 +351,8 @@ def due(step, every):
 def draw(data, cfg, role, step):
     """This rank's draws for one update -> [Draw], a pure function of role, step and each sample's slot in the batch."""
     bucket, ids = prompts(data, cfg, role, step)
-    shape, K = data.shapes[bucket], len(cfg.times)
+    shape = data.shapes[bucket]
+    K = len(cfg.times)
     u = stratified(cfg.seed, f"{role}_score_t_perm", f"{role}_score_t", step, cfg.batch)
     micros = []
     for slots in data.slots:
@@ -433,7 +437,8 @@ def resolve(cfg):
     cfg, weights = inherit(cfg)
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
-    row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
+    row = DEFAULTS[cfg.model]
+    saved = ckpt.flags_of(cfg.out, cfg.resume)
     kept = {*row, "precision", "lora_alpha"} - set(cfg.allow)
     cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
@@ -490,8 +495,9 @@ def samplings(cfg, data, weights):
         raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, "
                          f"{cfg.teacher} was trained with {teacher['text']['length']}")
     # A dataset of prompts alone has no statistics of latents: the VAE's own are taken.
-    mean = teacher["mean"] or made["codec"].get("mean")
-    std = teacher["std"] or made["codec"].get("std")
+    mean, std = teacher["mean"], teacher["std"]
+    if not mean:
+        mean, std = made["codec"].get("mean"), made["codec"].get("std")
     if not mean:
         raise ValueError(f"{cfg.data} holds prompts alone, and {cfg.teacher} does not say how to normalise its latents")
     student = {
@@ -527,7 +533,8 @@ def build(cfg, data, world, trainable=True):
     """A net of the teacher's make, over the ranks and compiled, its values still to be filled."""
     lora = adapters(cfg)
     net = blank(cfg.model, cfg.remat, lora)
-    parallel.prepare(net, world, trainable=trainable, shapes=2 * (1 + len(lora)) * len(data.shapes))
+    ways = 2 * (1 + len(lora))      # a block computes one shape: dense or sparse, by the base or with an adapter
+    parallel.prepare(net, world, trainable=trainable, shapes=ways * len(data.shapes))
     return net
 
 
@@ -634,7 +641,8 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         r, _ = guided_x0(teacher, x_t, t, cond, uncond, scale_at(t, cfg), rescale)
         return torch.stack([x0, f, r], 1)
 
-    chunk, n = cfg.micro_batch or 16, len(ids) * SEEDS
+    chunk = cfg.micro_batch or CHUNK
+    n = len(ids) * SEEDS
     drawn = parallel.spread(few_steps, n, chunk, world)
     if not goal:
         goal.append(parallel.spread(many_steps, n, chunk, world))

@@ -77,9 +77,9 @@ def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False):
 def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=False):
     """What a run takes on the fullest rank -> Weight.
 
-    lora {adapter: (rank, alpha)}; shapes (C, F, H, W) of the buckets, length of texts. optimizer: a function of rows that
-    gives (optimizer, rows of its state), as step.adamw. learners: nets that learn, adapters of one net with lora, the
-    first of them averaged. teacher: whether a frozen net stands beside them.
+    lora {adapter: (rank, alpha)}; shapes (C, F, H, W) of the buckets, length of texts. optimizer: a function of rows
+    that gives (optimizer, rows of its state), as step.adamw. learners: nets that learn, adapters of one net with lora,
+    the first of them averaged. teacher: whether a frozen net stands beside them.
     """
     micro = micro_size(cfg.batch, cfg.micro_batch, world.data_size)
     net = blank(cfg.model, cfg.remat, lora)

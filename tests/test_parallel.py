@@ -411,7 +411,8 @@ def test_five_shapes_compile_to_one_graph_each_for_all_blocks():
 
 
 def test_a_run_leaves_with_what_it_printed_and_past_what_python_would_tidy_up():
-    code = "import atexit, parallel; parallel.init('cpu'); atexit.register(print, 'tidied'); print('done'); parallel.leave()"
+    code = ("import atexit, parallel; parallel.init('cpu'); atexit.register(print, 'tidied'); "
+            "print('done'); parallel.leave()")
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "done\n")
 
@@ -500,7 +501,8 @@ def test_a_gpu_brings_bf16_and_the_compiler_unless_told_otherwise(monkeypatch, d
     calls = mock.Mock()
     monkeypatch.setattr(parallel, "pick_device", lambda *_: torch.device(device))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    for owner, name in ((parallel, "check_cards"), (torch.distributed, "init_process_group"), (parallel, "init_device_mesh")):
+    for owner, name in ((parallel, "check_cards"), (torch.distributed, "init_process_group"),
+                        (parallel, "init_device_mesh")):
         monkeypatch.setattr(owner, name, getattr(calls, name))
     for name, value in dict(RANK=0, WORLD_SIZE=size).items():
         monkeypatch.setenv(name, str(value))
