@@ -208,7 +208,8 @@ def write_formats(folder, cfg):
         group.append(row)
         if len(group) == cfg.group or i + 1 == cfg.samples:
             table = pa.Table.from_pylist(group)
-            parquet = parquet or pq.ParquetWriter(folder / "samples.parquet", table.schema, compression="zstd")
+            if parquet is None:
+                parquet = pq.ParquetWriter(folder / "samples.parquet", table.schema, compression="zstd")
             parquet.write_table(table)
     parquet.close()
     writer.finish(torch.zeros(1, cfg.width))

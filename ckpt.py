@@ -914,7 +914,9 @@ def adapts(source):
 def merged(adapter, base=None, **ranks):
     """An adapter folded into the weights under it as they are read; base: their path, None = where the run had them."""
     meta = adapter.manifest["meta"]
-    path = base or meta["base"]["path"]
+    path = base
+    if path is None:
+        path = meta["base"]["path"]
     if not Path(path).exists():
         raise FileNotFoundError(f"{adapter.origin} is an adapter of weights that are not at "
                                 f"{path}: put or link them there")

@@ -444,7 +444,8 @@ def in_a_line(error):
 
 def grid(pictures, columns=None, gap=4):
     """Pictures (h, w, 3) in rows of `columns`, None = a near-square, small ones enlarged -> (H, W, 3), H and W even."""
-    columns = columns or math.ceil(len(pictures)**0.5)
+    if columns is None:
+        columns = math.ceil(len(pictures)**0.5)
     h, w = np.max([picture.shape[:2] for picture in pictures], axis=0)
     zoom = max(1, min(256 // max(h, w), 1280 // (columns * w)))     # 32 px are shown at 256, a wall of them at 1280
     pictures = [picture.repeat(zoom, 0).repeat(zoom, 1) for picture in pictures]

@@ -18,7 +18,7 @@ REFUSALS = ValueError, OSError, RuntimeError, ImportError
 
 @contextmanager
 def door(file):
-    """Refuses bad input in one line, exit code 2; an error that no `raise` of ours made is a bug, and keeps its trace."""
+    """Refuses bad input in one line, exit code 2; an error that no `raise` of ours made is a bug: its trace is kept."""
     try:
         yield
     except REFUSALS as error:

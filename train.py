@@ -432,7 +432,9 @@ def loss_name(data):
 @torch.no_grad()
 def validate(net, step, data, cfg, world):
     """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none."""
-    ids = data.held_out or range(min(cfg.val or 16, data.count))
+    ids = data.held_out
+    if not ids:
+        ids = range(min(cfg.val or 16, data.count))
     total = torch.zeros(2, BINS, device=world.device)
     chunk = cfg.micro_batch or CHUNK
     for i, counts in parallel.share(len(ids), world):
