@@ -42,7 +42,7 @@ import attention as sliding
 import ckpt
 import parallel
 from attention import attention, build_metadata, reference
-from data import Ahead, Latents, Writer, noise, normal, send, stratified, stream
+from data import Ahead, Latents, Writer, ceil_div, noise, normal, send, stratified, stream
 from log import Clock, Log, peak
 from model import MODELS, USUAL, Cond, bind, blank, fits, flops, initial, token_grid
 from step import (Learner, adamw, copies, dmd_loss, flow_loss, grid, numbers, rollout, sample_t, train_step)
@@ -103,7 +103,12 @@ def bench_data(cfg):
         evict(folder)
         loader = Latents(folder / "latents", seed=0, batch=cfg.batch)
         loader.pages, loader.checked[:] = pages, True       # reading alone: no new memory, no checksums
-        apart["Latents, cold"] = cost(lambda ids: (loader.will_need(ids), loader.sample(ids)))
+
+        def read_cold(ids):
+            loader.will_need(ids)
+            loader.sample(ids)
+
+        apart["Latents, cold"] = cost(read_cold)
         loader = None
         evict(folder)
         apart["np.memmap, cold"] = cost(plain_readers(folder, cfg)[MEMMAP])
@@ -136,13 +141,13 @@ STARTS = {  # what is measured: (what runs before, what runs), on one rank
 }
 
 
-def bench_start(cfg, ranks=8):
+def bench_start(cfg):
     """Seconds and peak memory where a dataset has many small samples, each measured in a process of its own."""
     import subprocess
     import sys
 
+    ranks, table = 8, {}
     spec = {"codec": {"name": "random", "text_width": 8, "text_length": 8}, "fps": 16, "dtype": "bf16"}
-    table = {}
     with tempfile.TemporaryDirectory(dir=cfg.dir) as folder:
         write_many(Path(folder), cfg.start, ranks)
         print(f"{cfg.start:,} samples of {ranks} ranks: one rank's   seconds  of a CPU  peak MB  of imports")
@@ -203,7 +208,8 @@ def write_formats(folder, cfg):
         group.append(row)
         if len(group) == cfg.group or i + 1 == cfg.samples:
             table = pa.Table.from_pylist(group)
-            parquet = parquet or pq.ParquetWriter(folder / "samples.parquet", table.schema, compression="zstd")
+            if parquet is None:
+                parquet = pq.ParquetWriter(folder / "samples.parquet", table.schema, compression="zstd")
             parquet.write_table(table)
     parquet.close()
     writer.finish(torch.zeros(1, cfg.width))
@@ -258,8 +264,6 @@ def plain_readers(folder, cfg):
 
 def evict(folder):
     """Drops the folder's files from the page cache, so that they are read from disk."""
-    import gc
-
     gc.collect()    # a Latents and its thread hold one another, and pages that are mapped stay
     for file in folder.rglob("*"):
         if file.is_file():
@@ -392,7 +396,7 @@ def heads_first(function):
 def visible(metadata):
     """Whether query i sees key j, places in tile order: a mask for FlexAttention, with its unused batch and head."""
     at = [x // tile for x, tile in zip(torch.unravel_index(metadata.order, metadata.grid), metadata.tile)]
-    n = [-(-size // tile) for size, tile in zip(metadata.grid, metadata.tile)]
+    n = [ceil_div(size, tile) for size, tile in zip(metadata.grid, metadata.tile)]
     first = [(x - w // 2).clamp(0, n - w) for x, n, w in zip(at, n, metadata.window)]
 
     def see(b, h, i, j):
@@ -565,7 +569,11 @@ def bench_step(cfg):
     cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch, precision=world.precision,
                   compile=world.compile)
     name = machine(world.device)
-    how = f"{cfg.precision}{', compiled' * cfg.compile}{', remat' * cfg.remat}"
+    how = cfg.precision
+    if cfg.compile:
+        how += ", compiled"
+    if cfg.remat:
+        how += ", remat"
     print(f"{name}, torch {torch.__version__}, {how}: {cfg.model}, batch {cfg.batch} of {cfg.shape}, "
           f"{cfg.length} text tokens")
     results = {"device": name, "torch": torch.__version__, "config": asdict(cfg), "updates": [],
@@ -640,7 +648,7 @@ def training(cfg, data, world):
         meta = blank(cfg.model, cfg.remat, lora)
         meta = bind(meta, cfg.shape, NOWHERE, window, cfg.tile, lora=adapter)
         runs = executed(flow, meta, send(some[0], NOWHERE.device)) * len(some)
-        bare = partial(bare_update, me, bound, [], [(m.x0, m.u, Cond(m.text)) for m in some], world)
+        bare = partial(bare_update, me, bound, [], [(m.x0, m.u, Cond(m.text)) for m in some])
         updates.append(Update("train", window, partial(ours, bound=bound), bare,
                               (2 if lora else 3) * forward * cfg.batch, runs))
     return updates, ckpt.roles(net=me.rows, opt=me.opt_rows, ema=me.average)
@@ -694,7 +702,7 @@ def distillation(cfg, data, world):
                 ("critic", critic, critic_loss, s + full * learning, 1, [bounds[0]])):
             runs = more + len(some) * executed(loss, meta, micro, times, 0)
             exits = cycle(range(K))
-            bare = partial(bare_update, me, bounds[at], others, fixed, world, bounds[0], exits)
+            bare = partial(bare_update, me, bounds[at], others, fixed, bounds[0], exits)
             update = partial(ours, role=role, me=me, loss=loss, bounds=bounds)
             updates.append(Update(role, window, update, bare, needs * cfg.batch + more, runs, K))
     return updates, ckpt.roles(net=student.rows, opt=student.opt_rows, ema=student.average,
@@ -771,7 +779,7 @@ def executed(loss, *inputs):
     return counter.get_total_flops()
 
 
-def bare_update(me, net, others, inputs, world, student=None, exits=None):
+def bare_update(me, net, others, inputs, student=None, exits=None):
     """Forward, backward and AdamW on fixed inputs, after the forwards without gradient that a distillation needs."""
     extra = [student] * next(exits) if exits else []
     for i, (x, t, cond) in enumerate(inputs, 1):
@@ -818,7 +826,7 @@ def in_turns(updates, log, clock, cfg, world):
         turn(update.bare, update.turn)
     for _ in range(cfg.rounds):
         for i, update in enumerate(updates):
-            steps, waits = -(-cfg.steps // update.turn) * update.turn, Clock()
+            steps, waits = ceil_div(cfg.steps, update.turn) * update.turn, Clock()
             turn(empty, 1)
             Log.speed(0, world.device, cfg.precision)       # the peak starts anew
             waits.add("data_wait", 0)

@@ -184,8 +184,8 @@ def differences(path, saved, flags, inputs, free, before=None):
     flags and inputs, {flag: CRC32 of what it names}, are what the run keeps in its meta as "config" and "inputs". Where
     both know a flag's CRC32, that counts and not the path: what is named may have moved. free: flags that may differ,
     among them those of which nothing is read any more, such as the --init of a full finetune that has begun.
-    before: {flag: value} of flags that the saved config lacks because they are newer, else None; of flags that there are
-    no longer, the value that today's code reproduces.
+    before: {flag: value}, of newer flags what they were when the saved config lacks them (else None), and of flags that
+    are gone the value that today's code reproduces.
     """
     held = saved["meta"].get("inputs", {})      # old checkpoints lack inputs: compare paths
     now = json.loads(json.dumps(flags))
@@ -924,7 +924,9 @@ def adapts(source):
 def merged(adapter, base=None, **ranks):
     """An adapter folded into the weights under it as they are read; base: their path, None = where the run had them."""
     meta = adapter.manifest["meta"]
-    path = base or meta["base"]["path"]
+    path = base
+    if path is None:
+        path = meta["base"]["path"]
     if not Path(path).exists():
         raise FileNotFoundError(f"{adapter.origin} is an adapter of weights that are not at "
                                 f"{path}: put or link them there")

@@ -73,6 +73,12 @@ def check_video(video, stride):
                          f"rows in multiples of {h} and columns in multiples of {w}")
 
 
+def moments(sampling):
+    """mean and std of latents (C, 1, 1, 1), from a checkpoint's sampling block or a manifest: z = x0 std + mean."""
+    mean, std = (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    return mean, std
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio of each frame, in dB: two videos -> (f,), inf where they are equal."""
     mse = np.square(np.float64(a) - b).mean((1, 2, 3))
@@ -389,21 +395,22 @@ def write_video(path, videos, fps, columns=None):
         film.mux(stream.encode())
 
 
-def write_clips(stem, x0, how, *, vae=None, device="cpu", columns=None, report=print):
+def write_clips(stem, x0, sampling, *, vae=None, device="cpu", columns=None, report=print):
     """Clips as one video stem.mp4, or their latents as stem.npy -> the path, None if neither could be written.
 
-    x0 (n, C, F, H, W), normalised; how: a checkpoint's sampling block; columns: of the grid; vae, device: see `load`.
+    x0 (n, C, F, H, W), normalised; sampling: a checkpoint's block of that name, or a dataset's manifest; columns: of
+    the grid; vae, device: see `load`.
     Latents are kept, not normalised, where the codec needs a VAE that is not given, and where decoding or writing fails
     (out of memory, ffmpeg, a full disk). `report` is told in one line. Raises nothing, so that training goes on.
     """
-    mean, std = (torch.tensor(how[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = moments(sampling)
     latents = x0.detach().cpu() * std + mean
     film, kept = Path(f"{stem}.mp4"), Path(f"{stem}.npy")
     try:
-        coder = load(how["codec"], vae=vae, device=device)
+        coder = load(sampling["codec"], vae=vae, device=device)
         if coder.decodes:
             with whole_file(film) as part:
-                write_video(part, [coder.decode(z) for z in latents], how["fps"], columns)
+                write_video(part, [coder.decode(z) for z in latents], sampling["fps"], columns)
             return film
         reason = "no --vae is given to decode them"
     except Exception as error:
@@ -437,11 +444,12 @@ def in_a_line(error):
 
 def grid(pictures, columns=None, gap=4):
     """Pictures (h, w, 3) in rows of `columns`, None = a near-square, small ones enlarged -> (H, W, 3), H and W even."""
-    columns = columns or math.ceil(len(pictures)**0.5)
+    if columns is None:
+        columns = math.ceil(len(pictures)**0.5)
     h, w = np.max([picture.shape[:2] for picture in pictures], axis=0)
     zoom = max(1, min(256 // max(h, w), 1280 // (columns * w)))     # 32 px are shown at 256, a wall of them at 1280
     pictures = [picture.repeat(zoom, 0).repeat(zoom, 1) for picture in pictures]
-    h, w, rows = h * zoom + gap, w * zoom + gap, -(-len(pictures) // columns)
+    h, w, rows = h * zoom + gap, w * zoom + gap, math.ceil(len(pictures) / columns)
     sheet = np.full((rows * h - gap, columns * w - gap, 3), 16, np.uint8)
     for i, picture in enumerate(pictures):
         top, left = i // columns * h, i % columns * w
@@ -465,7 +473,7 @@ def contact_sheet(path, videos, captions):
 
     rows = min(len(videos), 24)
     h, w = np.max(sizes, axis=0) + [label + gap, 3 * gap]       # of a cell
-    height, width = rows * h + gap, -(-len(videos) // rows) * w
+    height, width = rows * h + gap, math.ceil(len(videos) / rows) * w
     sheet = Figure((width / 100, height / 100), dpi=100, facecolor="#101010")
     for i, (strip, size, caption) in enumerate(zip(strips, sizes, captions, strict=True)):
         left, top = i // rows * w + 2 * gap, height - i % rows * h - gap

@@ -214,8 +214,7 @@ class Latents:
 
     def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0,
                  device="cpu"):
-        micro_batch = micro_batch or max(batch // world, 1)
-        check_batch(batch, micro_batch, world)
+        micro_batch = micro_size(batch, micro_batch, world)
         self.path, self.device = Path(path), torch.device(device)
         self.seed, self.batch = seed, batch
         ours = range(rank * batch // world, (rank + 1) * batch // world)
@@ -430,8 +429,13 @@ def raw(tensor):
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
-def check_batch(batch, micro_batch, world):
-    """A batch that world x micro_batch does not divide is refused, naming those that work."""
+def micro_size(batch, micro_batch, world):
+    """Samples that a rank forwards at once; micro_batch: as asked for, None = a rank's whole share of the batch.
+
+    A batch that world x micro_batch does not divide is refused, naming those that work.
+    """
+    if micro_batch is None:
+        micro_batch = max(batch // world, 1)
     if micro_batch < 1:
         raise ValueError(f"--micro_batch={micro_batch} is below 1")
     unit = world * micro_batch
@@ -441,6 +445,7 @@ def check_batch(batch, micro_batch, world):
         whole = [f"--batch={n}" for n in (below, below + unit) if n > 0]
         raise ValueError(f"--batch={batch} does not divide into micro-batches of {micro_batch} on "
                          f"{world} data ranks; these do: {', '.join(micro + whole)}")
+    return micro_batch
 
 
 def read_manifest(path):

@@ -6,11 +6,11 @@
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
 gradient. No discriminator, no real clips. The same command again resumes, exactly.
-Reads top to bottom: flags, setup in five steps, the loop, the two losses, validation. Imports model, plan, every leaf.
+Reads top to bottom: flags, setup in five steps, the loop, the two losses, draws, checkpoints, validation.
+Imports model, plan and every leaf but shapes.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
-import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -38,15 +38,15 @@ class Config:
 
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
-    model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; none = the teacher run's
+    model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; None = the teacher run's
     data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote; prompts are enough
     out: str = "out/distill"                              # folder of the run: log, curves, samples, checkpoints
     seed: int = 0                                         # random seed
 
     # the student's sampler
     student_steps: int = 4                                # number of sampling steps K of the student
-    shift: float | None = None                            # time shift of these steps; 5 gives t = 1 .9375 .8333 .625
-    times: tuple[float, ...] = ()                         # the steps' times themselves, descending from 1
+    shift: float | None = None                            # time shift of the student; 5 gives t 1 .9375 .8333 .625
+    times: tuple[float, ...] = ()                         # the student's times, from 1 down; given instead of --shift
 
     # what it learns from
     guidance: float | None = None                         # the teacher's guidance scale s of u + s (c - u)
@@ -57,40 +57,40 @@ class Config:
     steps: int | None = None                              # number of critic updates
     student_every: int | None = None                      # critic updates per student update
     batch: int | None = None                              # samples per update of either net, over all ranks
-    micro_batch: int | None = None                        # samples a rank forwards at once; none = batch / data ranks
+    micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
     student_lr: float | None = None                       # learning rate of the student
     critic_lr: float | None = None                        # learning rate of the critic
-    schedule: Literal["constant", "cosine", "linear"] | None = None  # both learning rates over the run
-    ema: float | None = None                              # decay of the student's averaged weights, which are sampled
+    schedule: Literal["constant", "cosine", "linear"] | None = None  # shape of both learning rates over the run
+    ema: float | None = None                              # decay of the student's average, which samples the videos
     lora_rank: int = 0                                    # LoRA rank of student and critic; 0 trains full copies
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
 
     # the student's sparse attention; teacher and critic attend as the teacher was trained
     window: tuple[int, int, int] | None = None            # student's attention window in tiles; None = the teacher's
-    tile: tuple[int, int, int] = (4, 4, 8)                # tokens of an attention tile: frames, rows, columns
-    dense_ends: int = 0                                   # first and last blocks that stay dense
+    tile: tuple[int, int, int] = (4, 4, 8)                # tokens of the student's tile: frames, rows, columns
+    dense_ends: int = 0                                   # how many blocks at either end stay dense
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # what to run on; auto = cuda where there is a GPU
     precision: Literal["fp32", "bf16"] | None = None      # dtype blocks compute in; None = bf16 on a GPU, else fp32
     shard: int = 1                                        # ranks that share one copy of the weights; -1 = all (FSDP)
     sp: int = 1                                           # ranks that share one sample's tokens (sequence parallel)
     compile: bool | None = None                           # compile the blocks; None = on a GPU
     remat: bool | None = None                             # recompute activations in backward, except attention
-    deterministic: bool = False                           # only deterministic kernels on a GPU: resume to the bit there
+    deterministic: bool = False                           # use deterministic GPU kernels only: resume to the bit
 
     # now and then
-    val_every: int | None = None                          # steps between validations, with videos; 0 = only at the end
+    val_every: int | None = None                          # steps between validations, with videos; 0 = only at end
     save_every: int | None = None                         # steps between checkpoints; 0 = only at the end
-    keep: int = 3                                         # newest checkpoints to keep
-    samples: int = 4                                      # prompts sampled at each validation, each under 4 noises
-    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
+    keep: int = 3                                         # how many of the newest checkpoints to keep
+    samples: int = 4                                      # prompts sampled at each validation, each from 4 noises
+    vae: str | None = None                                # Wan VAE that decodes videos; None = latents in .npy
 
     # the run
-    resume: str | None = None                             # checkpoint that begins a run in a new folder
+    resume: str | None = None                             # checkpoint from which a new --out goes on
     allow: tuple[str, ...] = ()                           # names of flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # print what so many ranks (of so many GB) take, then exit
+    dry_run: tuple[int, ...] = ()                         # plan for this many ranks (and GB per GPU), then exit
 
 
 # A row per model. The last block of each has no flags: edit it here. rescale is the share of the contrast added by
@@ -149,6 +149,7 @@ FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "w
 BEFORE = {"deterministic": False, "start": "noise"}
 CLAMP = (0.02, 0.98)    # of the t at which teacher and critic are asked
 SEEDS = 4               # noises per prompt at validation, to see how far the clips of one prompt differ
+CHUNK = 16              # clips sampled at once where no --micro_batch is given
 
 
 class Draw(NamedTuple):
@@ -204,9 +205,10 @@ def main(cfg):
     stopped, clock = parallel.stop_requested(world), Clock()
 
     # 5) the loop
-    nets = partial(bound, student_net, critic_net, teacher_net, origin.teacher, cfg, world)
+    nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
-    K, clip, goal = len(cfg.times), DEFAULTS[cfg.model]["clip"], []
+    K, clip = len(cfg.times), DEFAULTS[cfg.model]["clip"]
+    goal = []       # the teacher's clips, from the first validation on
     for step in range(origin.step, cfg.steps + 1):
         # once in a while: save, then validate; a run killed in between validates when it resumes
         last, stop = step == cfg.steps, stopped()
@@ -294,14 +296,14 @@ def critic_flops(nets, micro, exit, cfg):
     return student.flops(*sizes) * (exit + 1) + critic.flops(*sizes) * learning
 
 
-def bound(student, critic, teacher, sampling, cfg, world, shape):
+def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
     """The three nets as the losses see them, for latents (…, F, H, W) -> (student, critic, teacher), each a Bound.
 
-    The student attends as its flags say; the teacher as its own sampling block does, and so does the critic, its copy.
+    The student attends as its flags say, the teacher as it was trained, and so does the critic, its copy.
     """
     adapters = ("student", "critic") if cfg.lora_rank else (None, None)
     few = cfg.window, cfg.tile, cfg.dense_ends
-    full = sampling["window"], sampling["tile"], sampling["dense_ends"]
+    full = [teacher_sampling[name] for name in ("window", "tile", "dense_ends")]
     return (
         bind(student, shape, world, *few, adapters[0]),
         bind(critic, shape, world, *full, adapters[1]),
@@ -349,7 +351,8 @@ def due(step, every):
 def draw(data, cfg, role, step):
     """This rank's draws for one update -> [Draw], a pure function of role, step and each sample's slot in the batch."""
     bucket, ids = prompts(data, cfg, role, step)
-    shape, K = data.shapes[bucket], len(cfg.times)
+    shape = data.shapes[bucket]
+    K = len(cfg.times)
     u = stratified(cfg.seed, f"{role}_score_t_perm", f"{role}_score_t", step, cfg.batch)
     micros = []
     for slots in data.slots:
@@ -386,8 +389,8 @@ class Origin(NamedTuple):
     weights: ckpt.Source | None     # of the teacher
     base: dict                      # where these are, and their CRC32
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
-    teacher: dict                   # sampling block of the teacher
-    student: dict                   # and of the student
+    teacher_sampling: dict          # sampling block of the teacher
+    student_sampling: dict          # and of the student
 
 
 def begin(cfg):
@@ -408,8 +411,8 @@ def begin(cfg):
         device=world.device,
     )
     weights = ckpt.weights(cfg.teacher, **world.ranks)
-    teacher, student = samplings(cfg, data, weights)
-    codec.load(teacher["codec"], vae=cfg.vae if world.main else None)       # a wrong --vae fails here
+    teacher_sampling, student_sampling = samplings(cfg, data, weights)
+    codec.load(teacher_sampling["codec"], vae=cfg.vae if world.main else None)  # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
@@ -423,7 +426,8 @@ def begin(cfg):
         ckpt.differences(path, saved, asdict(cfg), inputs, free(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     ckpt.claim(cfg.out, **world.ranks)
-    return cfg, world, data, Origin(path, step, counts, weights, base, inputs, teacher, student)
+    origin = Origin(path, step, counts, weights, base, inputs, teacher_sampling, student_sampling)
+    return cfg, world, data, origin
 
 
 def resolve(cfg):
@@ -431,7 +435,8 @@ def resolve(cfg):
     cfg = inherit(cfg)
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
-    row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
+    row = DEFAULTS[cfg.model]
+    saved = ckpt.flags_of(cfg.out, cfg.resume)
     kept = {*row, "precision", "lora_alpha"} - set(cfg.allow)
     if not cfg.lora_rank:
         kept -= {"lora_alpha"}      # the rank is what differs, and is named
@@ -444,7 +449,9 @@ def resolve(cfg):
     if cfg.ema >= 1 or cfg.steps < cfg.student_every:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
                          "never change")
-    times = cfg.times or tuple(grid(cfg.student_steps, cfg.shift))
+    times = cfg.times
+    if not times:
+        times = tuple(grid(cfg.student_steps, cfg.shift))
     if times[0] != 1 or min(times) <= 0 or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"--times {' '.join(map(str, times))}: they start at 1, noise, and descend, all above 0")
     if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
@@ -485,8 +492,9 @@ def samplings(cfg, data, weights):
         raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, "
                          f"{cfg.teacher} was trained with {teacher['text']['length']}")
     # A dataset of prompts alone has no statistics of latents: the VAE's own are taken.
-    mean = teacher["mean"] or made["codec"].get("mean")
-    std = teacher["std"] or made["codec"].get("std")
+    mean, std = teacher["mean"], teacher["std"]
+    if not mean:
+        mean, std = made["codec"].get("mean"), made["codec"].get("std")
     if not mean:
         raise ValueError(f"{cfg.data} holds prompts alone, and {cfg.teacher} does not say how to normalise its latents")
     student = {
@@ -522,7 +530,8 @@ def build(cfg, data, world, trainable=True):
     """A net of the teacher's make, over the ranks and compiled, its values still to be filled."""
     lora = adapters(cfg)
     net = blank(cfg.model, cfg.remat, lora)
-    parallel.prepare(net, world, trainable=trainable, shapes=2 * (1 + len(lora)) * len(data.shapes))
+    ways = 2 * (1 + len(lora))      # a block computes one shape: dense or sparse, by the base or with an adapter
+    parallel.prepare(net, world, trainable=trainable, shapes=ways * len(data.shapes))
     return net
 
 
@@ -578,7 +587,7 @@ def about(student, critic, cfg, origin):
         "inputs": origin.inputs,
         "base": origin.base,
         "counts": {"student": student.counts, "critic": critic.counts},
-        "sampling": origin.student,
+        "sampling": origin.student_sampling,
     }
 
 
@@ -605,7 +614,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     shape = data.shape_of(0)
     ids = list(islice((i for i in range(data.count) if data.shape_of(i) == shape), cfg.samples))
     student, critic, teacher = nets(shape)
-    times = grid(origin.teacher["steps"], origin.teacher["shift"])
+    times = grid(origin.teacher_sampling["steps"], origin.teacher_sampling["shift"])
 
     def draw(purpose, k, places):
         return noise(cfg.seed, purpose, k, places, shape).to(world.device)
@@ -634,7 +643,8 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         r, _ = guided_x0(teacher, x_t, t, cond, uncond, scale_at(t, cfg), rescale)
         return torch.stack([x0, f, r], 1)
 
-    chunk, n = cfg.micro_batch or 16, len(ids) * SEEDS
+    chunk = cfg.micro_batch or CHUNK
+    n = len(ids) * SEEDS
     drawn = parallel.spread(few_steps, n, chunk, world)
     if not goal:
         goal.append(parallel.spread(many_steps, n, chunk, world))
@@ -652,7 +662,7 @@ def show(step, kind, rows, captions, origin, cfg, log, world):
     path = codec.write_clips(
         log.file(kind, step),
         torch.cat(list(rows.values())),
-        origin.student,
+        origin.student_sampling,
         vae=cfg.vae,
         device=world.device,
         columns=len(captions),
@@ -677,8 +687,8 @@ def likeness(student, teacher):
 def show_first(micro, origin, cfg, world, log):
     """Decodes a clip after the first update, where memory is full: what would fail at a validation is said now."""
     if world.main and cfg.vae and parallel.on_gpu(world.device):
-        codec.write_clips(log.file("noise", 0), micro.z[:1].cpu(), origin.student, vae=cfg.vae, device=world.device,
-                          report=log.say)
+        codec.write_clips(log.file("noise", 0), micro.z[:1].cpu(), origin.student_sampling, vae=cfg.vae,
+                          device=world.device, report=log.say)
 
 
 if __name__ == "__main__":

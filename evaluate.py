@@ -34,6 +34,7 @@ from shapes import CAPTIONS, clip, features, judge
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
 NEAREST = 5             # recall: a clip reaches as far as its 5th neighbour
+HALVES = 200            # random halves of the clips, from which two systems' intervals are read
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Config:
 def main(cfg):
     with flags.door(__file__):
         world = parallel.init(cfg.device, precision="fp32")
-        student = stored(cfg.ckpt, cfg, world)
-        teacher = stored(cfg.teacher, cfg, world) if cfg.teacher else None
+        roles = [cfg.weights, "null"]
+        student = ckpt.stored(cfg.ckpt, roles, **world.ranks)
+        teacher = ckpt.stored(cfg.teacher, roles, **world.ranks) if cfg.teacher else None
         sampling = student.sampling
         made_by = sampling["codec"]["name"]
         if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or made_by != "dct":
@@ -97,13 +99,6 @@ def main(cfg):
     print(f"written to {out}")
 
 
-def stored(path, cfg, world):
-    """A checkpoint, or a run's newest one; only the files of the weights and the null text are read."""
-    ranks = dict(rank=world.rank, world=world.size, agree=partial(parallel.agree, world=world))
-    roles = [cfg.weights, "null"]
-    return ckpt.stored(ckpt.latest(path, roles=roles, **ranks) or path, roles, **ranks)
-
-
 def folder(path):
     """The run's folder, of a checkpoint too."""
     return Path(path) if (Path(path) / "ckpt").is_dir() else Path(path).parent.parent
@@ -127,8 +122,8 @@ def systems_of(student, teacher, cfg):
         systems = []
         for steps in cfg.steps or [sampling["steps"]]:
             for scale in cfg.guidance or [sampling["guidance"]]:
-                own = sampling | {"steps": steps, "guidance": scale}
-                systems.append(System(f"{steps} steps, s={scale:g}", student, weights, own))
+                tried = sampling | {"steps": steps, "guidance": scale}
+                systems.append(System(f"{steps} steps, s={scale:g}", student, weights, tried))
         return systems
 
     if cfg.guidance or cfg.steps:
@@ -159,15 +154,10 @@ class Clips(NamedTuple):
     features: np.ndarray        # (n + PROMPTS SEEDS, 6), see shapes.features
 
 
-def constants(sampling):
-    """mean and std of the codec's latents, (C, 1, 1, 1) each."""
-    return (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
-
-
 def real_clips(coder, sampling, captions, seed, i):
     """The i-th set of clips of these captions, from seeds that no dataset has -> normalised latents."""
     (_, F, H, W), (f, h, w) = sampling["shapes"][0], coder.stride
-    mean, std = constants(sampling)
+    mean, std = codec.moments(sampling)
     size, frames = (H * h, W * w), (F - 1) * f + 1
     latents = []
     for slot, caption in enumerate(captions):
@@ -220,7 +210,7 @@ def sampled(system, coder, captions, cfg, world):
 
 def measure(latents, coder, sampling, captions, n):
     """Decoded, judged against the captions, and described -> Clips."""
-    mean, std = constants(sampling)
+    mean, std = codec.moments(sampling)
     videos = [coder.decode(z * std + mean) for z in latents]
     seen = [judge(video) for video in videos[:n]]
     right = [verdict(saw, caption) for saw, caption in zip(seen, captions)]
@@ -259,7 +249,7 @@ def figures(clips, real, others):
         "energy": np.mean([energy(xx, xy, yy) for xy, yy in pairs]),
         "recall": np.mean([recall(xx, xy) for xy, _ in pairs]),
         "vendi": vendi(xx),
-        "diversity": spread(clips.features[n:] / unit) / spread(real.features[n:] / unit),
+        "diversity": variety(clips.features[n:] / unit) / variety(real.features[n:] / unit),
         "std": (clips.latents.std() / real.latents.std()).item(),
         "motion": motion(clips.latents) / motion(real.latents),
     }
@@ -288,7 +278,7 @@ def vendi(xx):
     return np.exp(-(p * np.log(p)).sum())
 
 
-def spread(x):
+def variety(x):
     """Mean distance between clips of the same prompt."""
     sums = [distances(same, same).sum() for same in np.split(x, PROMPTS)]
     return np.mean([total / (SEEDS * (SEEDS - 1)) for total in sums])
@@ -299,7 +289,7 @@ def motion(latents):
     return latents.diff(dim=2).abs().mean().item()
 
 
-def paired(a, b, real, others, draws=200):
+def paired(a, b, real, others):
     """a against b on the same captions and noises: McNemar's test of joint, 95 % intervals of a - b in the rest.
 
     The intervals are of halves drawn without replacement: those vary as much as the whole does between samples, and
@@ -312,7 +302,7 @@ def paired(a, b, real, others, draws=200):
     zz = distances(z, z)
     rng = stream(0, "val", 0)
     energies, recalls = [], []
-    for _ in range(draws):
+    for _ in range(HALVES):
         picked = rng.permutation(n)[:n // 2]
         half = np.ix_(picked, picked)
         energies.append(energy(xx[half], xz[half], zz[half]) - energy(yy[half], yz[half], zz[half]))

@@ -6,7 +6,7 @@
     wan          Wan's own code, whose names are ours       (it has no LoRA)
 
 Runs on one process, one tensor at a time, whatever number of ranks wrote the checkpoint. The folder appears once it has
-been read back bit for bit; nanovideo.json in it says how to sample. Imports model and ckpt.
+been read back bit for bit; nanovideo.json in it says how to sample. Imports model, ckpt, flags.
 """
 import json
 import math

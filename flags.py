@@ -19,7 +19,7 @@ REFUSALS = ValueError, OSError, RuntimeError, ImportError
 
 @contextmanager
 def door(file):
-    """Bad input is refused in one line, exit code 2. An error that no `raise` of ours made is a bug: its trace is shown."""
+    """Refuses bad input in one line, exit code 2; an error that no `raise` of ours made is a bug: its trace is kept."""
     try:
         yield
     except REFUSALS as error:

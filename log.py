@@ -118,19 +118,15 @@ class Log:
             width = len(str(self.steps))
             print(f"step {step:{width}}/{self.steps}  {words(seen)}{eta}", flush=True)
 
-    def holds(self, step, name):
-        """Whether the log has this number at this step; other ranks, which keep no log, answer True."""
-        return not self.main or held(self.entries, step, name)
-
     def say(self, text):
         """Prints a line, above the live one."""
         if self.main:
             self.bar.write(text) if self.bar else print(text, flush=True)
 
-    def file(self, kind, step, suffix=""):
-        """The path for a file of this step, out/samples/step_0000500.mp4; makes its folder if it can."""
-        path = self.out / kind / f"step_{step:07d}{suffix and '.'}{suffix}"
-        with suppress(OSError):
+    def file(self, kind, step):
+        """The path, still without its suffix, for a file of this step: out/samples/step_0000500; its folder is made."""
+        path = self.out / kind / f"step_{step:07d}"
+        with suppress(OSError):     # whoever writes there says so
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -99,8 +99,8 @@ def init(device="auto", shard=1, sp=1, precision=None, compile=None, determinist
     """Joins the processes that torchrun started, or makes a group of one -> World.
 
     device auto|cpu|cuda. shard: ranks that hold one copy of the parameters, -1 = all. sp: ranks that share a sample.
-    precision fp32|bf16, None = bf16 on a GPU, fp32 elsewhere. compile: None = on a GPU. deterministic: kernels that add up
-    in varying order are replaced by others.
+    precision fp32|bf16, None = bf16 on a GPU (fp32 before Ampere), fp32 elsewhere. compile: None = on a GPU.
+    deterministic: replaces kernels that add up in varying order.
     Raises ValueError for sizes that do not divide the world, RuntimeError for a GPU that is there but does not work.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -303,7 +303,9 @@ def memory(net, world, trainable=True):
         return sum(p.numel() * (4 if p in kept else dtype.itemsize) for p in some if p not in plain)
 
     block = list(net.blocks[0].parameters())
-    gathered = copies(parameters) - (len(net.blocks) - 3) * copies(block) * (parts > 1)
+    gathered = copies(parameters)
+    if parts > 1:
+        gathered -= (len(net.blocks) - 3) * copies(block)
     learning = [p for p in block if p not in plain and p.requires_grad]
     reduced = sum(p.numel() * (dtype.itemsize + 4) for p in learning)
     return {"parameters": sum(rows(p) * p.element_size() for p in parameters),

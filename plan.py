@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import parallel
-from data import check_batch, read_manifest
+from data import micro_size, read_manifest
 from model import MODELS, USUAL, Cond, bind, blank, fits
 
-# Latent channels: GB of the VAE's weights, and of decoding one clip per latent row and column: about 14 maps of 4 frames
-# of the decoder's last and widest stage (96 channels), the caches of its convolutions among them, in fp32; 23 with the
-# shortcuts of Wan 2.2's decoder (256 channels).
+# {latent channels: (GB of the VAE's weights, GB of decoding one clip, per latent row and column)}. Decoding holds about
+# 14 maps of 4 frames of the decoder's last and widest stage (96 channels) in fp32, the caches of its convolutions among
+# them; 23 with the shortcuts of Wan 2.2's decoder (256 channels).
 VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 23 * 4 * 256 * 8 * 8 * 4e-9)}
 
 
@@ -41,7 +41,9 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False):
     """
     ranks, *gb = cfg.dry_run
     device = torch.device("cuda") if gb else parallel.pick_device(cfg.device)
-    precision = cfg.precision or ("bf16" if parallel.on_gpu(device) else "fp32")
+    precision = cfg.precision
+    if precision is None:
+        precision = "bf16" if parallel.on_gpu(device) else "fp32"
     world = parallel.imagine(ranks, cfg.shard, cfg.sp, precision)
     shape, length = USUAL[cfg.model]
     shapes, width = [shape], MODELS[cfg.model].text_dim
@@ -75,27 +77,31 @@ def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False):
 def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=False):
     """What a run takes on the fullest rank -> Weight.
 
-    lora {adapter: (rank, alpha)}; shapes (C, F, H, W) of the buckets, length of texts. optimizer: a function of rows that
-    gives (optimizer, rows of its state), as step.adamw. learners: nets that learn, adapters of one net with lora, the
-    first of them averaged. teacher: whether a frozen net stands beside them.
+    lora {adapter: (rank, alpha)}; shapes (C, F, H, W) of the buckets, length of texts. optimizer: a function of rows
+    that gives (optimizer, rows of its state), as step.adamw. learners: nets that learn, adapters of one net with lora,
+    the first of them averaged. teacher: whether a frozen net stands beside them.
     """
-    micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
-    check_batch(cfg.batch, micro, world.data_size)
+    micro = micro_size(cfg.batch, cfg.micro_batch, world.data_size)
     net = blank(cfg.model, cfg.remat, lora)
     takes = parallel.memory(net, world)
     trained = {name: parallel.Part(p, 0, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad}
     _, state = optimizer(trained)
     moments = size(state) / size(trained)           # bytes of the optimizer per byte of what it trains
 
-    weights, one, gathered, frozen = takes["parameters"], takes["gradients"], learners * takes["gathered"], 0
     count = sum(part.tensor.numel() for part in trained.values())
-    if lora:                                        # one frozen net, of which the learners are adapters
-        weights, one, gathered = takes["gradients"], takes["gradients"] // learners, takes["gathered"]
-        frozen, count = takes["parameters"] - weights, count // learners
-    else:
-        weights = learners * weights
-    if teacher and not lora:
-        frozen = parallel.memory(blank(cfg.model), world, trainable=False)["parameters"]
+    if lora:    # one frozen net; each learner is an adapter of it, an equal part of what is trained
+        frozen = takes["parameters"] - takes["gradients"]
+        weights = takes["gradients"]
+        one = takes["gradients"] // learners
+        gathered = takes["gathered"]
+        count = count // learners
+    else:       # a net for each learner, and perhaps a frozen one
+        frozen = 0
+        weights = learners * takes["parameters"]
+        one = takes["gradients"]
+        gathered = learners * takes["gathered"]
+        if teacher:
+            frozen = parallel.memory(blank(cfg.model), world, trainable=False)["parameters"]
     held = {"frozen weights": frozen, "trained weights": weights, "gradients of one net": one,
             "optimizer": int(learners * moments * one), "average": one, "gathered copies": gathered}
 
@@ -137,7 +143,7 @@ def of(there):
 
 def less(cfg, world):
     """The flags that would reduce what a run takes, and are left."""
-    micro = cfg.micro_batch or max(cfg.batch // world.data_size, 1)
+    micro = micro_size(cfg.batch, cfg.micro_batch, world.data_size)
     ways = {"--remat=True": not cfg.remat, "--micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < world.size,
             "--sp": cfg.sp < world.size, "--lora_rank": not cfg.lora_rank, "more ranks": True}
     return ", ".join(way for way, left in ways.items() if left)

@@ -7,7 +7,7 @@
     python prepare.py --prompts=FILE --shape 24 5 8 8                       prompts alone, to distil from
 
 Under torchrun each rank encodes its share. Interrupted, the same command goes on where it was, and where the folder has
-got more films since, it adds them. Imports ckpt, codec, data, parallel, shapes.
+got more films since, it adds them. Imports ckpt, codec, data, flags, parallel, shapes.
 
 C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
@@ -95,14 +95,13 @@ def main(cfg):
         count, names = len(names), names[world.rank::world.size]
         ckpt.claim(cfg.out, **world.ranks)
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
-    say = print if world.rank == 0 else lambda *_: None
     todo = [name for name in names if name not in writer.done]
     clear(cfg.out, world)
 
     before = ""
     if len(todo) < len(names):
         before = f", {len(names) - len(todo):,} of rank 0's {len(names):,} done before"
-    say(f"{count:,} {kind} -> {cfg.out}{before}")
+    world.say(f"{count:,} {kind} -> {cfg.out}{before}")
 
     skipped = 0
     with tqdm(total=len(names), initial=len(names) - len(todo), unit=f" {kind}",
@@ -130,10 +129,10 @@ def main(cfg):
                             for b in manifest["buckets"])
         size = sum(file["size"] for file in manifest["files"].values())
         missing = f"; {skipped} {kind} skipped, named above" if skipped else ""
-        say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB{missing}")
+        world.say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB{missing}")
         if fidelity:
-            say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, "
-                f"the first {len(fidelity)} clips' median")
+            world.say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, "
+                      f"the first {len(fidelity)} clips' median")
     clear(cfg.out, world)
 
 
@@ -220,7 +219,8 @@ def films(cfg, coder, embed):
         caption = listed.get(compose(name))
         if beside.exists():
             caption = beside.read_text(encoding="utf-8").strip()
-        caption = caption or cfg.caption
+        if not caption:
+            caption = cfg.caption
         if not caption:
             raise ValueError(f"no caption in {beside.name} or captions.jsonl; "
                              "--caption=TEXT would be for such films")

@@ -9,7 +9,6 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 import math
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +55,7 @@ def main(cfg):
         world = parallel.init(cfg.device, precision=cfg.precision)
         captions = captions_of(cfg)
         mine = range(world.rank, len(captions), world.size)
-        saved = stored(cfg, world)
+        saved = ckpt.stored(cfg.ckpt, [cfg.weights, "null"], **world.ranks)
         sampling = chosen(saved.sampling, cfg)
         shape = latent_shape(sampling, cfg)
         source = ckpt.model_of(saved, cfg.weights)
@@ -78,10 +77,12 @@ def main(cfg):
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
-    at_once = cfg.batch or batch_size(net.net.config, shape)
+    at_once = cfg.batch
+    if at_once is None:
+        at_once = batch_size(net.net.config, shape)
     batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
     K = len(sampling["times"]) if "times" in sampling else 1    # noises of a video
-    mean, std = (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = codec.moments(sampling)
     for places in tqdm(batches, unit="batch", disable=True if world.rank > 0 else None):
         text = padded([texts[captions[i]] for i in places], sampling).to(world.device)
         uncond = padded([null] * len(places), sampling).to(world.device)
@@ -107,13 +108,6 @@ def captions_of(cfg):
         raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: "
                          "give --prompts \"…\" or --file, and 1 or more of each")
     return [prompt for prompt in prompts for _ in range(cfg.n)]
-
-
-def stored(cfg, world):
-    """The checkpoint; only the files that sampling needs are read, and ranks share the work of verifying them."""
-    ranks = dict(rank=world.rank, world=world.size, agree=partial(parallel.agree, world=world))
-    roles = [cfg.weights, "null"]
-    return ckpt.stored(ckpt.latest(cfg.ckpt, roles=roles, **ranks) or cfg.ckpt, roles, **ranks)
 
 
 def chosen(sampling, cfg):

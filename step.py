@@ -93,7 +93,7 @@ def grid(steps, shift):
 
 @torch.no_grad()
 def euler(net, z, cond, times, uncond=None, scale=1.0):
-    """x0 from noise z (B, C, F, H, W) by Euler steps of the ODE dx = v dt over the descending times, guided by scale."""
+    """x0 from noise z (B, C, F, H, W) by Euler steps of the ODE dx = v dt over descending times, guided by scale."""
     x = z
     s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
     for t, t_next in pairwise([*times, 0.0]):
@@ -105,9 +105,9 @@ def euler(net, z, cond, times, uncond=None, scale=1.0):
 def rollout(net, z, cond, times, noises, exit):
     """x0 predicted by step number `exit` of the few-step sampler: predict x0, re-noise it to the next time, repeat.
 
-    z (B, C, F, H, W) is at times[0]; noises[k] carries step k's x0 to times[k + 1]. The last of K steps returns x0 as it
-    is, so exit = K - 1 is sampling, and what is trained is what is sampled. Only the forward at `exit` keeps a graph, and
-    only where gradients are enabled (backward simulation, DMD2, arXiv 2405.14867, section 4.5).
+    z (B, C, F, H, W) is at times[0]; noises[k] carries step k's x0 to times[k + 1]. The last of K steps returns x0 as
+    it is, so exit = K - 1 is sampling, and what is trained is what is sampled. Only the forward at `exit` keeps a
+    graph, and only where gradients are enabled (backward simulation, DMD2, arXiv 2405.14867, section 4.5).
     """
     x = z
     for k, t in enumerate(times[:exit + 1]):
@@ -119,14 +119,16 @@ def rollout(net, z, cond, times, noises, exit):
     return x0
 
 
-def sample(net, noises, cond, uncond, how):
+def sample(net, noises, cond, uncond, sampling):
     """x0 by a checkpoint's own sampler: a teacher's guided Euler steps, or a student's few, each with fresh noise.
 
-    how: the checkpoint's sampling block. noises: one (B, C, F, H, W) for "euler", one per time for "rollout".
+    sampling: the checkpoint's block of that name. noises: one (B, C, F, H, W) for "euler", one per time for "rollout".
     """
-    if how["sampler"] == "rollout":
-        return rollout(net, noises[0], cond, how["times"], noises[1:], len(how["times"]) - 1)
-    return euler(net, noises[0], cond, grid(how["steps"], how["shift"]), uncond, how["guidance"])
+    if sampling["sampler"] == "rollout":
+        times = sampling["times"]
+        return rollout(net, noises[0], cond, times, noises[1:], len(times) - 1)
+    times = grid(sampling["steps"], sampling["shift"])
+    return euler(net, noises[0], cond, times, uncond, sampling["guidance"])
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
@@ -198,7 +200,7 @@ def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0):
 
 @dataclass
 class Learner:
-    """A net that learns, as its update sees it. Rows are {name: Part}, plain local tensors of (tensor, first, shape)."""
+    """A net that learns, as its update sees it. Rows are {name: Part}, with plain tensors that this rank holds."""
     rows: dict                      # what is trained; the tensors share storage with the net
     opt: torch.optim.Optimizer
     opt_rows: dict                  # the optimizer's state
@@ -254,9 +256,9 @@ def train_step(me, losses, *, lr, clip, ema=None):
 def adamw(rows, betas, weight_decay):
     """AdamW over plain local tensors, decay on matrices only -> (optimizer, {name: Part} of its state).
 
-    The state is made here, not at the first step, so that a checkpoint can be read into it. Norms, biases and modulations
-    are not decayed (arXiv 1711.05101 decays all; DiTs do not). A group's learning rate is `scale` times the run's. Rows
-    may be a shard of a matrix: an optimizer that needs it whole has to gather it.
+    The state is made here, not at the first step, so that a checkpoint can be read into it. Norms, biases and
+    modulations are not decayed (arXiv 1711.05101 decays all; DiTs do not). A group's learning rate is `scale` times the
+    run's. Rows may be a shard of a matrix: an optimizer that needs it whole has to gather it.
     """
     decayed = {name: len(part.shape) >= 2 and not name.endswith("modulation") for name, part in rows.items()}
     groups = [{"params": [rows[name].tensor for name in rows if decayed[name] == matrices], "scale": 1.0,
@@ -277,8 +279,8 @@ def adamw(rows, betas, weight_decay):
 def lr_at(step, *, lr, warmup, decay_steps, schedule):
     """Learning rate of update number `step` (from 0): a linear warm-up to lr, then constant, cosine or linear to 0.
 
-    The first update of a warm-up has lr / warmup, not 0. decay_steps counts updates from 0, warm-up included; a constant
-    schedule has none.
+    The first update of a warm-up has lr / warmup, not 0. decay_steps counts updates from 0, warm-up included; a
+    constant schedule has none.
     """
     if step < warmup:
         return lr * (step + 1) / warmup
@@ -298,7 +300,7 @@ def ema_update(me, decay):
 @contextmanager
 @torch.no_grad()
 def averaged(me):
-    """Inside, the net computes with its averaged weights; afterwards, also after an exception, both are as they were."""
+    """Swaps the averaged weights into the net; afterwards, also after an exception, both are as they were."""
     def swap():
         for p, a in zip(tensors(me.rows), tensors(me.average), strict=True):
             kept = p.clone()

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train.py --model=wan-1.3b --data=DIR --init=PATH --shard=-1
 
 The same command again resumes, exactly. Reads top to bottom: flags, setup in five steps, the loop, its loss,
-validation. Imports model, plan and every leaf.
+checkpoints, validation. Imports model, plan and every leaf but shapes.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
@@ -43,52 +43,52 @@ class Config:
     # optimizer
     steps: int | None = None                              # number of updates
     batch: int | None = None                              # samples per update, over all ranks
-    micro_batch: int | None = None                        # samples a rank forwards at once; none = batch / data ranks
+    micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
     lr: float | None = None                               # peak learning rate
     warmup: int | None = None                             # updates of linear learning-rate warm-up
     schedule: Literal["constant", "cosine", "linear"] | None = None  # learning rate after the warm-up
     decay_steps: int | None = None                        # updates until the schedule reaches 0; None = steps
-    ema: float | None = None                              # decay of the averaged weights, which are sampled
+    ema: float | None = None                              # decay of the averaged weights, which sample the videos
     lora_rank: int = 0                                    # LoRA rank; 0 trains all weights
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
 
     # objective
     t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
     shift: float | None = None                            # time shift towards noise: t -> s t / (1 + (s - 1) t)
-    text_dropout: float = 0.1                             # share of samples trained with the null text
+    text_dropout: float = 0.1                             # share of samples whose text is replaced by the null text
 
     # sparse attention
     window: tuple[int, int, int] | None = None            # attention window in tiles, frames rows columns; None = dense
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens of an attention tile: frames, rows, columns
-    window_steps: int = 0                                 # updates in which the window shrinks from dense; 0 = at once
-    dense_ends: int = 0                                   # first and last blocks that stay dense
+    window_steps: int = 0                                 # updates in which --window shrinks from dense; 0 = at once
+    dense_ends: int = 0                                   # how many blocks at either end stay dense
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"       # auto = cuda where there is a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"       # what to run on; auto = cuda where there is a GPU
     precision: Literal["fp32", "bf16"] | None = None      # dtype blocks compute in; None = bf16 on a GPU, else fp32
     shard: int = 1                                        # ranks that share one copy of the weights; -1 = all (FSDP)
     sp: int = 1                                           # ranks that share one sample's tokens (sequence parallel)
     compile: bool | None = None                           # compile the blocks; None = on a GPU
     remat: bool | None = None                             # recompute activations in backward, except attention
-    deterministic: bool = False                           # only deterministic kernels on a GPU: resume to the bit there
+    deterministic: bool = False                           # use deterministic GPU kernels only: resume to the bit
 
     # now and then
     log_every: int = 10                                   # updates per line of log.jsonl; 0 = no lines
-    val_every: int | None = None                          # updates between validations, with videos; 0 = at the end
+    val_every: int | None = None                          # updates between validations, with videos; 0 = only at end
     save_every: int | None = None                         # updates between checkpoints; 0 = only at the end
-    keep: int = 3                                         # newest checkpoints to keep
+    keep: int = 3                                         # how many of the newest checkpoints to keep
 
     # validation
     val: int = 16                                         # samples held out of training, at most 5 % of the dataset
-    samples: int = 8                                      # videos sampled at each validation
-    guidance: float | None = None                         # guidance scale s of u + s (c - u) for these videos; 1 = none
-    vae: str | None = None                                # Wan VAE that decodes the videos; None = latents in .npy
+    samples: int = 8                                      # how many videos to sample at each validation
+    guidance: float | None = None                         # guidance scale s of u + s (c - u) for videos; 1 = none
+    vae: str | None = None                                # Wan VAE that decodes videos; None = latents in .npy
 
     # the run
-    resume: str | None = None                             # checkpoint that begins a run in a new folder
+    resume: str | None = None                             # checkpoint from which a new --out goes on
     allow: tuple[str, ...] = ()                           # names of flags that may differ from the resumed run's
     wandb: Literal["off", "online", "offline"] = "off"    # send the log to Weights & Biases
-    dry_run: tuple[int, ...] = ()                         # print what so many ranks (of so many GB) take, then exit
+    dry_run: tuple[int, ...] = ()                         # plan for this many ranks (and GB per GPU), then exit
 
 
 # A row per model. The last block of each has no flags: edit it here. Only matrices are decayed.
@@ -142,6 +142,7 @@ FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 BEFORE = {"deterministic": False}   # what a flag was in runs whose config does not have it yet
 STRATA = 10                         # noise levels at which each held-out sample is validated
+CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
 
 def main(cfg):
@@ -301,7 +302,8 @@ def begin(cfg):
     plan.start(cfg, world, adapter(cfg), data, optimizer=optimizer(cfg))
 
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
-    weights, inputs = None, {"data": data.manifest["crc32"]}
+    weights = None
+    inputs = {"data": data.manifest["crc32"]}
     # A full finetune needs --init for its first start alone: later it may be gone.
     if cfg.init and (cfg.lora_rank or not path or parallel.agree(Path(cfg.init).exists(), world)):
         weights = ckpt.weights(cfg.init, **world.ranks)
@@ -320,7 +322,8 @@ def begin(cfg):
 
 def resolve(cfg):
     """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
-    row, saved = DEFAULTS[cfg.model], ckpt.flags_of(cfg.out, cfg.resume)
+    row = DEFAULTS[cfg.model]
+    saved = ckpt.flags_of(cfg.out, cfg.resume)
     kept = {*row, "precision", "lora_alpha", "decay_steps"} - set(cfg.allow)
     if cfg.steps not in (None, saved.get("steps")):
         kept -= {"decay_steps"}     # another length is another decay, which is refused unless allowed
@@ -403,7 +406,8 @@ def finished(cfg, origin):
 
 def about(step, me, data, cfg, origin):
     """What a checkpoint says beside its tensors: it stands alone."""
-    row, window = DEFAULTS[cfg.model], cfg.window
+    row = DEFAULTS[cfg.model]
+    window = cfg.window
     if step < cfg.window_steps:     # still shrinking: that of the largest bucket
         windows = [window_at(step, cfg, token_grid(MODELS[cfg.model], shape)) for shape in data.shapes]
         window = max(windows, key=math.prod)
@@ -437,14 +441,18 @@ def loss_name(data):
 @torch.no_grad()
 def validate(net, step, data, cfg, world):
     """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none."""
-    ids = data.held_out or range(min(cfg.val or 16, data.count))
-    total, chunk = torch.zeros(2, BINS, device=world.device), cfg.micro_batch or 16
+    ids = data.held_out
+    if not ids:
+        ids = range(min(cfg.val or 16, data.count))
+    total = torch.zeros(2, BINS, device=world.device)
+    chunk = cfg.micro_batch or CHUNK
     for i, counts in parallel.share(len(ids), world):
         x0, text = (x.to(world.device) for x in data.sample([ids[i]]))
         bound = bound_at(step, net, x0.shape, cfg, world)
         for first in range(0, STRATA, chunk):
             levels = range(STRATA)[first:first + chunk]
-            n, t = len(levels), torch.tensor([(k + 0.5) / STRATA for k in levels], device=world.device)
+            n = len(levels)
+            t = torch.tensor([(k + 0.5) / STRATA for k in levels], device=world.device)
             e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:]).to(world.device)
             _, seen = flow_loss(bound, x0.expand(n, -1, -1, -1, -1), Cond(text.expand(n, -1, -1)), t, e)
             if counts:
@@ -460,7 +468,8 @@ def show(net, step, data, cfg, world, log):
     if step == 0 or cfg.samples == 0:
         return
     ids = prompts(data, cfg.samples)
-    shape, row = data.shape_of(ids[0]), DEFAULTS[cfg.model]
+    shape = data.shape_of(ids[0])
+    row = DEFAULTS[cfg.model]
     bound = bound_at(step, net, shape, cfg, world)
     times = grid(row["sample_steps"], row["sample_shift"])
 
@@ -470,7 +479,7 @@ def show(net, step, data, cfg, world, log):
         null = data.null.to(world.device).expand_as(text)
         return euler(bound, z, Cond(text), times, Cond(null), cfg.guidance)
 
-    x0 = parallel.spread(make, len(ids), cfg.micro_batch or 16, world)
+    x0 = parallel.spread(make, len(ids), cfg.micro_batch or CHUNK, world)
     if world.main:
         path = codec.write_clips(log.file("samples", step), x0, data.manifest, vae=cfg.vae, device=world.device,
                                  report=log.say)

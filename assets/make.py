@@ -46,7 +46,7 @@ def clips(folder, captions, world, sampling=None):
     noises = [noise(0, "sample", k, range(len(captions)), shape) for k in range(K)]
     with torch.no_grad():
         x0 = sample(net, noises, Cond(text), Cond(saved.tensor("null").expand_as(text)), sampling)
-    mean, std = (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = codec.moments(sampling)
     return np.stack([coder.decode(z * std + mean) for z in x0])
 
 

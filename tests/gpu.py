@@ -4,7 +4,7 @@
     tests/gpu.sh run wan            these parts, each with four times as long, and wan with more updates
     tests/gpu.sh --device=cpu run   the same commands at a size for a CPU
 
-Each part is some commands in processes of their own, which share a time limit: what has compiled once is found in caches
+Each part is some commands in processes of their own, which share a time limit: what has compiled once is in caches
 by the next run. A command's --out is read back. Exit code 0 if nothing failed, also where there is no GPU.
 """
 import json

@@ -65,9 +65,9 @@ def finished(process, timeout=300):
     return printed
 
 
-def wait_until(happened, process, seconds=200):
-    """Waits until happened(), while the process lives."""
-    deadline = time.monotonic() + seconds
+def wait_until(happened, process):
+    """Waits until happened(), while the process lives, 200 s at most."""
+    deadline = time.monotonic() + 200
     while not happened() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -103,7 +103,7 @@ def as_flags(cfg):
 
 def state(out):
     """Every tensor of a run's newest checkpoint."""
-    source = ckpt.stored(ckpt.latest(out))
+    source = ckpt.stored(out)
     return {name: source.tensor(name).clone() for name in source.shapes}
 
 

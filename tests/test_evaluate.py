@@ -10,7 +10,6 @@ from math import comb
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 import ckpt
 import distill
@@ -20,17 +19,9 @@ import prepare
 import train
 from conftest import ROOT
 from data import noise
-from evaluate import (Clips, distances, energy, figures, interval, mcnemar, paired, recall, spread, vendi,
+from evaluate import (Clips, distances, energy, figures, interval, mcnemar, paired, recall, variety, vendi,
                       verdict)
-
-
-def run(main, cfg):
-    """One process's main(cfg), in this process."""
-    try:
-        return main(cfg)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+from helpers import run
 
 
 def points(n, seed, shift=0.0, D=3):
@@ -84,7 +75,7 @@ def test_spread_is_the_mean_distance_between_clips_of_one_prompt():
     groups = [x[i:i + evaluate.SEEDS] for i in range(0, len(x), evaluate.SEEDS)]
     apart = [length(p, q) for same in groups for i, p in enumerate(same)
              for j, q in enumerate(same) if i != j]
-    assert spread(x) == pytest.approx(np.mean(apart))
+    assert variety(x) == pytest.approx(np.mean(apart))
 
 
 def test_a_verdict_compares_each_word():
@@ -182,7 +173,7 @@ def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs
 
 def system_of(path, **given):
     """The run's first system, under a sampling block with these changes."""
-    source = ckpt.stored(ckpt.latest(path))
+    source = ckpt.stored(path)
     return evaluate.System("a system", source, ckpt.model_of(source, "ema"), source.sampling | given)
 
 
@@ -230,7 +221,7 @@ def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, mo
 
 
 def test_guidance_and_steps_are_tried_in_every_combination(runs):
-    source = ckpt.stored(ckpt.latest(runs[0]))
+    source = ckpt.stored(runs[0])
     systems = evaluate.systems_of(source, None, evaluate.Config(guidance=(1.0, 2.5), steps=(2, 3)))
     assert [system.name for system in systems] == ["2 steps, s=1", "2 steps, s=2.5", "3 steps, s=1",
                                                    "3 steps, s=2.5"]
@@ -241,7 +232,7 @@ def test_guidance_and_steps_are_tried_in_every_combination(runs):
 
 
 def test_what_is_asked_undistilled_has_the_students_sampler_and_the_teachers_window(runs):
-    teacher, student = (ckpt.stored(ckpt.latest(path)) for path in runs)
+    teacher, student = (ckpt.stored(path) for path in runs)
     student.manifest["meta"]["sampling"] |= {"window": [3, 1, 1]}
     asked, many, undistilled = evaluate.systems_of(student, teacher, evaluate.Config())
     assert asked.sampling == student.sampling

@@ -175,7 +175,7 @@ def distilling(cfg, world):
     if not lora:
         teacher.requires_grad_(False)
     sampling = {"window": None, "tile": (4, 4, 8), "dense_ends": 0, "steps": 3, "shift": 1.0}
-    nets = partial(distill.bound, student, critic, teacher, sampling, cfg, world)
+    nets = partial(distill.bound_nets, student, critic, teacher, sampling, cfg, world)
     learners = distill.learner("student", student, cfg, world), distill.learner("critic", critic, cfg, world)
     return nets, *learners, sampling
 
@@ -208,7 +208,7 @@ def test_validation_of_a_student_shows_all_three_nets_from_the_gpu(folder, gpu, 
     cfg = distill_config(monkeypatch, samples=2, micro_batch=2)
     with fake(), torch.no_grad():
         nets, _, _, sampling = distilling(cfg, gpu)
-        origin = SimpleNamespace(teacher=sampling, student={})
+        origin = SimpleNamespace(teacher_sampling=sampling, student_sampling={})
         log = logged()
         distill.validate(0, nets, [], latents(folder, cfg), origin, cfg, log, gpu)
     assert [x0.shape[0] for x0 in written] == [4, 6]    # two prompts: student, teacher; student and both scores

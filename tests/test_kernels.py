@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from itertools import product
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace

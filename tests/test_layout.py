@@ -10,8 +10,7 @@ from conftest import ROOT
 LEAVES = {"step", "data", "codec", "shapes", "ckpt", "log", "parallel", "flags"}
 STAGES = ("prepare", "train", "distill", "sample", "export", "evaluate", "bench")
 IMPORTS = {  # every file and what it may import of ours: a new file takes its place here
-    "kernels": set(),
-    "attention": {"kernels"},
+    "attention": set(),
     **dict.fromkeys(LEAVES, set()),
     "model": {"attention"},
     "plan": {"model", "parallel", "data"},

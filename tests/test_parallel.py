@@ -17,7 +17,7 @@ from torch import multiprocessing, nn
 import parallel
 from attention import attention, build_metadata
 from conftest import ROOT
-from model import LOCAL, DiT, ModelConfig, Seq, add_lora
+from model import LOCAL, Cond, DiT, ModelConfig, Seq, add_lora
 
 # Rows that nothing divides: ffn has 27; modulations have 1, so that some ranks hold none.
 CONFIG = ModelConfig(dim=32, blocks=2, heads=4, ffn=27, channels=3, text_dim=8, freq_dim=8)
@@ -49,7 +49,7 @@ def batch(world, sparse=True):
     text = torch.randn(4, 5, 8, generator=draw)
     seq = LOCAL if world.sp == 1 else Seq(*world.ulysses(attention, 9))
     metadata = build_metadata(GRID, (2, 1, 2), (1, 1, 1)) if sparse else None
-    return (x[mine], t[mine], text[mine]), dict(metadata=metadata, seq=seq)
+    return (x[mine], t[mine], Cond(text[mine])), dict(metadata=metadata, seq=seq)
 
 
 def objective(v):
@@ -68,12 +68,13 @@ def backward(net, rows, world, loss):
 def trained(world, micros, precision="fp32", steps=5, **kind):
     """Losses and norms of some AdamW updates, each rank's samples in so many micro-batches."""
     net, rows = build(world, precision)
-    inputs, more = batch(world, **kind)
+    (x, t, cond), more = batch(world, **kind)
     opt = torch.optim.AdamW([p for p, _, _ in rows.values()], lr=1e-3, fused=True)
     sync, history = parallel.sync(net), []
     for _ in range(steps):
         losses = []
-        for i, some in enumerate(zip(*(x.chunk(micros) for x in inputs)), 1):
+        texts = map(Cond, cond.text.chunk(micros))
+        for i, some in enumerate(zip(x.chunk(micros), t.chunk(micros), texts), 1):
             sync(i == micros)
             losses.append(objective(net(*some, **more)) / micros)
             losses[-1].backward()
@@ -101,23 +102,23 @@ def swapped(world):
 def interleaved(world):
     """A gradient through a forward after which the net was called without one, as a LoRA student and its teacher do."""
     net, rows = build(world)
-    (x, t, text), more = batch(world)
-    v = net(x, t, text, **more)
+    (x, t, cond), more = batch(world)
+    v = net(x, t, cond, **more)
     with torch.no_grad():
-        target = net(x + 1, t, text, **more)
+        target = net(x + 1, t, cond, **more)
     return backward(net, rows, world, (v - target).square().mean())
 
 
 def adapted(world, precision):
     """Two adapters of one frozen net, each learning from what the other and the net say, as distill.py calls them."""
     net, rows = build(world, precision, adapters=("student", "critic"))
-    (x, t, text), more = batch(world)
+    (x, t, cond), more = batch(world)
     seen = {"stored": {n: p.dtype for n, (p, _, _) in rows.items()},
             "plain": [n for n, p in net.named_parameters() if type(p) is nn.Parameter]}
     for me, other in (("student", "critic"), ("critic", "student")):
-        v = net(x, t, text, lora=me, **more)
+        v = net(x, t, cond, lora=me, **more)
         with torch.no_grad():
-            target = net(x + 1, t, text, **more) - net(x + 1, t, text, lora=other, **more)
+            target = net(x + 1, t, cond, **more) - net(x + 1, t, cond, lora=other, **more)
         mine = {n: r for n, r in rows.items() if f".lora.{me}." in n}
         seen[me] = backward(net, mine, world, (v - target).square().mean())
         seen["left over"] = [n for n, p in net.named_parameters() if p.grad is not None]
@@ -404,7 +405,7 @@ def test_five_shapes_compile_to_one_graph_each_for_all_blocks():
         net, _ = build(world, "bf16", compile=True, shapes=5)
         before = counted["unique_graphs"]
         for frames in range(1, 6):      # 10 graphs, more than torch's limit of 8
-            inputs = torch.randn(1, 3, frames, 2, 2), torch.rand(1), torch.randn(1, 5, 8)
+            inputs = torch.randn(1, 3, frames, 2, 2), torch.rand(1), Cond(torch.randn(1, 5, 8))
             net(*inputs).sum().backward()
             with torch.no_grad():
                 net(*inputs)
@@ -412,7 +413,8 @@ def test_five_shapes_compile_to_one_graph_each_for_all_blocks():
 
 
 def test_a_run_leaves_with_what_it_printed_and_past_what_python_would_tidy_up():
-    code = "import atexit, parallel; parallel.init('cpu'); atexit.register(print, 'tidied'); print('done'); parallel.leave()"
+    code = ("import atexit, parallel; parallel.init('cpu'); atexit.register(print, 'tidied'); "
+            "print('done'); parallel.leave()")
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "done\n")
 
@@ -454,8 +456,8 @@ def test_a_gpu_that_is_there_and_does_not_work_is_an_error_with_the_reason(monke
 def test_a_pytorch_without_cuda_says_so_once_a_machine_and_takes_the_cpu(monkeypatch, capsys):
     no_gpu_works(monkeypatch, built=False)
     assert [parallel.pick_device("auto", rank, 2).type for rank in range(2)] == ["cpu", "cpu"]
-    assert capsys.readouterr().out == (f"this machine has a GPU, but PyTorch {torch.__version__} is a build without CUDA: "
-                                       "running on the CPU\n")
+    build = f"PyTorch {torch.__version__} is a build without CUDA"
+    assert capsys.readouterr().out == f"this machine has a GPU, but {build}: running on the CPU\n"
     with pytest.raises(RuntimeError, match="not compiled with CUDA.*--device=cpu"):
         parallel.pick_device("cuda")
     monkeypatch.setattr(parallel, "nvidia_present", lambda: False)
@@ -501,7 +503,8 @@ def test_a_gpu_brings_bf16_and_the_compiler_unless_told_otherwise(monkeypatch, d
     calls = mock.Mock()
     monkeypatch.setattr(parallel, "pick_device", lambda *_: torch.device(device))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    for owner, name in ((parallel, "check_cards"), (torch.distributed, "init_process_group"), (parallel, "init_device_mesh")):
+    for owner, name in ((parallel, "check_cards"), (torch.distributed, "init_process_group"),
+                        (parallel, "init_device_mesh")):
         monkeypatch.setattr(owner, name, getattr(calls, name))
     for name, value in dict(RANK=0, WORLD_SIZE=size).items():
         monkeypatch.setenv(name, str(value))

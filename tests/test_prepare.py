@@ -16,23 +16,20 @@ import torch
 import codec
 import parallel
 import data
+import helpers
 import prepare
 import shapes
+from conftest import ROOT
 from data import Latents
 from prepare import Config
 from test_codec import film, pipeline  # noqa: F401 (a fixture)
 
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(**flags):
     """prepare.py with these flags, in this process -> the dataset, opened."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
-    try:
-        prepare.main(Config(**flags))
-    finally:
-        if parallel.dist.is_initialized():
-            parallel.close()
+    helpers.run(prepare.main, Config(**flags))
     return opened(flags["out"])
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 import ckpt
 import codec
@@ -20,6 +19,7 @@ import plan
 import sample
 from conftest import ROOT
 from data import noise
+from helpers import run
 from model import MODELS, Cond, blank, token_grid
 
 PROMPTS = ("a red circle moving left", "a blue zeppelin", "a green square moving up")
@@ -31,15 +31,6 @@ SAMPLING = {
     "tile": [4, 4, 8], "dense_ends": 0, "sampler": "euler", "steps": 2, "shift": 1.0, "guidance": 2.0}
 STUDENT = {name: value for name, value in SAMPLING.items() if name != "steps"} | {
     "sampler": "rollout", "times": [1.0, 0.75, 0.5], "guidance": 1.0}
-
-
-def run(cfg):
-    """One process's main(cfg), in this process."""
-    try:
-        return sample.main(cfg)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def saved(out, sampling):
@@ -93,21 +84,21 @@ def asked(monkeypatch):
 
 def test_sampling_needs_the_checkpoint_alone_and_repeats_itself(teacher, tmp_path, capsys):
     cfg = config(teacher, tmp_path / "a", batch=1)
-    run(cfg)
+    run(sample.main, cfg)
     assert f"3 videos and sheet.png are in {tmp_path / 'a'}/" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [*NAMES, "sheet.png"]
-    run(replace(cfg, out=str(tmp_path / "b"), batch=2))
+    run(sample.main, replace(cfg, out=str(tmp_path / "b"), batch=2))
     assert videos(tmp_path / "b") == videos(tmp_path / "a")     # the noise belongs to the video
-    run(replace(cfg, out=str(tmp_path / "c"), guidance=1.0))
+    run(sample.main, replace(cfg, out=str(tmp_path / "c"), guidance=1.0))
     assert videos(tmp_path / "c").keys() == videos(tmp_path / "a").keys()
     for name, content in videos(tmp_path / "c").items():
         assert content != videos(tmp_path / "a")[name]
 
 
 def test_each_video_gets_its_own_noise_prompt_and_the_null_text(teacher, tmp_path, asked):
-    run(config(teacher, tmp_path / "s", n=2, prompts=PROMPTS[:2], batch=3, seed=7))
+    run(sample.main, config(teacher, tmp_path / "s", n=2, prompts=PROMPTS[:2], batch=3, seed=7))
     words, shape = codec.load("dct").embed(PROMPTS[:2]), (24, 2, 4, 4)
-    null = ckpt.stored(ckpt.latest(teacher)).tensor("null")
+    null = ckpt.stored(teacher).tensor("null")
     assert len(asked) == 2
     for places, (_, noises, cond, uncond, sampling) in zip(([0, 1, 2], [3]), asked):
         assert len(noises) == 1
@@ -122,7 +113,7 @@ def test_each_video_gets_its_own_noise_prompt_and_the_null_text(teacher, tmp_pat
 
 
 def test_a_student_gets_a_noise_for_each_of_its_times(student, tmp_path, asked):
-    run(config(student, tmp_path / "s", batch=8))
+    run(sample.main, config(student, tmp_path / "s", batch=8))
     (_, noises, _, _, sampling), = asked
     assert len(noises) == 3
     for k, e in enumerate(noises):
@@ -142,14 +133,14 @@ def test_a_video_is_what_the_codec_makes_of_the_latents_without_their_normalisat
 
     monkeypatch.setattr(sample.step, "sample", lambda *args: x0)
     monkeypatch.setattr(codec, "write_video", watched)
-    run(config(teacher, tmp_path / "s", prompts=PROMPTS[:2]))
+    run(sample.main, config(teacher, tmp_path / "s", prompts=PROMPTS[:2]))
     for video, z in zip(shown, x0, strict=True):
         assert np.array_equal(video, codec.load("dct").decode(z * 0.2 + 0.1))
 
 
 def test_flags_change_the_sampler_and_a_negative_prompt_takes_the_place_of_null(
         teacher, tmp_path, asked):
-    run(config(teacher, tmp_path / "s", prompts=PROMPTS[:1], steps=3, guidance=4.0, shift=2.0,
+    run(sample.main, config(teacher, tmp_path / "s", prompts=PROMPTS[:1], steps=3, guidance=4.0, shift=2.0,
                negative="a blue square"))
     (_, _, _, uncond, sampling), = asked
     assert sampling == SAMPLING | dict(steps=3, guidance=4.0, shift=2.0)
@@ -190,7 +181,7 @@ REFUSED = [
 @pytest.mark.parametrize("given, words", REFUSED, ids=[" ".join(given) for given, _ in REFUSED])
 def test_what_cannot_be_sampled_is_refused_in_a_line(teacher, tmp_path, capsys, given, words):
     with pytest.raises(SystemExit) as refused:
-        run(replace(config(teacher, tmp_path / "s"), **given))
+        run(sample.main, replace(config(teacher, tmp_path / "s"), **given))
     assert refused.value.code == 2
     assert re.search(f"sample.py: .*{words}", capsys.readouterr().err)
     assert not (tmp_path / "s").exists()
@@ -199,7 +190,7 @@ def test_what_cannot_be_sampled_is_refused_in_a_line(teacher, tmp_path, capsys, 
 def test_a_students_times_cannot_be_chosen(student, tmp_path, capsys):
     for given in (dict(steps=3), dict(guidance=2.0), dict(shift=2.0)):
         with pytest.raises(SystemExit):
-            run(config(student, tmp_path / "s", **given))
+            run(sample.main, config(student, tmp_path / "s", **given))
         message = capsys.readouterr().err
         assert f"without guidance: {', '.join(given)} cannot be chosen" in message
 
@@ -207,7 +198,7 @@ def test_a_students_times_cannot_be_chosen(student, tmp_path, capsys):
 def test_a_prompt_longer_than_the_model_was_trained_with_is_refused(tmp_path, capsys):
     path = saved(tmp_path / "run", SAMPLING | {"text": {"length": 4, "width": 64}})
     with pytest.raises(SystemExit):
-        run(config(path, tmp_path / "s"))
+        run(sample.main, config(path, tmp_path / "s"))
     message = capsys.readouterr().err
     assert "'a red circle moving left' has 6 tokens, the model was trained with 4 at most" in message
 
@@ -224,13 +215,13 @@ def as_rank(monkeypatch):
         monkeypatch.setattr(parallel, "init", lambda *args, **named:
                             start(*args, **named)._replace(rank=rank, size=size))
         monkeypatch.setattr(parallel, "agree", lambda x, world: x)
-        run(cfg)
+        run(sample.main, cfg)
 
     return play
 
 
 def test_ranks_divide_the_videos_and_embed_no_others(teacher, tmp_path, as_rank, monkeypatch):
-    run(config(teacher, tmp_path / "one"))
+    run(sample.main, config(teacher, tmp_path / "one"))
     embedded, load = [], codec.load
 
     def watched(spec, **parts):
@@ -253,7 +244,7 @@ def test_ranks_divide_the_videos_and_embed_no_others(teacher, tmp_path, as_rank,
 
 @pytest.mark.slow
 def test_two_ranks_of_torchrun_make_the_videos_of_one(teacher, tmp_path, capsys):
-    run(config(teacher, tmp_path / "one"))
+    run(sample.main, config(teacher, tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     flags = [f"--ckpt={teacher}", f"--out={tmp_path / 'two'}", "--n=1", "--device=cpu", "--prompts", *PROMPTS]
     done = subprocess.run([*launch, str(ROOT / "sample.py"), *flags], capture_output=True, text=True,
@@ -274,9 +265,9 @@ def test_only_the_files_of_the_weights_and_the_null_text_are_read(teacher, tmp_p
         file, = folder.glob(f"ckpt/*/rank_00000.{role}.pt")
         file.write_bytes(b"")
     cfg = config(str(folder), tmp_path / "s", prompts=PROMPTS[:1])
-    run(cfg)
+    run(sample.main, cfg)
     with pytest.raises(SystemExit):
-        run(replace(cfg, weights="net"))
+        run(sample.main, replace(cfg, weights="net"))
     assert "rank_00000.net.pt" in capsys.readouterr().out
 
 
@@ -304,7 +295,7 @@ def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("memory given back"))
     monkeypatch.setattr(parallel, "prepare", lambda *args, **named:
                         events.append("net") or prepare(*args, **named))
-    run(config(teacher, tmp_path / "s", vae="V", text="T", prompts=PROMPTS[:2], negative="a"))
+    run(sample.main, config(teacher, tmp_path / "s", vae="V", text="T", prompts=PROMPTS[:2], negative="a"))
     assert events == ["load vae=None text=T", "embed", "embed", "embed", "text encoder freed",
                       "memory given back", "load vae=V text=None", "net"]
 
@@ -328,7 +319,7 @@ def test_one_video_is_in_memory_at_a_time_and_the_sheet_has_six_frames_of_each(
 
     monkeypatch.setattr(codec, "write_video", watched)
     monkeypatch.setattr(codec, "contact_sheet", strips)
-    run(config(teacher, tmp_path / "s", size=(17, 32, 32)))
+    run(sample.main, config(teacher, tmp_path / "s", size=(17, 32, 32)))
     assert len(shown) == 3
 
 
@@ -368,7 +359,7 @@ def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(name, shape, videos):
 
 def test_the_default_batch_is_the_sizes(teacher, tmp_path, asked, monkeypatch):
     monkeypatch.setattr(sample, "batch_size", lambda config, shape: shape[1])
-    run(config(teacher, tmp_path / "s", prompts=PROMPTS * 2, size=(13, 16, 16)))
+    run(sample.main, config(teacher, tmp_path / "s", prompts=PROMPTS * 2, size=(13, 16, 16)))
     assert [len(noises[0]) for _, noises, *_ in asked] == [4, 2]
 
 
@@ -377,7 +368,7 @@ def test_precision_and_compilation_are_the_worlds(teacher, tmp_path, asked, monk
     monkeypatch.setattr(parallel, "init", lambda *args, **named:
                         start(*args, **named)._replace(compile=True))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **how: compiled.append(net))
-    run(config(teacher, tmp_path / "s", prompts=PROMPTS[:1], precision="bf16"))
+    run(sample.main, config(teacher, tmp_path / "s", prompts=PROMPTS[:1], precision="bf16"))
     net = asked[0][0].net
     assert compiled == [*net.blocks]
     assert {p.dtype for p in net.blocks.parameters()} == {torch.bfloat16}
@@ -386,7 +377,7 @@ def test_precision_and_compilation_are_the_worlds(teacher, tmp_path, asked, monk
 @pytest.mark.parametrize("window", [None, [1, 1, 1]])
 def test_the_net_attends_as_it_was_trained(tmp_path, asked, window):
     path = saved(tmp_path / "run", SAMPLING | dict(window=window, tile=[1, 1, 2], dense_ends=1))
-    run(config(path, tmp_path / "s", prompts=PROMPTS[:1]))
+    run(sample.main, config(path, tmp_path / "s", prompts=PROMPTS[:1]))
     bound = asked[0][0]
     assert (bound.metadata is None) == (window is None)
     assert bound.dense_ends == 1

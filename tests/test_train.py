@@ -486,7 +486,7 @@ def test_an_adapter_beside_its_base_computes_what_the_merged_weights_do(whole, l
 
     adapted = DiT(MODELS["tiny"])
     add_lora(adapted, "main", 4, 6.0)
-    filled(adapted, ckpt.weights(whole), ckpt.role_of(ckpt.stored(ckpt.latest(lora)), "ema"))
+    filled(adapted, ckpt.weights(whole), ckpt.role_of(ckpt.stored(lora), "ema"))
     merged = filled(DiT(MODELS["tiny"]), ckpt.weights(lora))
     x, t, cond = torch.randn(2, 24, 5, 8, 8), torch.rand(2), Cond(torch.randn(2, 8, 64))
     with torch.no_grad():

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 import ckpt
 import codec
@@ -18,6 +17,7 @@ import prepare
 import sample
 import shapes
 import train
+from helpers import run
 from model import MODELS, ModelConfig
 from test_codec import pipeline  # noqa: F401
 
@@ -26,15 +26,6 @@ diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip(
 SMALL = ModelConfig(dim=48, blocks=2, heads=4, ffn=80, channels=4, text_dim=32, freq_dim=32)
 PROMPTS = ("a red circle", "the blue square, moving")
 LENGTH = 26             # text tokens
-
-
-def run(main, cfg):
-    """One process's main(cfg), in this process."""
-    try:
-        return main(cfg)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", autouse=True)
