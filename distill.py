@@ -425,6 +425,8 @@ def begin(cfg):
         ckpt.differences(path, saved, asdict(cfg), inputs, free(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     ckpt.claim(cfg.out, **world.ranks)
+    if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
+        raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
     return cfg, world, data, Origin(path, step, counts, weights, base, inputs, teacher, student)
 
 
