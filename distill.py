@@ -426,6 +426,8 @@ def begin(cfg):
         ckpt.differences(path, saved, asdict(cfg), inputs, free(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     ckpt.claim(cfg.out, **world.ranks)
+    if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
+        raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
     origin = Origin(path, step, counts, weights, base, inputs, teacher_sampling, student_sampling)
     return cfg, world, data, origin
 

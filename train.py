@@ -317,6 +317,8 @@ def begin(cfg):
         step, counts = saved["step"], saved["meta"]["counts"]
         inputs = saved["meta"].get("inputs", {}) | inputs       # also of what is not there any more
     ckpt.claim(cfg.out, **world.ranks)
+    if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
+        raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
     return cfg, world, data, Origin(path, step, counts, weights, base, inputs)
 
 

@@ -496,12 +496,26 @@ def test_flags_travel_by_gloo_and_one_process_needs_no_nccl(monkeypatch, device,
             parallel.backend(torch.device(device), 2)
 
 
-@pytest.mark.parametrize("device, size, asked, became", [
-    ("cpu", 1, (None, None), ("fp32", False)), ("cuda", 1, (None, None), ("bf16", True)),
-    ("cpu", 2, ("bf16", True), ("bf16", True)), ("cuda", 2, ("fp32", False), ("fp32", False))])
-def test_a_gpu_brings_bf16_and_the_compiler_unless_told_otherwise(monkeypatch, device, size, asked, became):
-    calls = mock.Mock()
+def on_a_card(monkeypatch, device, capability):
+    """parallel.init finds this device, and a GPU of this capability."""
     monkeypatch.setattr(parallel, "pick_device", lambda *_: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+
+
+def test_a_card_before_ampere_is_refused_bf16_by_name(monkeypatch):
+    on_a_card(monkeypatch, "cuda", (7, 5))
+    with pytest.raises(RuntimeError, match="Tesla T4 does not compute in bf16: --precision=fp32"):
+        parallel.init("cuda", precision="bf16")
+
+
+@pytest.mark.parametrize("device, capability, size, asked, became", [
+    ("cpu", (0, 0), 1, (None, None), ("fp32", False)), ("cuda", (9, 0), 1, (None, None), ("bf16", True)),
+    ("cuda", (7, 5), 1, (None, None), ("fp32", True)),
+    ("cpu", (0, 0), 2, ("bf16", True), ("bf16", True)), ("cuda", (7, 5), 2, ("fp32", False), ("fp32", False))])
+def test_a_gpu_brings_bf16_and_the_compiler_unless_told_otherwise(monkeypatch, device, capability, size, asked, became):
+    calls = mock.Mock()
+    on_a_card(monkeypatch, device, capability)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     for owner, name in ((parallel, "check_cards"), (torch.distributed, "init_process_group"),
                         (parallel, "init_device_mesh")):

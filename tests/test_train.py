@@ -123,6 +123,20 @@ def test_a_run_stopped_before_its_first_update_does_not_say_that_it_is_saved(dat
     assert "step 0 of 8 is the start: nothing is saved; the same command goes on" in capsys.readouterr().out
 
 
+def test_a_run_that_went_on_until_its_folder_was_free_is_not_begun_again_from_before(
+        data, whole, tmp_path, monkeypatch, capsys):
+    out = copied(whole, tmp_path / "run")
+    last = ckpt.step_folder(out, 8).rename(tmp_path / "last")
+    claim = ckpt.claim
+
+    def claimed(*args, **ranks):
+        last.rename(ckpt.step_folder(out, 8))
+        claim(*args, **ranks)
+
+    monkeypatch.setattr(ckpt, "claim", claimed)
+    assert "has gone on: the same command" in refused(train.main, config(data, out), capsys)
+
+
 def test_fewer_steps_than_a_run_has_done_are_called_finished(data, whole, tmp_path, capsys):
     out = copied(whole, tmp_path / "run")
     shutil.rmtree(ckpt.step_folder(out, 8))
