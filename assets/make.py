@@ -4,7 +4,6 @@
     steps.webp      the same prompts by the teacher (100 network calls), undistilled in 4 steps, by the student in 4
     curves.png      of out/train
 """
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from step import sample
 CAPTIONS = ["a red circle moving left", "a blue square moving up", "a green triangle moving right",
             "a yellow circle moving down", "a purple square moving left", "a cyan triangle moving up",
             "a orange circle moving right", "a white square moving down"]
-ZOOM, LABEL, GAP = 4, 20, 8     # screen pixels per pixel of a clip; of a caption's height; between clips
+ZOOM, LABEL, GAP, APART = 4, 20, 8, 28      # screen pixels: of a clip's, of a caption, around, between columns
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -54,7 +53,7 @@ def animate(path, rows, columns, names=None, fps=8):
     """A looping picture: rows [[(clip, label)]], each clip (F, H, W, 3) enlarged, its label under it."""
     frames, h, w, _ = rows[0][0][0].shape
     left = 0 if names is None else 150
-    cell_w, cell_h = w * ZOOM + GAP, h * ZOOM + LABEL + GAP
+    cell_w, cell_h = w * ZOOM + APART, h * ZOOM + LABEL + GAP
     font = ImageFont.load_default(11)
     pages = []
     for f in range(frames):
@@ -86,7 +85,8 @@ def main():
     names = ["teacher\n100 network calls", "teacher\nin the student's 4 steps", "student\n4 network calls"]
     rows = [list(zip(some, CAPTIONS)) for some in (teacher[:4], few, distilled)]
     animate(here / "steps.webp", rows, 4, names)
-    shutil.copy(ROOT / "out/train/curves.png", here / "curves.png")
+    curves = Image.open(ROOT / "out/train/curves.png").convert("RGB").quantize(64)
+    curves.save(here / "curves.png", optimize=True)
 
 
 if __name__ == "__main__":
