@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import ckpt
 import export
-from model import MODELS, DiT, ModelConfig, add_lora
+from model import MODELS, Cond, DiT, ModelConfig, add_lora
 from test_ckpt import as_version_1
 
 SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=4, text_dim=16, freq_dim=32)
@@ -53,7 +53,8 @@ def inputs():
 
 def ours(net, **how):
     with torch.no_grad():
-        return net(*inputs(), **how)
+        x, t, text = inputs()
+        return net(x, t, Cond(text), **how)
 
 
 def theirs(transformer):
