@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from statistics import NormalDist
@@ -412,24 +413,27 @@ def test_clips_that_cannot_be_decoded_or_written_are_kept_as_latents_and_nothing
     assert "\n" not in message and len(message) < 300 + len(str(path)) + 50
 
 
-@pytest.fixture
-def small_files():
-    """-> limit(bytes): from now on no file can grow larger, as on a disk that is almost full."""
+@contextmanager
+def small_files(size):
+    """Inside, no file can grow beyond `size` bytes, as on a disk that is almost full. Pytest's own output may be one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_leaves_no_half_video_and_no_half_latents(tmp_path, small_files):
+def test_a_disk_that_fills_up_leaves_no_half_video_and_no_half_latents(tmp_path):
     x0, said = 4 * torch.randn(1, 24, 5, 8, 8), []                      # 31 kB of latents, a video of hundreds
     earlier = tmp_path / "earlier.mp4"
     earlier.write_text("of the run that went before")
-    small_files(60_000)
-    path = codec.write_clips(tmp_path / "earlier", x0, SAMPLING, report=said.append)
+    with small_files(60_000):
+        path = codec.write_clips(tmp_path / "earlier", x0, SAMPLING, report=said.append)
     assert path == tmp_path / "earlier.npy" and np.load(path).shape == (1, 24, 5, 8, 8)
     assert earlier.read_text() == "of the run that went before"
-    small_files(10_000)
-    assert codec.write_clips(tmp_path / "a", x0, SAMPLING, report=said.append) is None
+    with small_files(10_000):
+        assert codec.write_clips(tmp_path / "a", x0, SAMPLING, report=said.append) is None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["earlier.mp4", "earlier.npy"]
     assert len(said) == 2
     assert re.search("a.mp4 is not written .*too large.*nor are its latents .*OSError", said[1])
