@@ -465,7 +465,7 @@ def resolve(cfg):
 
 
 def inherit(cfg):
-    """The config with what a teacher of ours decides: the model's size, and the student's window unless one is given."""
+    """The config with what a teacher of ours decides: the model's size, the student's window unless one is given."""
     sampling = ckpt.sampling_of(cfg.teacher)
     if sampling is None:
         if cfg.model is None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,7 +187,7 @@ def activations(bound, shape, length, precision):
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(drop_grad)
         with Alive(some.parameters()) as alive:
-            v = some(x, t, cond, metadata=bound.metadata, dense_ends=bound.dense_ends, lora=bound.lora, seq=bound.seq)
+            v = replace(bound, net=some)(x, t, cond)
             kept = alive.now
             v.backward(v)
         seen.append((kept, alive.most))

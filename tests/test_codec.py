@@ -415,7 +415,7 @@ def test_clips_that_cannot_be_decoded_or_written_are_kept_as_latents_and_nothing
 
 @contextmanager
 def small_files(size):
-    """Inside, no file can grow beyond `size` bytes, as on a disk that is almost full. Pytest's own output may be one."""
+    """Inside, no file can grow beyond `size` bytes, as on a disk almost full. Pytest's own output may be one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
