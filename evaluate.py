@@ -27,7 +27,7 @@ import codec
 import flags
 import parallel
 import step
-from data import noise, stream
+from data import noise, padded, stream
 from model import Cond, bind, blank
 from shapes import CAPTIONS, clip, features, judge
 
@@ -183,23 +183,22 @@ def sampled(system, coder, captions, cfg, world):
     ckpt.fill(parallel.local_rows(net), source)
     shape = tuple(sampling["shapes"][0])
     net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
-    text = torch.zeros(len(captions), sampling["text"]["length"], sampling["text"]["width"])
-    for padded, row in zip(text, coder.embed(captions)):
-        padded[:len(row)] = row
+    text = padded(coder.embed(captions), sampling["text"])
     null = saved.tensor("null").to(world.device)
-    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a clip
     hidden = True if world.rank > 0 else None
     bar = tqdm(total=len(captions), desc="sampling", leave=False, disable=hidden)
 
     @torch.no_grad()
-    def draw(places):
-        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
+    def clips(places):
+        def draw(k):
+            return noise(cfg.seed, "sample", k, places, shape).to(world.device)
+
         cond = Cond(text[places].to(world.device))
         uncond = Cond(null.expand_as(cond.text))
         bar.update(len(places) * world.size)
-        return step.sample(net, noises, cond, uncond, sampling)
+        return step.sample(net, draw, cond, uncond, sampling)
 
-    latents = parallel.spread(draw, len(captions), cfg.batch, world)
+    latents = parallel.spread(clips, len(captions), cfg.batch, world)
     bar.close()
     if world.rank == 0:
         file.parent.mkdir(exist_ok=True)
