@@ -21,7 +21,7 @@ import codec
 import flags
 import parallel
 import step
-from data import noise
+from data import noise, padded
 from model import MODELS, Cond, bind, blank, token_grid
 
 
@@ -81,14 +81,17 @@ def main(cfg):
     if at_once is None:
         at_once = batch_size(net.net.config, shape)
     batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
-    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a video
     mean, std = codec.moments(sampling)
-    for places in tqdm(batches, unit="batch", disable=True if world.rank > 0 else None):
-        text = padded([texts[captions[i]] for i in places], sampling).to(world.device)
-        uncond = padded([null] * len(places), sampling).to(world.device)
-        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
+    hidden = True if world.rank > 0 else None       # None: on a terminal only
+    for places in tqdm(batches, unit="batch", disable=hidden):
+        def draw(k):
+            return noise(cfg.seed, "sample", k, places, shape).to(world.device)
+
+        text = padded([texts[captions[i]] for i in places], sampling["text"])
+        uncond = padded([null] * len(places), sampling["text"])
+        cond, uncond = Cond(text.to(world.device)), Cond(uncond.to(world.device))
         with torch.no_grad():
-            x0 = step.sample(net, noises, Cond(text), Cond(uncond), sampling)
+            x0 = step.sample(net, draw, cond, uncond, sampling)
         for i, z in zip(places, x0.cpu() * std + mean):
             codec.write_video(files[i], [coder.decode(z)], sampling["fps"])
 
@@ -153,14 +156,6 @@ def embedded(prompts, sampling, cfg, device):
             raise ValueError(f"{prompt!r} has {len(rows[prompt])} tokens, "
                              f"the model was trained with {sampling['text']['length']} at most")
     return rows
-
-
-def padded(rows, sampling):
-    """Embeddings (S_i, E) -> (B, S, E), padded with zeros as in training."""
-    text = torch.zeros(len(rows), sampling["text"]["length"], sampling["text"]["width"])
-    for place, row in zip(text, rows):
-        place[:len(row)] = row
-    return text
 
 
 def batch_size(config, shape):

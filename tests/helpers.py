@@ -138,6 +138,15 @@ def total(lines, line="in all"):
     return next(n for what, n in lines.items() if what.startswith(line))
 
 
+def kept_in(seen, draw):
+    """draw(k) that also puts what it gives into `seen`."""
+    def kept(k):
+        seen.append(draw(k))
+        return seen[-1]
+
+    return kept
+
+
 def spied(monkeypatch, module, name, record):
     """Replaces a module's function by itself, then record(out, *args, **more) -> the list of what record returns."""
     original, seen = getattr(module, name), []

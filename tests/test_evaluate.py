@@ -185,7 +185,8 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     K = 4 if of else 1
     captions = evaluate.CAPTIONS[:5]
 
-    def recorded(net, noises, cond, uncond, sampling):
+    def recorded(net, draw, cond, uncond, sampling):
+        noises = [draw(k) for k in range(K)]
         seen.append((noises, cond.text, uncond.text))
         assert sampling == system.sampling
         return noises[-1]
@@ -208,7 +209,7 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
 
 
 def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.step, "sample", lambda net, noises, *rest: noises[0])
+    monkeypatch.setattr(evaluate.step, "sample", lambda net, draw, *rest: draw(0))
     coder, origin = evaluate.codec.load("dct"), str(tmp_path / "run/ckpt/step_0000002")
     (tmp_path / "run").mkdir()
     asked = [({}, 0), ({"steps": 3}, 0), ({}, 1), ({}, 0)]
