@@ -26,7 +26,7 @@ import flags
 import parallel
 import plan
 from data import Ahead, Latents, noise, stratified, stream
-from log import Clock, Log, check_wandb, holds
+from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, euler, flow_loss, grid, guided_x0, lr_at,
                   numbers, rollout, sample_t, start_average, to_x0, train_step)
@@ -414,6 +414,7 @@ def begin(cfg):
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
     codec.load(teacher_sampling["codec"], vae=cfg.vae if world.main else None)  # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
+    told(cfg.out)       # damaged, it fails here
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)

@@ -60,8 +60,7 @@ class Log:
         if not main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        file = self.out / "config.json"
-        before = json.loads(file.read_text()) if file.exists() else {}
+        file, before = self.out / "config.json", told(self.out)
         self.wandb, wandb_id = None, before.get("wandb")
         if wandb != "off":
             self.wandb = start_wandb(self.out, config, wandb, wandb_id)
@@ -245,6 +244,16 @@ class Clock:
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
+
+def told(out):
+    """What config.json of a run says, {} where there is none; ValueError where it is damaged."""
+    file = Path(out) / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, it is not JSON: {error}. Nothing of the run's state is in it: remove it and "
+                         "the run goes on (with --wandb, as another run there)") from error
+
 
 def circumstances():
     """Commit, CRC32 of the sources, versions, threads and command of this process; None for what cannot be read."""

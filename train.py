@@ -23,7 +23,7 @@ import flags
 import parallel
 import plan
 from data import Latents, noise, stream
-from log import Clock, Log, check_wandb, holds
+from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of, token_grid
 from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, numbers, sample_t,
                   start_average, train_step)
@@ -301,6 +301,7 @@ def begin(cfg):
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
+    told(cfg.out)       # damaged, it fails here
     plan.start(cfg, world, adapter(cfg), data, optimizer=optimizer(cfg))
 
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
