@@ -93,7 +93,9 @@ def test_the_door_takes_views_and_expanded_gradients_and_gives_contiguous_tensor
         out = attention(q, k, v, pattern)
         grads = torch.autograd.grad(out.sum(), (q, k, v))
         for x in (out, *grads):
-            assert x.is_contiguous() and x.isfinite().all() and x.dtype == dtype
+            assert x.is_contiguous()
+            assert x.isfinite().all()
+            assert x.dtype == dtype
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,8 +135,10 @@ def test_updates_in_bf16_lower_the_loss_as_those_in_fp32_do(device, flags, world
     exact, _ = learnt(world, device, "fp32", False, **flags)
     dist.destroy_process_group()
     (losses, norms), me = learnt(world, device, "bf16", False, **flags)
-    assert losses[2] < losses[0] and me.counts == {"updates": 3, "skipped": 0, "in_a_row": 0}
-    assert losses == pytest.approx(exact[0], rel=2e-2) and norms == pytest.approx(exact[1], rel=0.2)
+    assert losses[2] < losses[0]
+    assert me.counts == {"updates": 3, "skipped": 0, "in_a_row": 0}
+    assert losses == pytest.approx(exact[0], rel=2e-2)
+    assert norms == pytest.approx(exact[1], rel=0.2)
 
 
 @NONE
@@ -157,7 +161,8 @@ def test_batches_on_the_device_are_those_of_the_cpu(device, tmp_path):
     for step in (0, 1, 2, 7):
         for a, b in zip(there.at(step), here.at(step)):
             assert a.x0.device.type == a.null.device.type == device
-            assert all(torch.equal(x.cpu(), y) for x, y in zip(a[:6], b[:6])) and a.ids == b.ids
+            assert all(torch.equal(x.cpu(), y) for x, y in zip(a[:6], b[:6]))
+            assert a.ids == b.ids
 
 
 # ---- a run
