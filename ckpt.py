@@ -286,6 +286,20 @@ def fill(rows, source):
             tensor.copy_(value)
 
 
+@contextmanager
+def ending(out, step):
+    """Adds to an error that ends a run in update `step` what of it is saved in its folder, and what is not."""
+    try:
+        yield
+    except RuntimeError as error:
+        last, path = max(steps(out).items(), default=(0, None))
+        kept = f"nothing of the run is saved in {out}"
+        if path:
+            kept = f"{path} is the newest checkpoint; {step - last} steps after it are not saved"
+        error.add_note(kept)
+        raise
+
+
 # ---- how a checkpoint comes to be -----------------------------------------------------------------------------------
 
 @contextmanager

@@ -219,13 +219,13 @@ def main(cfg):
             with averaged(student):
                 validate(step, nets, goal, data, origin, cfg, log, world)
         if last or stop:
-            log.say(ended(step, cfg))
+            log.say(ended(step, student.counts, cfg))
             break
 
         # the student follows the teacher, now and then
         seen = {}
         if due(step + 1, cfg.student_every):
-            with clock("seconds"):
+            with clock("seconds"), ckpt.ending(cfg.out, step):
                 exit = student.counts["updates"] % K        # the same on all ranks, and each as often
                 with clock("data_wait"):
                     micros = draws("student", step)
@@ -235,7 +235,7 @@ def main(cfg):
             clock.add("flops", cfg.batch * student_flops(nets, micros[0], exit, cfg))
 
         # the critic follows the student, always
-        with clock("seconds"):
+        with clock("seconds"), ckpt.ending(cfg.out, step):
             exit = critic.counts["updates"] % K
             with clock("data_wait"):
                 micros = draws("critic", step)
@@ -569,8 +569,10 @@ def validated(cfg, step, world):
     return parallel.agree(done, world)
 
 
-def ended(step, cfg):
+def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    if step and not counts["updates"]:
+        saved += ", but no update was finite: the weights are those that the run began with"
     return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 

@@ -248,11 +248,15 @@ class Clock:
 def told(out):
     """What config.json of a run says, {} where there is none; ValueError where it is damaged."""
     file = Path(out) / "config.json"
+    if not file.exists():
+        return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, it is not JSON: {error}. Nothing of the run's state is in it: remove it and "
-                         "the run goes on (with --wandb, as another run there)") from error
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if said.keys() >= {"flags", "sources", "versions", "threads", "device"}:
+            return said
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{file} is damaged: remove it, and the run goes on; only the id of its run in wandb is lost")
 
 
 def circumstances():
@@ -407,7 +411,7 @@ def curves(path, entries):
     series = {}
     for entry in entries:
         for name, value in entry.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+            if name != "step" and isinstance(value, (int, float)) and abs(value) < 1e100:     # matplotlib adds some
                 series.setdefault(name, []).append((entry["step"], value))
     if not series:
         return

@@ -1,9 +1,9 @@
 """Videos from a checkpoint and a few words: `python sample.py --ckpt=out/train --prompts "a red circle moving left"`.
 
-A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Weights of others and
-what export.py wrote are sampled too: `--ckpt=FILE_OR_FOLDER --model=wan-1.3b --vae=WAN --text=WAN`, and with either an
-adapter on top, `--lora=FILE`. Many GPUs share the videos, which are the same whatever their number: `torchrun --nproc_per_node=8 -- sample.py …` (without --, torchrun
-takes --n for a flag of its own). Imports model and leaves.
+A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Weights of others,
+and what export.py wrote, are sampled by `--ckpt=FILE_OR_FOLDER --model=wan-1.3b --vae=WAN --text=WAN`, and any of them
+with an adapter on top by `--lora=FILE`. Many GPUs share the videos, which are the same whatever their number: `torchrun
+--nproc_per_node=8 -- sample.py …` (without --, torchrun takes --n for a flag of its own). Imports model and leaves.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
 """

@@ -190,11 +190,11 @@ def main(cfg):
                 show(net, step, data, cfg, world, log)
                 log(step, **validate(net, step, data, cfg, world))
         if last or stop:
-            log.say(ended(step, cfg))
+            log.say(ended(step, me.counts, cfg))
             break
 
         # one update
-        with clock("seconds"):
+        with clock("seconds"), ckpt.ending(cfg.out, step):
             with clock("data_wait"):
                 micros = data.at(step)
             bound = bound_at(step, net, micros[0].x0.shape, cfg, world)
@@ -393,7 +393,7 @@ def learner(net, cfg, world):
 
 
 def new_values(rows, cfg, lora):
-    """-> function for ckpt.fill: initial values, each parameter's from a stream of its own; of --lora_init what it has."""
+    """-> function for ckpt.fill: what --lora_init has, else initial values, each parameter's from a stream of its own."""
     slots = {name: slot for slot, name in enumerate(rows)}
 
     def value(name, shape, first, last):
@@ -417,8 +417,10 @@ def validated(cfg, step, data, world):
     return parallel.agree(not world.main or holds(cfg.out, step, loss_name(data)), world)
 
 
-def ended(step, cfg):
+def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    if step and not counts["updates"]:
+        saved += ", but no update was finite: the weights are those that the run began with"
     return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 

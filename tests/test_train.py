@@ -234,9 +234,26 @@ def test_an_update_that_is_not_finite_is_skipped_and_names_the_samples_of_all_ra
 def test_updates_that_are_skipped_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr("step.SKIPS", 3)
     nan_at(monkeypatch, train, "flow_loss", 2, 4, 5, 6)
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
+    with pytest.raises(RuntimeError, match="3 updates in a row held NaN") as error:
         run(train.main, config(data, tmp_path / "run", save_every=2, **QUIET))
-    assert ckpt.latest(tmp_path / "run").name == "step_0000004"
+    path = ckpt.latest(tmp_path / "run")
+    assert path.name == "step_0000004"
+    assert error.value.__notes__ == [f"{path} is the newest checkpoint; 1 steps after it are not saved"]
+
+
+def test_a_run_whose_gradients_are_never_finite_says_what_is_saved_and_draws_no_curves(
+        data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("step.SKIPS", 3)
+    nan_at(monkeypatch, train, "flow_loss", *range(1, 9))
+    cfg = config(data, tmp_path / "run", save_every=0, **QUIET)
+    with pytest.raises(RuntimeError, match="3 updates in a row") as error:
+        run(train.main, cfg)
+    assert error.value.__notes__ == [f"nothing of the run is saved in {cfg.out}"]
+    monkeypatch.setattr("log.curves", curves)
+    short = replace(cfg, steps=2, decay_steps=2, out=str(tmp_path / "short"))
+    run(train.main, short)
+    assert (f"step 2 of 2 is saved in {short.out}, but no update was finite: the weights are those that the run "
+            "began with") in capsys.readouterr().out
 
 
 def test_a_flipped_sample_of_the_dataset_stops_the_run_by_name(data, tmp_path):
@@ -618,6 +635,22 @@ def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, tmp_pa
     assert message.startswith("train.py: ")
     assert re.search(said, message)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", "{}", '{"flags": {}}'])
+def test_a_damaged_config_json_is_named_and_the_run_goes_on_without_it(data, tmp_path, capsys, content):
+    cfg = config(data, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    message = refused(train.main, cfg, capsys)
+    assert message == (f"train.py: {tmp_path}/run/config.json is damaged: remove it, and the run goes on; only the id of "
+                       "its run in wandb is lost\n")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_dataset_where_weights_are_wanted_is_named(data, tmp_path, capsys):
+    message = refused(train.main, config(data, tmp_path / "run", init=data), capsys)
+    assert f"{data} is a dataset, which --data= takes: a checkpoint or a run is wanted" in message
 
 
 @pytest.mark.parametrize("flag, said", [("--guidence=3", "guidance"), ("--steps=many", "many"),
