@@ -258,7 +258,8 @@ def read_manifest(path):
         raise FileNotFoundError(f"no checkpoint at {path}; {contents(path)}")
     manifest = read_json(file)
     if isinstance(manifest, dict) and "buckets" in manifest:
-        raise ValueError(f"{path} is a dataset, which --data= takes: a checkpoint or a run is wanted")
+        raise ValueError(f"{path} is a dataset, which --data= takes: a checkpoint or a run is "
+                         "wanted")
     if not isinstance(manifest, dict) or manifest.get("crc32") != digest(manifest):
         raise ValueError(f"{file} is not what was saved: its CRC32 differs")
     if manifest["version"] not in range(1, VERSION + 1):
@@ -787,8 +788,8 @@ def files(path):
         parts = sorted(set(listed.values()))
         lost = [part.name for part in parts if not part.is_file()]
         if lost:
-            raise FileNotFoundError(f"no weights at {path}: {index[0].name} names {some_of(lost)}, which is "
-                                    f"missing: download it too; {contents(index[0].parent)}")
+            raise FileNotFoundError(f"no weights at {path}: {index[0].name} names {some_of(lost)}, "
+                                    f"which is missing: download it too; {contents(path)}")
     else:
         parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         check_parts(path, parts)
@@ -798,8 +799,8 @@ def files(path):
         twice = [key for key in f.keys() if key in where]
         if twice:
             raise ValueError(f"{path} holds {twice[0]} twice, in {where[twice[0]][1].name} and in "
-                             f"{part.name}: several models, or Wan 2.2's two experts, of which a run "
-                             "takes one. Name one file")
+                             f"{part.name}: several models, or Wan 2.2's two experts, of which a "
+                             "run takes one. Name one file")
         where.update(dict.fromkeys(f.keys(), (f, part)))
     if listed is not None:
         match(dict.fromkeys(listed), dict.fromkeys(where), index[0])
@@ -818,8 +819,8 @@ def weight_map(index):
     told = read_json(index)
     named = told.get("weight_map") if isinstance(told, dict) else None
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise ValueError(f"{index} has no weight_map {{tensor: file}}: download it again; without it, all of "
-                         "the .safetensors beside it are read")
+        raise ValueError(f"{index} has no weight_map {{tensor: file}}: download it again; without "
+                         "it, all of the .safetensors beside it are read")
     where = {}
     for key, name in named.items():
         file = index.parent / name.replace("\\", "/")
@@ -828,29 +829,32 @@ def weight_map(index):
 
 
 # what is often named where weights are wanted, by its ending, and what to do
-PICKLE = ("a pickle, which can run any code and is not opened here. Convert one that you trust: python -c \"import sys, "
-          "torch, safetensors.torch as s; s.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])\" {0} "
-          "{1}.safetensors")
 QUANTIZED = "take the .safetensors in bf16, fp16 or fp8"
+CONVERT = ('python -c "import sys, torch, safetensors.torch as s; '
+           's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" OLD NEW.safetensors')
+PICKLE = f"a pickle, which can run any code and is not opened. Convert one that you trust: {CONVERT}"
 UNREAD = {".gguf": f"quantized for inference (GGUF) and is not read: {QUANTIZED}",
           **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), PICKLE)}
 
 
 def check_parts(path, parts):
     """Raises where a path without an index is not one or several whole files of safetensors."""
-    if not all(part.suffix == ".safetensors" and part.is_file() for part in parts) or not parts:
-        there = [path] if path.is_file() else sorted(nearest(path).iterdir()) if path.is_dir() else []
-        for file in there:
-            if file.suffix.lower() in UNREAD:
-                why = UNREAD[file.suffix.lower()].format(file, file.with_suffix(""))
-                raise FileNotFoundError(f"no weights at {path}: {file.name} is {why}")
-        raise FileNotFoundError(f"no weights at {path}: a .safetensors file or a folder of them is wanted; "
-                                f"{contents(path)}")
+    if not parts or not all(part.suffix == ".safetensors" and part.is_file() for part in parts):
+        beside = [path]
+        if path.is_dir():
+            beside = sorted(path.iterdir())
+        for file in beside:
+            if file.is_file() and file.suffix.lower() in UNREAD:
+                raise FileNotFoundError(f"no weights at {path}: {file.name} is "
+                                        f"{UNREAD[file.suffix.lower()]}")
+        raise FileNotFoundError(f"no weights at {path}: a .safetensors file or a folder of them is "
+                                f"wanted; {contents(path)}")
     for part in parts:
         cut = re.fullmatch(r"(.*)-\d+-of-(\d+)", part.stem)
-        if cut and len([p for p in parts if p.stem.startswith(f"{cut[1]}-")]) < int(cut[2]):
-            raise FileNotFoundError(f"{part} is one of {int(cut[2])} files of a model, and not all of them are "
-                                    f"named: name their folder, and download all; {contents(part.parent)}")
+        if cut and sum(other.stem.startswith(f"{cut[1]}-") for other in parts) < int(cut[2]):
+            raise FileNotFoundError(f"{part} is one of {int(cut[2])} files of a model, and not all "
+                                    "of them are named: name their folder, and download all; "
+                                    f"{contents(part.parent)}")
 
 
 def opened_file(part):
@@ -866,7 +870,7 @@ def opened_file(part):
         elif head.lstrip().startswith(b"<"):
             what = "a web page, not weights: the download was refused, perhaps for want of a login"
         elif head.startswith((b"PK\3\4", b"\x80\2\x8a")):
-            what = PICKLE.format(part, part.with_suffix(".converted"))
+            what = PICKLE
         elif head.startswith(b"GGUF"):
             what = UNREAD[".gguf"]
         raise ValueError(f"{part} is {what}") from error
@@ -970,79 +974,85 @@ def imported(path):
     """The Source of a Wan transformer's safetensors under our names."""
     folder = fetched(path)
     one_expert(folder)
-    source = dequantized(unwrapped(files(folder / "transformer" if (folder / "transformer").is_dir() else folder)))
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    source = dequantized(unwrapped(files(folder)))
     if any(re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name) for name in source.shapes):
         return renamed(source, from_diffusers)
     if any(re.fullmatch(r"blocks\.\d+\.self_attn\.q\.weight", name) for name in source.shapes):
         return source
-    some = ", ".join(sorted(source.shapes)[:5])
+    some = some_of(sorted(source.shapes))
     if any("lora" in name for name in source.shapes):
-        raise ValueError(f"{source.origin} is a LoRA file, not a model ({some}): train.py takes it as --lora_init=, "
-                         "sample.py as --lora=, beside the weights that it changes")
+        raise ValueError(f"{source.origin} is a LoRA file, not a model: it holds {some}. train.py "
+                         "takes it as --lora_init=, sample.py as --lora=, beside the weights that "
+                         "it changes")
     raise ValueError(f"{source.origin} is no Wan transformer under Wan's, diffusers' or ComfyUI's "
-                     f"names: it holds {len(source.shapes)} tensors such as {some}")
+                     f"names: it holds {some}")
 
 
 def fetched(path):
-    """A path that is there, itself; of an id on the Hugging Face hub, the folder to which its transformer is fetched."""
+    """A path that is there; of an id on the Hugging Face hub the folder to which its transformer is downloaded."""
     folder = Path(path)
     if folder.exists():
         return folder
     missing = f"no weights at {path}; {contents(folder)}"
-    if len(folder.parts) != 2 or folder.is_absolute() or Path(folder.parts[0]).exists():
+    parts = folder.parts
+    if len(parts) != 2 or folder.is_absolute() or Path(parts[0]).exists():
         raise FileNotFoundError(missing)
+    missing += ". If it is a name on the Hugging Face hub"
     try:
         from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(str(path), allow_patterns=["model_index.json", "*config.json"]))
+        small = ["model_index.json", "*config.json"]    # their * takes a / as well
+        folder = Path(snapshot_download(str(path), allow_patterns=small))
         one_expert(folder)
-        wanted = dict(allow_patterns="*.safetensors*", ignore_patterns="*/*")   # their * takes a / as well
+        wanted = dict(allow_patterns="*.safetensors*", ignore_patterns="*/*")
         if (folder / "transformer").is_dir():
             wanted = dict(allow_patterns="transformer/*")
         return Path(snapshot_download(str(path), **wanted))
     except ImportError as error:
-        raise FileNotFoundError(f"{missing}. A name on the Hugging Face hub needs pip install -r requirements-wan.txt, or "
-                                f"download it first and name its folder ({error})") from error
+        raise FileNotFoundError(f"{missing}, pip install -r requirements-wan.txt, or download it "
+                                f"first and name its folder ({error})") from error
     except OSError as error:
-        raise FileNotFoundError(f"{missing}. It was not fetched from the Hugging Face hub either: download it first and "
-                                f"name its folder ({' '.join(str(error).split())})") from error
+        why = " ".join(str(error).split())
+        raise FileNotFoundError(f"{missing}, download it first and name its folder: it could not "
+                                f"be fetched now ({why})") from error
 
 
 def one_expert(folder):
     """ValueError for a folder of Wan 2.2's two experts, for high noise and for low, of which a net can be one."""
-    pairs = ("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")
-    for pair in pairs:
-        if all((folder / name).is_dir() for name in pair) or listed_both(folder, pair):
+    listed = {}
+    if (folder / "model_index.json").is_file():
+        listed = read_json(folder / "model_index.json")
+    for pair in ("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"):
+        there = [(folder / name).is_dir() or any(listed.get(name) or ()) for name in pair]
+        if all(there):      # a part that a pipeline lacks is [null, null] in its index
             first, second = (folder / name for name in pair)
-            raise ValueError(f"{folder} holds two experts, {first.name} for high noise and {second.name} for low. One "
-                             f"net at all noise levels would be neither: name one, {first} or {second}")
+            raise ValueError(f"{folder} holds two experts, {first.name} for high noise and "
+                             f"{second.name} for low. One net at all noise levels would be "
+                             f"neither: name one, {first} or {second}")
 
 
-def listed_both(folder, pair):
-    """Whether the folder is of a diffusers pipeline whose index lists both parts; one that it lacks is [null, null]."""
-    index = folder / "model_index.json"
-    listed = read_json(index) if index.is_file() else {}
-    return all(any(listed.get(name) or []) for name in pair)
-
-
-WRAPPED = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"    # of PyTorch's
+WRAPPED = re.compile(rf"(?<![^.])(?:{WRAPPERS})\.")
 
 
 def unwrapped(source):
-    """The tensors of a source without what programs put before their names, and wrappers of PyTorch's anywhere."""
+    """The tensors of a source without what programs put before their names, and without wrappers anywhere in them."""
     names = {key: WRAPPED.sub("", key) for key in source.shapes}
-    first = re.compile(r"(.*\.)?patch_embedding\.weight")        # a model's own, whose prefix is that of all
+    first = re.compile(r"(.*\.)?patch_embedding\.weight")  # what stands before it stands before all
     fronts = {found[1] or "" for found in map(first.fullmatch, names.values()) if found}
     if len(fronts) > 1:
-        raise ValueError(f"{source.origin} holds several models, under {', '.join(sorted(fronts))}: write the one that is "
-                         "wanted to a file of its own")
+        raise ValueError(f"{source.origin} holds several models, under {', '.join(sorted(fronts))}"
+                         ": write the one that is wanted to a file of its own")
     front = "".join(fronts)
     return renamed(source, lambda key: names[key].removeprefix(front))
 
 
-# what quantizers write beside weights: bitsandbytes, GPTQ and AWQ, nunchaku, quanto, nvfp4, blocks of rows and columns
-QUANTIZERS = re.compile(r".*\.(absmax|quant_map|nested_\w+|quant_state\..*|SCB|weight_format|qweight|qzeros|g_idx|wscales|wzeros"
-                        r"|smooth\w*|_data|_scale|weight_scale_2|weight_scale_inv)")
-SCALE = re.compile(r"(.*)\.(?:scale_weight|weight_scale)")        # ComfyUI's names, older and newer
+# what quantizers write beside weights: bitsandbytes; GPTQ, AWQ and nunchaku; quanto; nvfp4, blocks
+QUANTIZERS = re.compile(r".*\.(absmax|quant_map|nested_\w+|quant_state\..*|SCB|weight_format"
+                        r"|qweight|qzeros|g_idx|wscales|wzeros|smooth\w*"
+                        r"|_data|_scale|weight_scale_2|weight_scale_inv)")
+SCALE = re.compile(r"(.*)\.(?:scale_weight|weight_scale)")     # ComfyUI's names, older and newer
 BESIDE_SCALES = re.compile(r"scaled_fp8|.*\.(?:scale_input|input_scale|comfy_quant)")
 
 
@@ -1051,23 +1061,27 @@ def dequantized(source):
 
     ValueError for what is quantized in other ways.
     """
-    scales = {f"{found[1]}.weight": found[0] for found in map(SCALE.fullmatch, source.shapes) if found}
+    found = {name: SCALE.fullmatch(name) for name in source.shapes}
+    scales = {f"{stem[1]}.weight": name for name, stem in found.items() if stem}
     scales = {name: scale for name, scale in scales.items() if name in source.shapes}
     beside = {*scales.values(), *filter(BESIDE_SCALES.fullmatch, source.shapes)}
     shapes = {name: shape for name, shape in source.shapes.items() if name not in beside}
     dtypes = {name: source.rows(name, 0, 1).dtype for name in source.shapes}
+    unread = f"{source.origin} is quantized in a way that is not read"
+
     strange = [f"{name} in {dtypes[name]}" for name in shapes
                if QUANTIZERS.fullmatch(name) or not dtypes[name].is_floating_point]
     if strange:
-        raise ValueError(f"{source.origin} is quantized in a way that is not read ({some_of(strange)}): {QUANTIZED}")
-    bare = [name for name in shapes if beside and dtypes[name].itemsize == 1 and name not in scales]
-    if bare:
-        raise ValueError(f"{source.origin} is in scaled fp8, and the scale of {some_of(bare)} is missing: get the file "
-                         "again")
+        raise ValueError(f"{unread} ({some_of(strange)}): {QUANTIZED}")
+    bare = [name for name in shapes if dtypes[name].itemsize == 1 and name not in scales]
+    if beside and bare:
+        raise ValueError(f"{source.origin} is in scaled fp8, and the scale of {some_of(bare)} is "
+                         "missing: get the file again")
     for name, scale in scales.items():
-        if dtypes[scale].itemsize == 1 or not scales_rows(source.shapes[scale], shapes[name]):
-            raise ValueError(f"{source.origin} is quantized in a way that is not read ({scale} is of shape "
-                             f"{source.shapes[scale]}, {name} of {shapes[name]}): {QUANTIZED}")
+        shape = source.shapes[scale]
+        if dtypes[scale].itemsize == 1 or not scales_rows(shape, shapes[name]):
+            raise ValueError(f"{unread} ({scale} is of shape {shape}, {name} of {shapes[name]}): "
+                             f"{QUANTIZED}")
 
     def rows(name, first, last):
         x = source.rows(name, first, last)
@@ -1128,8 +1142,8 @@ def base_of(path, source):
     """What a run that trains adapters keeps in its meta as "base": where the weights under them are, and which."""
     if (Path(path) / "ckpt").is_dir():      # the newest may be another one by now
         path = step_folder(path, source.manifest["step"])
-    if Path(path).exists():                 # else it is a name on the hub
-        path = Path(path).resolve()
+    if Path(path).exists():     # else a name on the hub, whose files are links to others without .safetensors
+        path = os.path.abspath(path)
     return {"path": str(path), "crc32": fingerprint(source)}
 
 
@@ -1167,7 +1181,8 @@ def merged(adapter, base=None, **ranks):
                                 f"{path}: put or link them there ({error})") from error
     if fingerprint(below) != meta["base"]["crc32"]:
         raise ValueError(f"{below.origin} is not what {adapter.origin} was trained on")
-    return folded(below, own_lora(adapter))._replace(origin=adapter.origin, manifest=adapter.manifest)
+    whole = folded(below, own_lora(adapter))
+    return whole._replace(origin=adapter.origin, manifest=adapter.manifest)
 
 
 def folded(below, lora, strength=1.0):
@@ -1190,10 +1205,11 @@ def check_lora(lora, shapes):
     """ValueError unless an adapter changes just weights that are there, {name: shape}."""
     wrong = []
     for module in lora.scales:
-        (_, inputs), (outputs, _) = lora.source.shapes[f"{module}.A"], lora.source.shapes[f"{module}.B"]
+        (_, inputs) = lora.source.shapes[f"{module}.A"]
+        (outputs, _) = lora.source.shapes[f"{module}.B"]
         there = shapes.get(f"{module}.weight")
         if there != (outputs, inputs):
-            wrong.append(f"{module} ({outputs}, {inputs}) where {there} is")
+            wrong.append(f"{module} {(outputs, inputs)} where {there} is")
     if wrong:
         raise ValueError(f"{lora.source.origin} is an adapter of another model: {some_of(wrong)}")
 
@@ -1205,7 +1221,7 @@ def some_of(names):
 
 
 def lora(path, **ranks):
-    """The Lora in a file of diffusers', PEFT's, ComfyUI's or kohya's names, in a folder that holds one, or in a run of ours.
+    """The Lora in a file of diffusers', PEFT's, ComfyUI's or kohya's names, a folder that holds one, or a run of ours.
 
     FileNotFoundError or ValueError says what is wrong, and names what is changed that is no Linear of our blocks.
     """
@@ -1220,64 +1236,69 @@ def lora(path, **ranks):
 
 def own_lora(source):
     """The Lora that a run of ours holds."""
-    modules = {name[:-2]: re.sub(r"\.lora\.\w+\.", ".", name)[:-2] for name in source.shapes if name.endswith(".A")}
-    old = {f"{new}.{factor}": f"{name}.{factor}" for name, new in modules.items() for factor in "AB"}
-    source = renamed(source, {name: new for new, name in old.items()}.get)
+    source = renamed(source, lambda name: re.sub(r"\.lora\.\w+\.", ".", name))
     alpha = source.manifest["meta"]["config"]["lora_alpha"]
-    return Lora(source, {module: alpha / source.shapes[f"{module}.A"][0] for module in modules.values()})
+    ranks = {name[:-2]: shape[0] for name, shape in source.shapes.items() if name.endswith(".A")}
+    return Lora(source, {module: alpha / rank for module, rank in ranks.items()})
 
 
-# {the name of a Linear in a block, diffusers' or Wan's, with dots or kohya's underscores: Wan's, which is ours}
+# {a block's Linear as diffusers or Wan call it, with dots or kohya's underscores: ours}
 LINEARS = {written: ours for ours, theirs in IN_BLOCK if re.search(r"\.[qkvo02]$", ours)
            for name in (ours, theirs) for written in (name, name.replace(".", "_"))}
-# what may stand before a block's name, and a factor's names
-IN_A_BLOCK = re.compile(r"(?:(?:base_model|model|diffusion_model|transformer|unet|pipe|dit|net)\.|(?:lora_unet|lycoris)_)*"
-                        r"blocks[._](\d+)[._](.+)")
+FRONTS = (r"(?:base_model|model|diffusion_model|transformer|unet|pipe|dit|net)\."
+          r"|(?:lora_unet|lycoris)_")
+IN_A_BLOCK = re.compile(rf"(?:{FRONTS})*blocks[._](\d+)[._](.+)")
 FACTOR = re.compile(r"(.+)\.(?:lora[._](A|B|down|up)(?:\.[\w-]+?)??(?:\.weight)?|(alpha))")
 
 
 def foreign_lora(path):
     """The Lora in files of others."""
-    source = files(path)
-    settings = lora_settings(Path(path))
+    source, settings = files(path), lora_settings(Path(path))
     names, alphas, strange = {}, {}, []
     for key in source.shapes:
-        found = FACTOR.fullmatch(WRAPPED.sub("", key))
-        block = found and IN_A_BLOCK.fullmatch(found[1])
+        part = FACTOR.fullmatch(WRAPPED.sub("", key))
+        block = part and IN_A_BLOCK.fullmatch(part[1])
         if not block or block[2] not in LINEARS:
             strange.append(key)
             continue
         module = f"blocks.{block[1]}.{LINEARS[block[2]]}"
-        if found[3]:
+        if part[3]:
             alphas[module] = source.tensor(key).item()
         else:
-            names[key] = f"{module}.{dict(down='A', up='B').get(found[2], found[2])}"
+            names[key] = f"{module}.{dict(down='A', up='B').get(part[2], part[2])}"
     if not names:
-        raise ValueError(f"{source.origin} is no LoRA file: it holds {some_of(strange) or 'nothing'}")
+        raise ValueError(f"{source.origin} is no LoRA file: it holds "
+                         f"{some_of(strange) or 'nothing'}")
     if strange:
-        raise ValueError(f"{source.origin} changes what is no Linear of a block's attention or feed-forward here: "
-                         f"{some_of(strange)}")
-    source = renamed(source._replace(shapes={key: source.shapes[key] for key in names}), names.get)
-    match(dict.fromkeys(f"{name[:-1]}{factor}" for name in source.shapes for factor in "AB"),
-          dict.fromkeys(source.shapes), source.origin)
+        raise ValueError(f"{source.origin} changes what is no Linear of a block's attention or "
+                         f"feed-forward here: {some_of(strange)}")
+
+    source = source._replace(shapes={key: source.shapes[key] for key in names})
+    source = renamed(source, names.get)
+    modules = sorted({name[:-2] for name in source.shapes})
+    both = [f"{module}.{factor}" for module in modules for factor in "AB"]
+    match(dict.fromkeys(both), dict.fromkeys(source.shapes), source.origin)
     scales = {}
-    for module in (name[:-2] for name in source.shapes if name.endswith(".A")):
-        rank = source.shapes[f"{module}.A"][0]
-        if source.shapes[f"{module}.B"][1:] != (rank,):
-            raise ValueError(f"{source.origin}: {module} has A of rank {rank}, B of shape {source.shapes[f'{module}.B']}")
-        usual = settings.get("lora_alpha", rank) * (rank ** 0.5 if settings.get("use_rslora") else 1)
-        scales[module] = alphas.get(module, usual) / rank
+    for module in modules:
+        A, B = source.shapes[f"{module}.A"], source.shapes[f"{module}.B"]
+        if A[0] != B[1]:
+            raise ValueError(f"{source.origin}: {module} has A of shape {A}, B of shape {B}")
+        usual = settings.get("lora_alpha", A[0])
+        if settings.get("use_rslora"):
+            usual *= A[0] ** 0.5
+        scales[module] = alphas.get(module, usual) / A[0]
     return Lora(source, scales)
 
 
 def lora_settings(path):
-    """What PEFT says of an adapter beside its tensors: in adapter_config.json, or as diffusers writes it into the file."""
+    """What PEFT says of an adapter, in adapter_config.json or, as diffusers writes it, in the file's own header."""
     parts = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     config = parts[0].with_name("adapter_config.json")
     if parts[0].name == "adapter_model.safetensors" and config.is_file():
         told = read_json(config)
     else:
-        told = json.loads((opened_file(parts[0]).metadata() or {}).get("lora_adapter_metadata", "{}"))
+        header = opened_file(parts[0]).metadata() or {}
+        told = json.loads(header.get("lora_adapter_metadata", "{}"))
         told = {name.removeprefix("transformer."): value for name, value in told.items()}
     for name in ("alpha_pattern", "use_dora"):
         if told.get(name):
@@ -1286,7 +1307,7 @@ def lora_settings(path):
 
 
 def continued(lora, scale, values):
-    """-> function for fill: an adapter's values as training at another scale goes on from them, `values` for the others."""
+    """-> function for fill: an adapter's values, for training at another scale; `values` gives those that it lacks."""
     def value(name, shape, first, last):
         module, factor = re.split(r"\.lora\.\w+\.", name)
         if module not in lora.scales:

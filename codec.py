@@ -250,8 +250,8 @@ def part_of(path, part):
         except OSError as error:
             raise FileNotFoundError(f"{missing} ({error})") from error
     if folder.is_file():
-        raise ValueError(f"{path} is a file; wanted is the folder of {PIPELINE}. Wan's own .pth files are pickles, which "
-                         "are not read: the pipeline has the same weights")
+        raise ValueError(f"{path} is a file; wanted is the folder of {PIPELINE}. Wan's own .pth files are pickles, "
+                         "which are not read: the pipeline has the same weights")
     return folder / part if (folder / part).is_dir() else folder
 
 

@@ -393,7 +393,7 @@ def learner(net, cfg, world):
 
 
 def new_values(rows, cfg, lora):
-    """-> function for ckpt.fill: what --lora_init has, else initial values, each parameter's from a stream of its own."""
+    """-> function for ckpt.fill: what --lora_init has, else initial values, each from a stream of its own."""
     slots = {name: slot for slot, name in enumerate(rows)}
 
     def value(name, shape, first, last):

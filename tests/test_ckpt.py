@@ -1105,7 +1105,7 @@ def test_other_files_are_refused_by_what_they_hold(tmp_path):
         ckpt.weights(tmp_path / "pickle")
     name = "transformer_blocks.0.attn.to_q.weight"
     save_file({name: torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
-    with pytest.raises(ValueError, match=f"no Wan transformer.*1 tensors such as {name}"):
+    with pytest.raises(ValueError, match=f"no Wan transformer.*it holds {name}"):
         ckpt.weights(tmp_path / "flux.safetensors")
     save_file(wan(), tmp_path / "a.safetensors")
     save_file(wan(), tmp_path / "b.safetensors")
@@ -1121,7 +1121,7 @@ def test_a_shard_that_is_missing_or_disagrees_with_the_index_is_named(tmp_path):
     where = dict.fromkeys(wan(), "model-1.safetensors") | {"more": "model-2.safetensors"}
     index = {"weight_map": where}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="no weights at .*names model-2.safetensors, which is missing: download"):
+    with pytest.raises(FileNotFoundError, match="names model-2.safetensors, which is missing: download"):
         ckpt.weights(tmp_path)
     save_file({"other": torch.zeros(1)}, tmp_path / "model-2.safetensors")
     with pytest.raises(ValueError, match="1 missing: more\n  1 not wanted: other"):
@@ -1152,7 +1152,8 @@ def reads(path, wanted):
     assert source.shapes == {name: tuple(x.shape) for name, x in wanted.items()}
     for name, x in wanted.items():
         half = len(x) // 2
-        if not torch.equal(source.tensor(name), x) or not torch.equal(source.rows(name, half, half + 1), x[half:half + 1]):
+        part = source.rows(name, half, half + 1)
+        if not torch.equal(source.tensor(name), x) or not torch.equal(part, x[half:half + 1]):
             return False
     return True
 
@@ -1162,7 +1163,7 @@ def reads(path, wanted):
     lambda n: f"pipe.dit.{n}", lambda n: f"module._orig_mod.module.{n}", lambda n: f"module.model.diffusion_model.{n}",
     lambda n: f"_fsdp_wrapped_module.{n}", lambda n: f"generator_ema.model.{n}",
     lambda n: n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
-    lambda n: "model." + n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._orig_mod.").replace(".ffn.", ".module.ffn."),
+    lambda n: "model." + n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._orig_mod.").replace(".ffn", ".module.ffn"),
 ])
 @pytest.mark.parametrize("names", [lambda n: n, ckpt.to_diffusers])
 def test_what_trainers_put_before_and_into_names_is_taken_off(tmp_path, change, names):
@@ -1192,7 +1193,7 @@ def experts(folder, *names, pipeline=None):
 
 def test_two_experts_are_refused_by_both_names(tmp_path):
     experts(tmp_path / "diffusers", "transformer", "transformer_2")
-    with pytest.raises(ValueError, match="holds two experts, transformer for high noise and transformer_2 .*/transformer_2$"):
+    with pytest.raises(ValueError, match="holds two experts, transformer for high .* transformer_2 .*/transformer_2$"):
         ckpt.weights(tmp_path / "diffusers")
     experts(tmp_path / "wan", "high_noise_model", "low_noise_model")
     with pytest.raises(ValueError, match="holds two experts, high_noise_model for high noise and low_noise_model"):
@@ -1203,7 +1204,7 @@ def test_two_experts_are_refused_by_both_names(tmp_path):
     experts(tmp_path / "comfy", "x")
     for name in ("high", "low"):
         save_file(wan(), tmp_path / "comfy" / f"wan2.2_{name}_noise_14B.safetensors")
-    with pytest.raises(ValueError, match="wan2.2_high_noise_14B.safetensors and in wan2.2_low_noise_14B.safetensors.*experts"):
+    with pytest.raises(ValueError, match="wan2.2_high_noise_14B.safetensors and in wan2.2_low_noise_14B.*experts"):
         ckpt.weights(tmp_path / "comfy")
     assert reads(tmp_path / "diffusers" / "transformer_2", wan())
     assert reads(tmp_path / "comfy" / "wan2.2_low_noise_14B.safetensors", wan())
@@ -1307,7 +1308,8 @@ def test_files_of_other_kinds_are_refused_by_their_cause(tmp_path, name, says, a
 
 @pytest.mark.parametrize("content, says", [
     (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS.*git lfs pull"),
-    (b"\n<!doctype html>", "is a web page"), (b"PK\x03\x04 and more", "is a pickle"), (b"GGUF and more", "is quantized"),
+    (b"\n<!doctype html>", "is a web page"), (b"PK\x03\x04 and more", "is a pickle"),
+    (b"GGUF and more", "is quantized"),
     (b"", "is damaged: download it again"), (b"x" * 100, "is damaged: download it again")])
 def test_what_is_no_safetensors_inside_is_refused_by_its_cause(tmp_path, content, says):
     (tmp_path / "a.safetensors").write_bytes(content)
@@ -1346,7 +1348,7 @@ def in_fp8(scales, marker=True, names=lambda name: name, suffix="scale_weight"):
 def test_scaled_fp8_is_read_with_its_scales(tmp_path, scales, suffix, names):
     held, meant = in_fp8(scales, suffix == "scale_weight", names, suffix)
     if suffix == "weight_scale":
-        held[names("blocks.0.ffn.0.comfy_quant")] = torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        held[names("blocks.0.ffn.0.comfy_quant")] = torch.tensor([*b'{"format": "float8_e4m3fn"}'], dtype=torch.uint8)
     save_file(held, tmp_path / "a.safetensors")
     assert reads(tmp_path, meant)
 
@@ -1368,18 +1370,21 @@ def test_scaled_fp8_without_one_of_its_scales_is_refused(tmp_path):
 
 @pytest.mark.parametrize("more, says", [
     ({"blocks.0.ffn.0.weight": torch.ones(12, 8, dtype=torch.int8)}, "blocks.0.ffn.0.weight in torch.int8"),
-    ({"blocks.0.ffn.0.weight": torch.ones(12, 8, dtype=torch.int8), "blocks.0.ffn.0.weight_scale": torch.ones(12, 1)}, "int8"),
-    ({"blocks.0.ffn.0.weight": torch.ones(96, 1, dtype=torch.uint8), "blocks.0.ffn.0.weight.absmax": torch.ones(2)}, "weight.absmax in"),
+    ({"blocks.0.ffn.0.weight": torch.ones(12, 8, dtype=torch.int8), "blocks.0.ffn.0.weight_scale": torch.ones(12, 1)},
+     "int8"),
+    ({"blocks.0.ffn.0.weight": torch.ones(96, 1, dtype=torch.uint8), "blocks.0.ffn.0.weight.absmax": torch.ones(2)},
+     "weight.absmax in"),
     ({"blocks.0.ffn.0.weight.quant_state.bitsandbytes__nf4": torch.ones(2)}, "bitsandbytes__nf4"),
     ({"blocks.0.ffn.0.SCB": torch.ones(12)}, "SCB"), ({"blocks.0.ffn.0.qweight": torch.ones(12)}, "qweight"),
-    ({"blocks.0.ffn.0.wscales": torch.ones(12)}, "wscales"), ({"blocks.0.ffn.0.weight._scale": torch.ones(12)}, "_scale"),
+    ({"blocks.0.ffn.0.wscales": torch.ones(12)}, "wscales"),
+    ({"blocks.0.ffn.0.weight._scale": torch.ones(12)}, "_scale"),
     ({"blocks.0.ffn.0.weight_scale": torch.ones(2, 2)}, r"weight_scale is of shape \(2, 2\), blocks.0.ffn.0.weight of"),
     ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 3)}, r"weight_scale is of shape \(12, 3\)"),
     ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 2).to(torch.float8_e4m3fn)}, "weight_scale is of shape"),
 ])
 def test_what_is_quantized_in_other_ways_is_refused(tmp_path, more, says):
     save_file(wan() | more, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=f"is quantized in a way that is not read .*{says}.*take the .safetensors in bf16"):
+    with pytest.raises(ValueError, match=f"quantized in a way that is not read .*{says}.*take the .safetensors in"):
         ckpt.weights(tmp_path)
 
 
@@ -1447,6 +1452,13 @@ def test_what_is_neither_here_nor_on_the_hub_is_to_be_downloaded_first(tmp_path,
     with pytest.raises(FileNotFoundError, match="requirements-wan.txt, or download it first"):
         ckpt.weights("wan/none")
     assert hub.asked == []
+
+
+def test_a_base_that_is_a_link_is_known_by_the_links_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file(wan(), tmp_path / "blob")
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "blob")
+    assert ckpt.base_of("a.safetensors", ckpt.weights("a.safetensors"))["path"] == str(tmp_path / "a.safetensors")
 
 
 # ---- LoRA files of others ------------------------------------------------------------------------------------------
@@ -1541,7 +1553,7 @@ def test_an_adapter_in_a_folder_and_one_of_a_run_of_ours_are_read(tmp_path):
     ({"blocks.0.self_attn.q.hada_w1_a": torch.ones(8, 3)}, "hada_w1_a")])
 def test_targets_that_are_not_ours_are_named_and_refused(tmp_path, more, says):
     path = lora_file(tmp_path / "l" / "x.safetensors", "comfy", **more)
-    with pytest.raises(ValueError, match=f"changes what is no Linear of a block's attention or feed-forward here: .*{says}"):
+    with pytest.raises(ValueError, match=f"changes what is no Linear of a block's attention .* here: .*{says}"):
         ckpt.lora(path)
 
 
@@ -1550,14 +1562,14 @@ def test_adapters_that_are_none_or_not_whole_are_refused(tmp_path):
     with pytest.raises(ValueError, match="model.safetensors is no LoRA file: it holds .* 69 in all"):
         ckpt.lora(tmp_path / "model.safetensors")
     path = lora_file(tmp_path / "l" / "x.safetensors", "comfy")
-    with pytest.raises(ValueError, match="x.safetensors is a LoRA file, not a model .*--lora_init=.*--lora="):
+    with pytest.raises(ValueError, match="x.safetensors is a LoRA file, not a model: .*--lora_init=.*--lora="):
         ckpt.weights(path)
     held = {f"blocks.0.ffn.0.lora_{f}.weight": x for f, x in zip("AB", factors()["blocks.0.ffn.0"])}
     save_file({name: x for name, x in held.items() if "_A" in name}, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="half.safetensors does not fit:\n  1 missing: blocks.0.ffn.0.B"):
         ckpt.lora(tmp_path / "half.safetensors")
     save_file(held | {"blocks.0.ffn.0.lora_B.weight": torch.ones(12, 4)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match="blocks.0.ffn.0 has A of rank 3, B of shape .12, 4"):
+    with pytest.raises(ValueError, match="blocks.0.ffn.0 has A of shape .3, 8., B of shape .12, 4"):
         ckpt.lora(tmp_path / "odd.safetensors")
     save_file({name: x[:, :3].clone() for name, x in held.items()}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"adapter of another model: blocks.0.ffn.0 \(12, 3\) where \(12, 8\) is"):

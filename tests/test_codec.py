@@ -444,7 +444,7 @@ def test_weights_of_another_family_are_named_with_what_is_wanted(pipeline, tmp_p
     with pytest.raises(ValueError, match="AutoencoderKLWan.*wanted is umt5"):
         codec.load("wan", text=pipeline / "vae")
     (tmp_path / "Wan2.1_VAE.pth").touch()                       # the layout of Wan's own release
-    with pytest.raises(ValueError, match="Wan2.1_VAE.pth is a file; wanted is the folder of a diffusers pipeline .* pickles"):
+    with pytest.raises(ValueError, match="Wan2.1_VAE.pth is a file; wanted is the folder of a diffusers .* pickles"):
         codec.load("wan", vae=tmp_path / "Wan2.1_VAE.pth")
     with pytest.raises(FileNotFoundError, match="no config.json but Wan2.1_VAE.pth; wanted is a diffusers pipeline"):
         codec.load("wan", vae=tmp_path)

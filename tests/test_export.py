@@ -39,7 +39,8 @@ def run(out, net, ema=None, only="", base=None):
         base = ckpt.base_of(base, ckpt.weights(base))
     elif only:
         base = {"path": "elsewhere", "crc32": 0}
-    ckpt.save(out, 10, state, {"config": {"lora_alpha": 6, "lora_rank": 4 * bool(only)}, "sampling": SAMPLING, "base": base})
+    config = {"lora_alpha": 6, "lora_rank": 4 if only else 0}
+    ckpt.save(out, 10, state, {"config": config, "sampling": SAMPLING, "base": base})
     return str(out)
 
 
@@ -305,8 +306,8 @@ def test_an_adapter_says_which_weights_it_is_for_here_and_in_the_file(tmp_path, 
     first = adapter_of(tmp_path / "first", plain)
     second = adapter_of(tmp_path / "second", first, seed=1)
     for path, base, says in ((first, plain, "It adapts the weights of {}\n"),
-                             (second, first, "It adapts the weights of {} with its own adapter folded in, not those under "
-                                             "it: python export.py --ckpt={} --merge")):
+                             (second, first, "It adapts the weights of {} with its own adapter folded in, not "
+                                             "those under it: python export.py --ckpt={} --merge")):
         export.main(export.Config(ckpt=path, out=f"{path}_lora", lora=True, format="comfy"))
         named = str(ckpt.latest(base))
         assert says.format(named, named) in capsys.readouterr().out
@@ -354,7 +355,8 @@ def test_an_adapter_that_diffusers_wrote_adds_what_diffusers_adds(tmp_path, alph
         freq_dim=32, ffn_dim=80, num_layers=3)
     transformer.save_pretrained(tmp_path / "base")
     targets = ["to_q", "to_out.0", "ffn.net.0.proj"]
-    transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False, **settings))
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False,
+                                       **settings))
     WanPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(transformer),
                                   **_collate_lora_metadata({"transformer": transformer}))
     net, plain = DiT(SMALL), DiT(SMALL)

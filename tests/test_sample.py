@@ -324,7 +324,7 @@ def bare(exported, tmp_path_factory):
     return str(shutil.copy(exported / "e.safetensors", tmp_path_factory.mktemp("bare")))
 
 
-REFUSED_WEIGHTS = [  # flags, B for bare weights and E for exported ones; what the message says
+BAD_WEIGHTS = [  # flags, B for bare weights and E for exported ones; what the message says
     (dict(ckpt="B"), "does not say what it is.*give --model, one of wan-1.3b, wan2.2-5b, wan-14b"),
     (dict(ckpt="B", model="tiny"), "give --model, one of wan"),
     (dict(ckpt="E", model="wan-14b"), "--model=wan-14b, but .* is tiny"),
@@ -336,7 +336,7 @@ REFUSED_WEIGHTS = [  # flags, B for bare weights and E for exported ones; what t
 ]
 
 
-@pytest.mark.parametrize("flags, said", REFUSED_WEIGHTS, ids=[" ".join(map(str, f.values())) for f, _ in REFUSED_WEIGHTS])
+@pytest.mark.parametrize("flags, said", BAD_WEIGHTS, ids=[" ".join(map(str, f.values())) for f, _ in BAD_WEIGHTS])
 def test_weights_that_cannot_be_sampled_are_refused_in_a_line(exported, bare, tmp_path, capsys, flags, said):
     flags = {name: {"B": bare, "E": str(exported)}.get(value, value) for name, value in flags.items()}
     message = refused(sample.main, replace(config("", tmp_path / "s"), **flags), capsys)
