@@ -1179,8 +1179,9 @@ def test_two_models_in_one_file_are_refused_by_their_prefixes(tmp_path):
 
 
 def test_a_tensor_that_is_only_called_alike_gives_no_prefix(tmp_path):
-    save_file(wan() | {"vace_patch_embedding.weight": torch.ones(2)}, tmp_path / "a.safetensors")
-    assert set(ckpt.weights(tmp_path).shapes) == {*wan(), "vace_patch_embedding.weight"}
+    alike = {"vace_patch_embedding.weight": torch.ones(2), "submodule.weight": torch.ones(2)}
+    save_file(wan() | alike, tmp_path / "a.safetensors")
+    assert set(ckpt.weights(tmp_path).shapes) == {*wan(), *alike}
 
 
 def experts(folder, *names, pipeline=None):
@@ -1380,6 +1381,7 @@ def test_scaled_fp8_without_one_of_its_scales_is_refused(tmp_path):
     ({"blocks.0.ffn.0.weight._scale": torch.ones(12)}, "_scale"),
     ({"blocks.0.ffn.0.weight_scale": torch.ones(2, 2)}, r"weight_scale is of shape \(2, 2\), blocks.0.ffn.0.weight of"),
     ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 3)}, r"weight_scale is of shape \(12, 3\)"),
+    ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 2, 2)}, r"weight_scale is of shape \(12, 2, 2\)"),
     ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 2).to(torch.float8_e4m3fn)}, "weight_scale is of shape"),
 ])
 def test_what_is_quantized_in_other_ways_is_refused(tmp_path, more, says):
@@ -1434,9 +1436,10 @@ def test_two_experts_on_the_hub_are_refused_before_they_are_fetched(tmp_path, mo
     hub = Hub(tmp_path / "hub", monkeypatch)
     pipeline = {"transformer": ["d", "W"], "transformer_2": ["d", "W"]}
     experts(tmp_path / "hub" / "wan" / "two", "transformer", "transformer_2", pipeline=pipeline)
+    (tmp_path / "hub" / "wan" / "two" / "transformer" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds two experts"):
         ckpt.weights("wan/two")
-    assert hub.asked == ["model_index.json"]
+    assert {*hub.asked} == {"model_index.json", "transformer/config.json"}
 
 
 def test_what_is_neither_here_nor_on_the_hub_is_to_be_downloaded_first(tmp_path, monkeypatch):
