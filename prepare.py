@@ -226,7 +226,8 @@ def videos(cfg, coder, embed):
                              "--caption=TEXT would be for such films")
         text = embed(caption)
         clips = films.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames,
-                                 fps=cfg.fps, cuts=cfg.cuts)
+                                 fps=cfg.fps, cuts=cfg.cuts,
+                                 report=lambda note: tqdm.write(f"{name}: {note}"))
         for i, (video, _) in enumerate(clips):
             key = f"{name}#{i}"
             if key not in done:

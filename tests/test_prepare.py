@@ -436,7 +436,7 @@ def test_fastvideo_parquet_is_converted_as_its_dtype_column_says(pipeline, tmp_p
     (dict(negative="bad " * 9), "a prompt of 9 words, and this codec takes 7"),
     (dict(fps=0), "--fps=0"),
     (dict(clips=0), "--clips=0"),
-    (dict(videos="tests"), "no films in tests: their names would end in .3gp"),
+    (dict(videos="tests"), "no films in tests: their names would end in .264"),
 ])
 def test_flags_that_cannot_be_are_refused_before_anything_is_written(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
