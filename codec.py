@@ -249,6 +249,9 @@ def part_of(path, part):
             folder = Path(need("huggingface_hub").snapshot_download(str(path), allow_patterns=[f"{part}/*"]))
         except OSError as error:
             raise FileNotFoundError(f"{missing} ({error})") from error
+    if folder.is_file():
+        raise ValueError(f"{path} is a file; wanted is the folder of {PIPELINE}. Wan's own .pth files are pickles, "
+                         "which are not read: the pipeline has the same weights")
     return folder / part if (folder / part).is_dir() else folder
 
 
@@ -257,7 +260,10 @@ def check_family(folder, key, wanted):
     if not (folder / "config.json").exists():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"{folder} has no config.json but {found}; wanted is {PIPELINE}")
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged, it is not JSON: {error}") from error
     if config.get(key) != wanted:
         found = config.get("_class_name") or config.get("architectures") or config.get("model_type")
         raise ValueError(f"{folder} holds {found}; wanted is {wanted}, as in {PIPELINE}")

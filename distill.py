@@ -26,7 +26,7 @@ import flags
 import parallel
 import plan
 from data import Ahead, Latents, noise, stratified, stream
-from log import Clock, Log, check_wandb, holds
+from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, euler, flow_loss, grid, guided_x0, lr_at,
                   numbers, rollout, sample_t, start_average, to_x0, train_step)
@@ -219,13 +219,13 @@ def main(cfg):
             with averaged(student):
                 validate(step, nets, goal, data, origin, cfg, log, world)
         if last or stop:
-            log.say(ended(step, cfg))
+            log.say(ended(step, student.counts, cfg))
             break
 
         # the student follows the teacher, now and then
         seen = {}
         if due(step + 1, cfg.student_every):
-            with clock("seconds"):
+            with clock("seconds"), ckpt.ending(cfg.out, step):
                 exit = student.counts["updates"] % K        # the same on all ranks, and each as often
                 with clock("data_wait"):
                     micros = draws("student", step)
@@ -235,7 +235,7 @@ def main(cfg):
             clock.add("flops", cfg.batch * student_flops(nets, micros[0], exit, cfg))
 
         # the critic follows the student, always
-        with clock("seconds"):
+        with clock("seconds"), ckpt.ending(cfg.out, step):
             exit = critic.counts["updates"] % K
             with clock("data_wait"):
                 micros = draws("critic", step)
@@ -414,6 +414,7 @@ def begin(cfg):
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
     codec.load(teacher_sampling["codec"], vae=cfg.vae if world.main else None)  # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
+    told(cfg.out)       # damaged, it fails here
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
@@ -568,8 +569,10 @@ def validated(cfg, step, world):
     return parallel.agree(done, world)
 
 
-def ended(step, cfg):
+def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    if step and not counts["updates"]:
+        saved += ", but no update was finite: the weights are those that the run began with"
     return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 

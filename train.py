@@ -23,7 +23,7 @@ import flags
 import parallel
 import plan
 from data import Latents, noise, stream
-from log import Clock, Log, check_wandb, holds
+from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of, token_grid
 from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, numbers, sample_t,
                   start_average, train_step)
@@ -51,6 +51,7 @@ class Config:
     ema: float | None = None                              # decay of the averaged weights, which sample the videos
     lora_rank: int = 0                                    # LoRA rank; 0 trains all weights
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
+    lora_init: str | None = None                          # adapter to go on from: diffusers, ComfyUI, kohya or a run
 
     # objective
     t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
@@ -140,7 +141,7 @@ DEFAULTS = {
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
-BEFORE = {"deterministic": False}   # what a flag was in runs whose config does not have it yet
+BEFORE = {"deterministic": False, "lora_init": None}    # what a flag was in runs whose config does not have it yet
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -169,9 +170,9 @@ def main(cfg):
             ckpt.fill(me.rows, origin.weights)
             start_average(me)
         else:
-            ckpt.fill(me.rows, new_values(me.rows, cfg.seed))
+            ckpt.fill(me.rows, new_values(me.rows, cfg, origin.lora))
             start_average(me)
-    origin = origin._replace(weights=None)      # closes their files
+    origin = origin._replace(weights=None, lora=None)       # closes their files
 
     # 4) the log, and signals
     log = Log(cfg.out, asdict(cfg), step=origin.step, steps=cfg.steps, main=world.main, wandb=cfg.wandb)
@@ -189,11 +190,11 @@ def main(cfg):
                 show(net, step, data, cfg, world, log)
                 log(step, **validate(net, step, data, cfg, world))
         if last or stop:
-            log.say(ended(step, cfg))
+            log.say(ended(step, me.counts, cfg))
             break
 
         # one update
-        with clock("seconds"):
+        with clock("seconds"), ckpt.ending(cfg.out, step):
             with clock("data_wait"):
                 micros = data.at(step)
             bound = bound_at(step, net, micros[0].x0.shape, cfg, world)
@@ -272,6 +273,7 @@ class Origin(NamedTuple):
     step: int
     counts: dict | None
     weights: ckpt.Source | None     # of --init
+    lora: ckpt.Lora | None          # of --lora_init
     base: dict | None               # what adapters adapt: where it is, and its CRC32
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
 
@@ -299,6 +301,7 @@ def begin(cfg):
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
+    told(cfg.out)       # damaged, it fails here
     plan.start(cfg, world, adapter(cfg), data, optimizer=optimizer(cfg))
 
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
@@ -310,6 +313,12 @@ def begin(cfg):
         ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
         inputs["init"] = ckpt.fingerprint(weights)
     base = ckpt.base_of(cfg.init, weights) if cfg.lora_rank else None
+    lora = None
+    if cfg.lora_init and (not path or parallel.agree(Path(cfg.lora_init).exists(), world)):     # likewise
+        lora = ckpt.lora(cfg.lora_init, **world.ranks)
+        ckpt.check_lora(lora, weights.shapes)
+        inputs["lora_init"] = ckpt.fingerprint(lora.source)
+        world.say(f"{cfg.lora_init}: {len(lora.scales)} modules of rank {cfg.lora_rank}; others begin without change")
     step, counts = 0, None
     if path:
         saved = ckpt.read_manifest(path)
@@ -319,7 +328,7 @@ def begin(cfg):
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
         raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
-    return cfg, world, data, Origin(path, step, counts, weights, base, inputs)
+    return cfg, world, data, Origin(path, step, counts, weights, lora, base, inputs)
 
 
 def resolve(cfg):
@@ -334,6 +343,8 @@ def resolve(cfg):
     cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     if cfg.schedule != "constant" and cfg.decay_steps is None:
         cfg = replace(cfg, decay_steps=cfg.steps)
+    if cfg.lora_init:
+        cfg = with_rank(cfg, saved)
     if cfg.lora_rank and not cfg.init:
         raise ValueError(f"--lora_rank={cfg.lora_rank}: adapters need weights to adapt, which --init names")
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
@@ -347,6 +358,20 @@ def resolve(cfg):
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
     return cfg
+
+
+def with_rank(cfg, saved):
+    """The config with the rank of --lora_init, and its alpha unless one is given; a run that goes on has both."""
+    rank, alpha = saved.get("lora_rank"), saved.get("lora_alpha")
+    if not rank:
+        lora = ckpt.lora(cfg.lora_init)
+        if len(lora.ranks) > 1:
+            raise ValueError(f"--lora_init={cfg.lora_init} has modules of ranks {lora.ranks}: one rank is trained")
+        rank, alpha = lora.ranks[0], lora.ranks[0] * max(lora.scales.values())
+    if cfg.lora_rank not in (0, rank):
+        raise ValueError(f"--lora_rank={cfg.lora_rank}, but --lora_init={cfg.lora_init} is of rank {rank}: leave the "
+                         "rank out")
+    return replace(cfg, lora_rank=rank, lora_alpha=alpha if cfg.lora_alpha is None else cfg.lora_alpha)
 
 
 def adapter(cfg):
@@ -367,14 +392,14 @@ def learner(net, cfg, world):
     return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world), copies(rows))
 
 
-def new_values(rows, seed):
-    """-> function for ckpt.fill: initial values, each parameter's from a stream of its own."""
+def new_values(rows, cfg, lora):
+    """-> function for ckpt.fill: what --lora_init has, else initial values, each from a stream of its own."""
     slots = {name: slot for slot, name in enumerate(rows)}
 
     def value(name, shape, first, last):
-        return initial(name, shape, stream(seed, "init", 0, slots[name]))[first:last]
+        return initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last]
 
-    return value
+    return ckpt.continued(lora, cfg.lora_alpha / cfg.lora_rank, value) if lora else value
 
 
 def patterns(cfg, shapes):
@@ -392,8 +417,10 @@ def validated(cfg, step, data, world):
     return parallel.agree(not world.main or holds(cfg.out, step, loss_name(data)), world)
 
 
-def ended(step, cfg):
+def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    if step and not counts["updates"]:
+        saved += ", but no update was finite: the weights are those that the run began with"
     return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 

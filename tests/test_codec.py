@@ -443,10 +443,20 @@ def test_weights_of_another_family_are_named_with_what_is_wanted(pipeline, tmp_p
     with pytest.raises(ValueError, match="AutoencoderKLWan.*wanted is umt5"):
         codec.load("wan", text=pipeline / "vae")
     (tmp_path / "Wan2.1_VAE.pth").touch()                       # the layout of Wan's own release
+    with pytest.raises(ValueError, match="Wan2.1_VAE.pth is a file; wanted is the folder of a diffusers .* pickles"):
+        codec.load("wan", vae=tmp_path / "Wan2.1_VAE.pth")
     with pytest.raises(FileNotFoundError, match="no config.json but Wan2.1_VAE.pth; wanted is a diffusers pipeline"):
         codec.load("wan", vae=tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder models/of/mine"):
         codec.load("wan", vae="models/of/mine")
+
+
+def test_a_damaged_config_json_of_a_part_is_named(pipeline, tmp_path):
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(pipeline / part, tmp_path / part)
+        (tmp_path / part / "config.json").write_text('{"_class_name": "Auto')
+        with pytest.raises(ValueError, match=f"{part}/config.json is damaged, it is not JSON"):
+            codec.load("wan", **{dict(vae="vae", text_encoder="text")[part]: tmp_path / part})
 
 
 def test_weights_that_lack_a_tensor_or_a_tokenizer_are_refused(pipeline, tmp_path):

@@ -193,8 +193,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_and_names_the_promp
 def test_a_student_that_cannot_be_updated_ends_the_run_whatever_the_critic_does(data, teacher, tmp_path, monkeypatch):
     nan_at(monkeypatch, distill, "dmd_loss", 1, 2, 3)
     monkeypatch.setattr("step.SKIPS", 3)
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
+    with pytest.raises(RuntimeError, match="3 updates in a row held NaN") as error:
         run(distill.main, config(data, teacher, tmp_path / "run", **QUIET))
+    assert "steps after it are not saved" in error.value.__notes__[0]
 
 
 # ---- what a run goes on with ----------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class Sampled(NamedTuple):
     sampling: dict              # the checkpoint's block
 
 
-def ours(path, wan, out):
+def ours(path, wan, out, **more):
     """Samples the prompts in one batch -> Sampled."""
     calls, videos = [], []
     original, write = sample.step.sample, codec.write_video
@@ -108,7 +108,7 @@ def ours(path, wan, out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample.step, "sample", drawn)
         patch.setattr(codec, "write_video", written)
-        run(sample.main, sample.Config(ckpt=path, vae=wan, text=wan, prompts=PROMPTS, out=str(out)))
+        run(sample.main, sample.Config(ckpt=path, vae=wan, text=wan, prompts=PROMPTS, out=str(out), **more))
     (noises, latents, sampling), = calls
     return Sampled(noises, latents, videos, sampling)
 
@@ -214,6 +214,25 @@ def test_prompts_and_the_pipeline_alone_make_a_student_that_is_an_adapter_of_it(
     check_same(mine, theirs(wan, mine, lora=tmp_path / "lora"))
     base, _ = theirs(wan, mine)
     assert not near(base, mine.latents, 1e-3)
+
+
+def test_the_pipeline_is_sampled_as_it_comes_with_an_adapter_of_diffusers_on_top(wan, tmp_path, monkeypatch):
+    from diffusers.training_utils import _collate_lora_metadata
+    peft = pytest.importorskip("peft")
+    monkeypatch.setitem(sample.DEFAULTS, "small", sample.DEFAULTS["wan-1.3b"] | dict(steps=3))
+    monkeypatch.setitem(sample.USUAL, "small", ((4, 2, 4, 4), LENGTH))
+    mine = ours(wan, wan, tmp_path / "s", model="small")
+    assert (mine.sampling["shift"], mine.sampling["guidance"]) == (3.0, 5.0)
+    check_same(mine, theirs(wan, mine))
+
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(f"{wan}/transformer")
+    transformer.add_adapter(peft.LoraConfig(r=3, lora_alpha=9, target_modules=["to_q", "ffn.net.2"],
+                                            init_lora_weights=False))
+    diffusers.WanPipeline.save_lora_weights(tmp_path / "lora", peft.get_peft_model_state_dict(transformer),
+                                            **_collate_lora_metadata({"transformer": transformer}))
+    adapted = ours(wan, wan, tmp_path / "t", model="small", lora=str(tmp_path / "lora"))
+    check_same(adapted, theirs(wan, adapted, lora=tmp_path / "lora"))
+    assert not near(mine.latents, adapted.latents, 1e-2)
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
