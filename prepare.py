@@ -7,17 +7,14 @@
     python prepare.py --prompts=FILE --shape 24 5 8 8                       prompts alone, to distil from
 
 Under torchrun each rank encodes its share. Interrupted, the same command goes on where it was, and where the folder has
-got more films since, it adds them. Imports ckpt, codec, data, flags, parallel, shapes.
+got more films since, it adds them. Imports ckpt, codec, data, films, flags, parallel, shapes.
 
 C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
-import json
 import math
-import os
 import re
 import sys
 import time
-import unicodedata
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,6 +26,7 @@ from tqdm import tqdm
 
 import ckpt
 import codec
+import films
 import flags
 import parallel
 import shapes
@@ -75,7 +73,6 @@ ONLY = {  # flags that do something for these sources only
     "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
     "cuts": {"videos"}, "caption": {"videos"}, "shape": {"prompts"},
 }
-FILMS = set(".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv .gif".split())
 
 
 def main(cfg):
@@ -183,7 +180,7 @@ def measured(coder, fidelity, video):
 def source_of(cfg):
     """What the names stand for, and their source."""
     if cfg.videos:
-        return "films", films
+        return "films", videos
     if cfg.prompts:
         return "prompts", prompts
     if cfg.parquet:
@@ -205,27 +202,30 @@ def moving_shapes(cfg, coder, embed):
     return [str(i) for i in range(cfg.clips)], samples
 
 
-def films(cfg, coder, embed):
+def videos(cfg, coder, embed):
     """The films in a folder and those below it."""
     root = Path(cfg.videos)
-    listed = read_captions(root / "captions.jsonl")
-    found = list(film_names(root))
-    found += listed.keys() - {compose(name) for name in found}  # reading names them as missing
+    listed = films.captions(root)
+    found, passed = films.listed(root)
+    for name, reason in passed.items():
+        print(f"skipped {root / name}: {reason}")
+    found += listed.keys() - {films.compose(name) for name in found}    # reading names them as missing
     if not found:
-        raise ValueError(f"no films in {root}: their names would end in {' '.join(sorted(FILMS))}")
+        raise ValueError(f"no films in {root}: their names would end in "
+                         f"{' '.join(sorted(films.FILMS | films.PICTURES))}")
 
     def samples(name, done):
         beside = (root / name).with_suffix(".txt")
-        caption = listed.get(compose(name))
+        caption = listed.get(films.compose(name))
         if beside.exists():
-            caption = beside.read_text(encoding="utf-8").strip()
+            caption = films.read_text(beside).strip()
         if not caption:
             caption = cfg.caption
         if not caption:
             raise ValueError(f"no caption in {beside.name} or captions.jsonl; "
                              "--caption=TEXT would be for such films")
         text = embed(caption)
-        clips = codec.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames,
+        clips = films.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames,
                                  fps=cfg.fps, cuts=cfg.cuts)
         for i, (video, _) in enumerate(clips):
             key = f"{name}#{i}"
@@ -239,7 +239,7 @@ def films(cfg, coder, embed):
 def prompts(cfg, coder, embed):
     """The lines of a text file, without latents."""
     path = Path(cfg.prompts)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in films.read_text(path).split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"no prompts in {path}")
 
@@ -304,37 +304,6 @@ def tensor(row, name):
         raise ValueError(f"{name} has {len(content or b'')} bytes, "
                          f"its shape {shape} of {dtype} another number")
     return torch.frombuffer(bytearray(content), dtype=known[dtype]).view(*shape)
-
-
-def film_names(root):
-    """Films in a folder and those below it, as paths from it."""
-    def skip(error):
-        print(f"skipped {error.filename}: {error}")
-
-    for folder, _, names in os.walk(root, onerror=skip):
-        for name in names:
-            if Path(name).suffix.lower() in FILMS and not name.startswith("."):
-                yield Path(folder, name).relative_to(root).as_posix()
-
-
-def read_captions(path):
-    """A file of lines {"file": name below the folder, "caption": text} -> {name: caption}; {} where there is none."""
-    if not path.exists():
-        return {}
-    captions, wanted = {}, '{"file": "name.mp4", "caption": "text"}'
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                captions[compose(entry["file"])] = entry["caption"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: wanted is {wanted}") from error
-    return captions
-
-
-def compose(name):
-    """A name with its accents in one form: systems differ on whether an é is one letter or two."""
-    return unicodedata.normalize("NFC", name)
 
 
 # ---- the door -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import ckpt
 import codec
+import films
 import flags
 import parallel
 import step
@@ -187,7 +188,7 @@ def contact_sheet(path, files, captions, shape, stride, fps):
     strips, shown = [], []
     for file, caption in zip(files, captions):
         if file.exists():       # nodes that share no disk keep their own
-            (video, _), = codec.read_video(file, sizes=[size], frames=frames, fps=fps)
+            (video, _), = films.read_video(file, sizes=[size], frames=frames, fps=fps)
             strips.append(video[[round(i * (frames - 1) / 5) for i in range(6)]])
             shown.append(caption)
     codec.contact_sheet(path, strips, shown)

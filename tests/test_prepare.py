@@ -14,6 +14,7 @@ import tyro
 import torch
 
 import codec
+import films
 import parallel
 import data
 import helpers
@@ -22,7 +23,8 @@ import shapes
 from conftest import ROOT
 from data import Latents
 from prepare import Config
-from test_codec import film, pipeline  # noqa: F401 (a fixture)
+from test_codec import pipeline  # noqa: F401 (a fixture)
+from test_films import film
 
 
 
@@ -150,7 +152,7 @@ def test_a_folder_of_films_becomes_buckets_and_what_cannot_is_named(folder, tmp_
 
     coder = codec.load("dct")
     for name, _, latent, _ in rows:
-        [(video, _)] = codec.read_video(folder / name, sizes=[(64, 64), (64, 96), (96, 64)], frames=17, fps=8)
+        [(video, _)] = films.read_video(folder / name, sizes=[(64, 64), (64, 96), (96, 64)], frames=17, fps=8)
         assert torch.allclose(latent, coder.encode(video), rtol=2**-8, atol=1e-5)
 
     out = capsys.readouterr().out
@@ -177,7 +179,7 @@ def test_all_cuts_of_a_film_are_consecutive_clips(tmp_path):
     make_film(tmp_path / "films/long.mp4", frames=60, caption="a long film")
     rows = stored(run(videos=tmp_path / "films", out=tmp_path / "set", cuts="all", sizes=("64x64",)))
     coder = codec.load("dct")
-    clips = codec.read_video(tmp_path / "films/long.mp4", sizes=[(64, 64)], frames=17, fps=8, cuts="all")
+    clips = films.read_video(tmp_path / "films/long.mp4", sizes=[(64, 64)], frames=17, fps=8, cuts="all")
     clips = [coder.encode(video) for video, _ in clips]
     assert len(rows) == len(clips) == 3
     for clip in clips:
@@ -234,18 +236,18 @@ def test_a_folder_begun_by_the_keys_of_496ae65_goes_on(tmp_path, monkeypatch):
         coder = load(*args, **options)
         return coder._replace(encode=lambda video: encoded.append("clip") or coder.encode(video))
     monkeypatch.setattr(codec, "load", counted)
-    monkeypatch.setattr(codec, "read_video", lambda path, read=codec.read_video, **options: read(path, **options)
+    monkeypatch.setattr(films, "read_video", lambda path, read=films.read_video, **options: read(path, **options)
                         if path.name == "other.mp4" else pytest.fail("read again"))
     assert equal(stored(run(**flags, out=tmp_path / "set")), whole)
     assert len(encoded) == 2
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    films = tmp_path / "films"
+    folder = tmp_path / "films"
     for name in ("a", "b", "c", "d", "e/e"):
-        make_film(films / f"{name}.mp4", caption=name)
-    (films / "b.txt").unlink()
-    (films / "b.txt").mkdir()
+        make_film(folder / f"{name}.mp4", caption=name)
+    (folder / "b.txt").unlink()
+    (folder / "b.txt").mkdir()
 
     def bad_sector(path, *args, of, **options):
         if path.name in bad:
@@ -257,19 +259,19 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, monkeypatch
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return of(path)
     bad = {"a.mp4", "c.txt", "e"}
-    read, text = codec.read_video, Path.read_text
-    monkeypatch.setattr(codec, "read_video", lambda *args, **options: bad_sector(*args, of=read, **options))
-    monkeypatch.setattr(Path, "read_text", lambda *args, **options: bad_sector(*args, of=text, **options))
+    read, text = films.read_video, films.read_text
+    monkeypatch.setattr(films, "read_video", lambda *args, **options: bad_sector(*args, of=read, **options))
+    monkeypatch.setattr(films, "read_text", lambda *args, **options: bad_sector(*args, of=text, **options))
     monkeypatch.setattr(os, "scandir", unreadable)
-    assert [row[0] for row in stored(run(videos=films, out=tmp_path / "set"))] == ["d.mp4"]
+    assert [row[0] for row in stored(run(videos=folder, out=tmp_path / "set"))] == ["d.mp4"]
     out = capsys.readouterr().out
     for name, reason in {"a.mp4": "Input/output error", "b.mp4": "Is a directory", "c.mp4": "Input/output error",
-                         films / "e": "Input/output error"}.items():
+                         folder / "e": "Input/output error"}.items():
         assert any(f"skipped {name}: " in line and reason in line for line in out.splitlines()), (name, out)
     assert "3 films skipped, named above" in out
 
     bad.clear()         # the disk is mended, and the same command adds them
-    rows = stored(run(videos=films, out=tmp_path / "set"))
+    rows = stored(run(videos=folder, out=tmp_path / "set"))
     assert [row[0] for row in rows] == ["a.mp4", "c.mp4", "d.mp4", "e/e.mp4"]
 
 
@@ -287,7 +289,7 @@ def test_films_that_come_later_are_added(tmp_path, monkeypatch):
     make_film(tmp_path / "films/a.mp4", caption="a")
     run(videos=tmp_path / "films", out=tmp_path / "set")
     make_film(tmp_path / "films/b.mp4", caption="b")
-    monkeypatch.setattr(codec, "read_video", lambda path, read=codec.read_video, **options: read(path, **options)
+    monkeypatch.setattr(films, "read_video", lambda path, read=films.read_video, **options: read(path, **options)
                         if path.name == "b.mp4" else pytest.fail("read again"))
     assert {row[0] for row in stored(run(videos=tmp_path / "films", out=tmp_path / "set"))} == {"a.mp4", "b.mp4"}
 
@@ -363,7 +365,7 @@ def test_wan_weights_encode_films_and_give_their_own_mean_and_std(pipeline, fold
     [null] = coder.embed(["bad"])
     assert torch.equal(latents.null[:len(null)], null) and latents.null.shape == (512, 32)
     for name, caption, latent, text in stored(latents):
-        [(video, _)] = codec.read_video(folder / name, sizes=[(64, 64)], frames=5, fps=16)
+        [(video, _)] = films.read_video(folder / name, sizes=[(64, 64)], frames=5, fps=16)
         assert torch.allclose(latent, coder.encode(video), atol=1e-4)
         assert latent.shape == (4, 2, 8, 8)
 
