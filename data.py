@@ -28,7 +28,6 @@ import re
 import warnings
 import weakref
 import zlib
-from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -520,10 +519,12 @@ def check_crc32(path, name, manifest):
         raise ValueError(f"{path / name} is not what was written (its checksum differs). {ANEW}")
 
 
-def crc32_of(path):
-    """CRC32 of a file's content, which is not held."""
+def crc32_of(path, most=None):
+    """CRC32 of a file's content, which is not held, or of its first `most` bytes."""
     crc = 0
     with open(path, "rb") as file:
+        if most is not None:
+            return zlib.crc32(file.read(most))
         while block := file.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc
@@ -586,21 +587,26 @@ class Journals:
         self.path, self.manifest = Path(path), None
         with suppress(FileNotFoundError, ValueError):       # a damaged one is written anew
             self.manifest = sound_manifest(self.path)
-        self.spec = json.loads((self.path / "spec.json").read_text())
+        self.spec = {}
+        if (self.path / "spec.json").exists():
+            self.spec = json.loads((self.path / "spec.json").read_text())
         self.compact = self.last_compact()
         self.opened = lru_cache(64)(lambda part: open(self.files()[part], "rb"))
 
-        keys, places = array("q"), array("q")
-        for part, start, line in self.lines():
-            key, edition = self.KEY.search(line).groups()
-            keys.append(hash(key))
-            places.append(packed(int(edition or 0), part, start))
-        order = np.argsort(np.asarray(keys))
-        keys, places = np.asarray(keys)[order], np.asarray(places)[order]
-        begins = np.ones(len(keys), bool)                   # a key's first line
-        begins[1:] = keys[1:] != keys[:-1]
-        self.keys = keys[begins]
-        self.places = np.maximum.reduceat(places, np.flatnonzero(begins)) if len(keys) else places
+        def places():
+            for part, start, line in self.lines():
+                key, edition = self.KEY.search(line).groups()
+                yield hash(key), packed(int(edition or 0), part, start)
+
+        found = np.fromiter(places(), np.dtype([("key", np.int64), ("place", np.int64)]))
+        for column in ("place", "key"):                     # by key, and by place within each
+            order = np.argsort(found[column], kind="stable")
+            for values in ("place", "key"):                 # one by one takes less memory
+                found[values] = found[values][order]
+            del order
+        last = np.ones(len(found), bool)                    # of its key's lines
+        last[:-1] = found["key"][1:] != found["key"][:-1]
+        self.keys, self.places = found["key"][last], found["place"][last]
 
     def last_compact(self):
         """The number of the journal that stands for all lower ones, -1 where there is none."""
@@ -656,9 +662,10 @@ class Journals:
         if "gone" in record:
             return Stored(last.edition)
         text = record.get("text")
-        if text is None:                                    # written by an earlier version
-            said = record if "caption" in record else self.record(first)
-            text = text_crc32(said["caption"], self.spec["codec"])
+        if text is None and "caption" not in record and first:
+            record = record | {"caption": self.record(first)["caption"]}
+        if text is None and "caption" in record:            # an earlier version's
+            text = text_crc32(record["caption"], self.spec["codec"])
         return Stored(last.edition, True, whole, text, record.get("film"))
 
     def others(self, names):
@@ -769,6 +776,10 @@ def number_of(name):
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
+
+class Nothing(ValueError):
+    """There is no sample to make a dataset of."""
+
 
 class Writer:
     """Adds samples to a dataset, by one process or several at once; interrupted and made again, it goes on.
@@ -883,7 +894,7 @@ class Writer:
         # 1) the samples in their final order, and the files that hold them
         shapes, samples, rows = self.done.samples()
         if not len(samples):
-            raise ValueError(f"nothing was stored in {self.path}: there is no dataset to finish")
+            raise Nothing(f"nothing was stored in {self.path}: there is no dataset to finish")
         buckets, places, sizes = self.buckets(shapes, samples, rows)
         _, _, text_sizes = self.texts(samples, rows)
 
@@ -1046,6 +1057,14 @@ class Writer:
                 starts[id] = end
                 end += file.write(b'{"id": %d, %b}\n' % (id, both))
         return starts
+
+    def remove(self):
+        """Takes away all that is in the folder, for which there is no use where nothing was stored."""
+        for file in (self.journal, *self.files.values()):
+            file.close()
+        for file in self.path.iterdir():
+            if OURS.fullmatch(file.name) or file.name == "spec.json":
+                file.unlink()
 
     def compact(self):
         """Gives back the disk that dead samples take -> bytes. After `finish`; what the manifest lists is not touched
