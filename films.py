@@ -3,7 +3,7 @@
 `listed` names the films in a folder, `captions` and `read_text` read what people wrote of them, `head` says what a film
 is, and `read_video` cuts it into training clips. What cannot be used is named with its reason.
 
-f h w frames, rows, columns of a film · H W of a clip
+h w rows and columns of a film as it is shown · f H W frames, rows, columns of a clip
 A video is uint8 (f, H, W, 3) in numpy.
 """
 import codecs
@@ -11,46 +11,112 @@ import csv
 import io
 import json
 import math
+import mimetypes
 import os
 import posixpath
+import stat
 import unicodedata
 from contextlib import contextmanager
+from fractions import Fraction
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image
 
-FILMS = set(".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv .gif".split())
+FILMS = set((".mp4 .m4v .mov .qt .mkv .webm .avi .divx .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob .ts .mts .m2ts .3gp "
+             ".3g2 .ogv .ogm .mxf .rm .rmvb .dv .y4m .ivf .h264 .264 .h265 .265 .hevc .gif .apng").split())
 PICTURES = set(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
-LISTS = "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv"
-FILE = "file file_name filename file_path video video_path image image_path media_path path".split()
-CAPTION = "caption text prompt".split()
-JSONL = '{"file": "name.mp4", "caption": "text"}'
-CSV = "a header with file and caption, and as many fields in each line: a comma in a caption needs double quotes around it"
-MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",      # first: UTF-16's is its beginning
-         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-SHARP = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 def listed(root):
-    """The films and pictures in a folder and those below it -> (sorted names as paths from it, {name: why passed})."""
-    names, passed = [], {}
+    """The films and pictures in a folder and those below it -> (sorted names as paths from it, {name: why passed}).
 
-    def unreadable(error):
-        passed[Path(error.filename).relative_to(root).as_posix()] = str(error)
-
-    for folder, _, files in os.walk(root, onerror=unreadable):
-        for file in files:
-            if Path(file).suffix.lower() in FILMS | PICTURES and not file.startswith("."):
-                names.append(Path(folder, file).relative_to(root).as_posix())
+    Links are followed, and each folder and file is listed once. A file of another ending is a film if it has a caption
+    beside it which is no other's. A hidden folder, a hidden film and a film that is not read are named.
+    """
+    names, passed, seen = [], {}, {}
+    todo, links = [""], []              # a link comes after all that is no link, which gives it its name
+    while todo or links:
+        name = todo.pop() if todo else links.pop()
+        try:
+            name.encode()
+            found = os.stat(Path(root, name))
+            other = seen.setdefault((found.st_dev, found.st_ino), name)
+            if other != name:
+                raise ValueError(f"the same as {other or root}")
+            if stat.S_ISREG(found.st_mode):
+                names.append(name)
+                continue
+            if not stat.S_ISDIR(found.st_mode):
+                raise ValueError("neither a file nor a folder")
+            entries = sorted(os.scandir(Path(root, name)), key=lambda entry: entry.name, reverse=True)
+        except UnicodeEncodeError:
+            passed[ascii(name)] = "its name is not in UTF-8"
+            continue
+        except OSError as error:
+            passed[name] = error.strerror
+            continue
+        except ValueError as reason:
+            passed[name] = str(reason)
+            continue
+        films = films_among([entry.name for entry in entries])
+        for entry in entries:
+            below = posixpath.join(name, entry.name)
+            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            if is_folder and entry.name.startswith("."):
+                if holds_films(entry.path):
+                    passed[below] = "a hidden folder, with films in it"
+            elif is_folder or entry.name in films:
+                (links if entry.is_symlink() else todo).append(below)
+            elif name and entry.name in LISTS:
+                passed[below] = "captions are read from the folder itself, not from those below it"
+            elif reason := why_passed(entry.name):
+                passed[below] = reason
     return sorted(names), passed
 
 
+def films_among(files):
+    """Which files of one folder are films."""
+    visible = [name for name in files if not name.startswith(".")]
+    films = {name for name in visible if Path(name).suffix.lower() in FILMS | PICTURES}
+    captioned = {Path(name).stem for name in visible if name.endswith(".txt")} - {Path(name).stem for name in films}
+    return films | {name for name in visible
+                    if Path(name).stem in captioned and Path(name).suffix.lower() not in TEXTS}
+
+
+def why_passed(name):
+    """Why a file is no film of ours though it looks like one; None for a file that does not."""
+    if Path(name).suffix.lower() in FILMS | PICTURES and not name.startswith("._"):     # a Mac's notes begin so
+        return "a hidden file"
+    if not name.startswith(".") and (mimetypes.guess_type(name)[0] or "").startswith(("video/", "image/")):
+        return "files of this ending are not read: save it as mp4, jpg or png"
+    return None
+
+
+def holds_films(folder):
+    """Whether there are films in a folder or below it."""
+    return any(Path(name).suffix.lower() in FILMS | PICTURES for _, _, names in os.walk(folder) for name in names)
+
+
 # ---- what people wrote -----------------------------------------------------------------------------------------------
+
+TEXTS = set(".txt .json .jsonl .csv .tsv .md .srt .vtt .npy .npz .pt .safetensors .parquet".split())
+LISTS = "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv"
+FILE = "file file_name filename file_path video video_path image image_path media_path path".split()
+CAPTION = "caption text prompt".split()
+JSONL = '{"file": "name.mp4", "caption": "text"}'
+CSV = "a header such as file,caption and as many fields in each line, those with a comma in double quotes"
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",      # first: UTF-16's mark begins UTF-32's
+         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
 
 def read_text(path):
     """A text file in UTF-8 -> str without byte order marks, its lines ending in "\n": split it by that alone."""
@@ -128,130 +194,355 @@ def compose(name):
 
 # ---- films -----------------------------------------------------------------------------------------------------------
 
+GAP = 10.0              # s; a picture that stays for longer is a gap in the recording
+SLACK = 2e-3            # s; files round timestamps, webm to 1 ms
+SHARP = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
+ANIMATED = "webp_pipe", "apng"
+COVER = Disposition.attached_pic | Disposition.timed_thumbnails
+UPRIGHT = 1, 0, 0, 1    # a b c d of a display matrix: a pixel at x, y is shown at a x + c y, b x + d y
+EXIF = {2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0),
+        8: (0, -1, 1, 0)}
+Image.MAX_IMAGE_PIXELS = None       # a panorama is no attack
+
+
 class Head(NamedTuple):
     frames: int | None      # pictures in it, None where the file does not say
-    fps: float              # of the film, on average
-    seconds: float
+    fps: float              # the film's own, 0 where the file does not say
+    seconds: float          # 0 for a still picture
     size: tuple             # (h, w) as shown: turned, with square pixels
-    still: bool             # one picture
+    still: bool             # one picture, which makes a clip of one frame
 
 
 def head(path):
-    """A Head from a film's headers and its first picture; ValueError with the bare reason."""
+    """A Head by the file's headers and its first picture; ValueError with the bare reason."""
     with opened(path) as (film, stream):
-        picture = next(film.decode(stream), None)
-        if picture is None:
-            raise ValueError("no pictures in it")
-        h, w = picture.height, picture.width * float(stream.sample_aspect_ratio or 1)
-        if round(picture.rotation / 90) % 2:
-            h, w = w, h
-        seconds = float((stream.duration or 0) * stream.time_base) or (film.duration or 0) / 1e6
-        rate = float(stream.average_rate or 0)
-        still = stream.frames == 1 or film.format.name.endswith("_pipe")
-        return Head(stream.frames or None, rate, seconds, (round(h), round(w)), still)
+        pictures, still = first_of(film, stream)
+        picture = next(pictures)
+        h, w = shown(picture, matrix_of(picture, film), aspect_of(stream))
+        rate = float(stream.guessed_rate or stream.average_rate or 0)
+        seconds = float((stream.duration or 0) * stream.time_base) or (film.duration or 0) / av.time_base
+    size = round(h), round(w)
+    if still:
+        return Head(1, 0.0, 0.0, size, True)
+    return Head(stream.frames or None, rate, seconds or measured(path), size, False)
+
+
+def measured(path):
+    """The seconds of a film whose headers do not say, as browsers record it: all is read, and not decoded."""
+    with opened(path) as (film, stream):
+        parts = webp(film.name) if film.format.name == "webp_pipe" else film.demux(stream)
+        starts, total = [], 0.0
+        for part in parts:
+            total += float((part.duration or 0) * (part.time_base or 0))
+            if part.pts is not None:
+                starts.append(float(part.pts * part.time_base))
+    return max(total, max(starts, default=0) - min(starts, default=0))
 
 
 def lengths(count, frames, cuts="first"):
-    """The clips that `count` frames make, as their lengths; frames: the lengths that a clip may have.
+    """The clips that `count` frames of a film make, as their lengths; frames: a length, or several to choose from.
 
-    cuts: "first" = one, the longest that they fill; "all" = as many of the longest as they fill, and of what is left
-    likewise. A single frame is a clip only of a film that fills no longer one.
+    cuts: "first" = one, of the longest length that they fill; "all" = as many of that as they fill, and likewise with
+    what is left. Beside longer lengths, one frame is a clip only of a film that fills none of them, and one only.
     """
+    choice = sorted([frames] if isinstance(frames, int) else set(frames), reverse=True)
     made = []
-    for length in sorted(frames, reverse=True):
-        while count >= length and (length > 1 or not made or max(frames) == 1):
-            made.append(length)
-            count -= length
-            if cuts == "first" or length == 1 < max(frames):
-                return made
-    return made
+    for length in choice:
+        if length > 1 or choice == [1]:
+            made += [length] * (count // length)
+            count %= length
+    if not made and count and choice[-1] == 1:
+        made = [1]
+    return made[:1] if cuts == "first" else made
 
 
 @contextmanager
 def opened(path):
-    """A film and its video stream; what FFmpeg says of it becomes a ValueError with the bare reason."""
+    """A film and its video stream; what FFmpeg says of the file becomes a ValueError with the bare reason."""
     if Path(path).stat().st_size == 0:
         raise ValueError("empty")
     try:
-        with av.open(path) as film:
-            stream = film.streams.best("video")
-            if stream is None:
+        with av.open(os.path.abspath(path)) as film:    # in a bare a:b.mp4, FFmpeg takes a for a protocol
+            streams = [stream for stream in film.streams.video if not stream.disposition & COVER]
+            if film.streams.video and not streams:
+                raise ValueError("no video in it but a cover picture")
+            if not streams:
                 raise ValueError("no video in it")
-            yield film, stream
+            if film.metadata.get("major_brand", "").startswith(("hei", "mif", "msf")):
+                raise ValueError("a HEIC picture: save it as jpg or png")   # FFmpeg gives a tile of it
+            best = film.streams.best("video")
+            yield film, best if best in streams else streams[0]
     except av.FFmpegError as error:
         raise ValueError(f"unreadable: {error.strerror}") from error
+
+
+def is_picture(film):
+    """Whether its format holds one picture; a second one in the file is a telephone's depth map or the like."""
+    name = film.format.name
+    return name == "image2" or name.endswith("_pipe") and name not in ANIMATED
+
+
+def first_of(film, stream):
+    """The pictures of a film, of which there is one at least, and whether there is one only."""
+    pictures = parted(decoded(film, stream), film, stream)
+    first = list(islice(pictures, 1 if is_picture(film) else 2))
+    if not first:
+        raise ValueError("no pictures in it")
+    return chain(first, pictures if len(first) == 2 else []), len(first) == 1
+
+
+def decoded(film, stream):
+    """The pictures of a film in the order in which they are shown."""
+    alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if film.format.name == "webp_pipe":
+        yield from webp(film.name)
+    elif alpha and stream.metadata.get("alpha_mode") == "1":    # FFmpeg's own decoders leave it out
+        decoder = av.CodecContext.create(alpha, "r")
+        for packet in film.demux(stream):
+            yield from decoder.decode(packet)
+    else:
+        if stream.codec_context.name == "mjpeg" and is_picture(film):
+            stream.codec_context.options = {"err_detect": "explode"}    # else half a file is half grey
+        for picture in film.decode(stream):
+            if film.format.name == "avi":       # it has times of decoding, which FFmpeg gives as times of showing
+                picture.pts = picture.dts
+            yield picture
+
+
+def parted(pictures, film, stream):
+    """Pictures of two fields, taken one after the other, become pictures of one time; the others are as they were."""
+    first = next(pictures, None)
+    pictures = chain([first] if first else [], pictures)
+    if first is None or not first.interlaced_frame or is_picture(film) or film.format.name in ANIMATED:
+        yield from pictures
+        return
+    graph = av.filter.Graph()
+    graph.link_nodes(graph.add_buffer(template=stream), graph.add("bwdif", "mode=send_frame:deint=interlaced"),
+                     graph.add("buffersink")).configure()
+    for picture in chain(pictures, [None]):
+        graph.vpush(picture)
+        while True:
+            try:
+                yield graph.vpull()
+            except (av.BlockingIOError, av.EOFError):
+                break
+
+
+def webp(path):
+    """The pictures of a webp file, animated or not: FFmpeg does not read animated ones."""
+    time = 0
+    try:
+        with Image.open(path) as image:
+            for i in range(image.n_frames):
+                image.seek(i)
+                picture = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGBA")), format="rgba")
+                picture.pts, picture.time_base = time, Fraction(1, 1000)
+                picture.duration = int(image.info.get("duration") or 100)
+                time += picture.duration
+                yield picture
+    except (OSError, EOFError, SyntaxError) as error:
+        raise ValueError(f"unreadable: {error}") from error
 
 
 def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
     """Clips of a film -> yields (video uint8 (f, H, W, 3), (H, W)); the size is that of `sizes` nearest in shape.
 
-    sizes: [(H, W)] in pixels; frames: of a clip, a number or several: see `lengths`; fps: of a clip, whatever the
-    film's rate is and if it varies too; cuts: "first" = the clip at the beginning, reading no further, "all" =
-    consecutive clips, dropping the rest; report: is told what was done to a film that its owner may not expect.
-    A picture is turned as the file says, scaled with square pixels to cover the size, and cropped at the centre.
+    sizes: [(H, W)] in pixels; frames, cuts: see `lengths`; fps: of a clip, whatever the film's rate is and if it varies
+    too; report: is told in a line what was done to a film that its owner may not expect. "first" reads no further.
+    A picture is turned and mirrored as the file says, scaled with square pixels to cover the size, and cropped at the
+    centre; HDR becomes SDR, what is transparent becomes black.
     Raises ValueError with the bare reason, for the caller to name the file: unreadable, empty, too short for one clip.
     """
-    frames = sorted({frames} if isinstance(frames, int) else set(frames))
-    longest, held, fit, made = frames[-1], [], None, False
+    choice = sorted([frames] if isinstance(frames, int) else set(frames))
+    held, made, last, scaler = [], False, None, VideoReformatter()
     with opened(path) as (film, stream):
         stream.thread_type = "AUTO"
-        for picture in at_rate(film.decode(stream), fps):
-            if fit is None:
-                size, fit = framing(picture, float(stream.sample_aspect_ratio or 1), sizes)
-            held.append(fit(picture))
-            if len(held) == longest:
+        pictures, still = first_of(film, stream)
+        first = next(pictures)
+        matrix, aspect = matrix_of(first, film), aspect_of(stream)
+        h, w = shown(first, matrix, aspect)
+        size = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
+        if still and choice[0] > 1:
+            raise ValueError(f"a still picture, and clips of {choice[0]} frames are wanted")
+        usual = 1 / float(stream.guessed_rate or fps)
+        timeline = [first] if still else at_rate(timed(chain([first], pictures), usual), fps)
+        reported = False
+        for picture in timeline:
+            if picture is not last:
+                flat, clear = over_black(picture)
+                frame = fit(flat, size, matrix, aspect, scaler)
+                last = picture
+                if clear and not reported:
+                    report("transparent: shown over black")
+                    reported = True
+            held.append(frame)
+            if len(held) == choice[-1]:
                 yield np.stack(held), size
                 held, made = [], True
                 if cuts == "first":
                     return
-    rest = [length for length in lengths(len(held), frames, cuts) if length > 1 or not made]
+    rest = [length for length in lengths(len(held), choice, cuts) if length > 1 or not made]
     if not rest and not made:
-        raise ValueError(f"too short: {len(held)} frames at {fps:g} per second, {frames[0]} are wanted")
+        raise ValueError(f"too short: {len(held)} frames at {fps:g} per second, {choice[0]} are wanted")
     for length in rest:
         yield np.stack(held[:length]), size
         del held[:length]
 
 
-def at_rate(pictures, fps):
-    """The picture on show at 0, 1/fps, 2/fps ... seconds after the first, by timestamp, until the last one's end."""
-    slack = 2e-3                            # s; files round timestamps, webm to 1 ms
-    shown, count, lasts = None, 0, 1 / fps
-    for picture in pictures:
-        if picture.time is None:
-            raise ValueError("pictures without timestamps")
-        if shown is None:
-            start = picture.time
-        else:
-            lasts = picture.time - shown.time
-            while start + count / fps + slack < picture.time:
-                yield shown
-                count += 1
-        shown = picture
-    if shown is not None:
-        end = shown.time + max(float(shown.duration * shown.time_base) or lasts, 2 * slack)
-        while start + count / fps + slack < end:
-            yield shown
+def timed(pictures, usual):
+    """Each picture and for how long it is on show, in seconds, by its timestamp and that of the next.
+
+    Where timestamps begin again (recordings that were joined), are missing, or leave a GAP, a picture lasts as long as
+    the file states, else as long as the one before it; usual: s, for the first.
+    """
+    before, clock = None, 0.0
+    for picture in chain(pictures, [None]):
+        if before is not None:
+            lasts = float(before.duration * before.time_base) or usual
+            if lasts > GAP:
+                lasts = min(usual, GAP)
+            if picture is None:
+                lasts = max(lasts, 2 * SLACK)
+            elif picture.time is not None and 0 <= picture.time - clock <= GAP:
+                lasts = picture.time - clock
+            yield before, lasts
+            clock += lasts
+            usual = lasts or usual
+        if picture is not None and picture.time is not None:
+            clock = picture.time
+        before = picture
+
+
+def at_rate(timeline, fps):
+    """The picture on show at 0, 1/fps, 2/fps ... seconds after the first, until the last one's end."""
+    end, count = 0.0, 0
+    for picture, lasts in timeline:
+        end += lasts
+        while count / fps + SLACK < end:
+            yield picture
             count += 1
 
 
-def framing(picture, pixel_aspect, sizes):
-    """A film's first picture -> the size nearest in log aspect, and the function picture -> uint8 (H, W, 3).
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
-    pixel_aspect: how many times as wide as high a stored pixel is.
-    """
-    turns = round(picture.rotation / 90) % 4                    # quarter turns, counter-clockwise
-    h, w = picture.height, picture.width * pixel_aspect
-    if turns % 2:
-        h, w = w, h
-    H, W = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
+def matrix_of(picture, film):
+    """a b c d of the film's display matrix, or of the turn that a picture's EXIF asks for."""
+    if is_picture(film) or film.format.name in ANIMATED:
+        try:
+            with Image.open(film.name) as image:
+                return EXIF.get(image.getexif().get(0x112), UPRIGHT)
+        except OSError:         # a format that FFmpeg alone knows
+            return UPRIGHT
+    try:
+        matrix = picture.side_data.get("DISPLAYMATRIX")
+    except ValueError:          # PyAV does not know all kinds of side data, and lists none then
+        turns = round(picture.rotation / 90) % 4        # counter-clockwise
+        return [UPRIGHT, EXIF[8], EXIF[3], EXIF[6]][turns]
+    if matrix is None:
+        return UPRIGHT
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
+    return a, b, c, d
+
+
+def aspect_of(stream):
+    """How many times as wide as high a stored pixel is."""
+    return float(stream.sample_aspect_ratio or 1)
+
+
+def sideways(matrix):
+    """Whether a picture's rows are shown as columns."""
+    a, b, c, d = np.abs(np.float64(matrix))
+    return b + c > a + d
+
+
+def shown(picture, matrix, aspect):
+    """h and w of a picture as it is shown, with square pixels."""
+    h, w = picture.height, picture.width * aspect
+    return (w, h) if sideways(matrix) else (h, w)
+
+
+def turned(pixels, matrix):
+    """Pixels (h, w, 3) turned and mirrored as the matrix says."""
+    across, down = matrix[0], matrix[3]
+    if sideways(matrix):
+        pixels, across, down = pixels.swapaxes(0, 1), matrix[2], matrix[1]
+    return pixels[::1 if down >= 0 else -1, ::1 if across >= 0 else -1]
+
+
+def fit(picture, size, matrix, aspect, scaler):
+    """A picture scaled to cover the size, turned, cropped at the centre -> uint8 (H, W, 3)."""
+    H, W = size
+    h, w = shown(picture, matrix, aspect)
     cover = max(H / h, W / w)
-    h, w = max(H, round(h * cover)), max(W, round(w * cover))   # as shown
+    h, w = max(H, round(h * cover)), max(W, round(w * cover))
     top, left = (h - H) // 2, (w - W) // 2
-    width, height = (h, w) if turns % 2 else (w, h)             # as stored
-    scaler = VideoReformatter()
+    height, width = (w, h) if sideways(matrix) else (h, w)
+    is_hdr = picture.color_trc in (PQ, HLG)
+    rgb = scaler.reformat(picture, width, height, "rgb48le" if is_hdr else "rgb24", src_colorspace=space_of(picture),
+                          interpolation=SHARP, threads=1).to_ndarray()
+    rgb = turned(rgb, matrix)[top:top + H, left:left + W]
+    if is_hdr:
+        full = picture.color_range == 2
+        return to_sdr(rgb, picture.color_trc, 65472 if full else 65280, wide=picture.color_primaries != 1)
+    return rgb
 
-    def fit(picture):
-        rgb = scaler.reformat(picture, width, height, "rgb24", interpolation=SHARP, threads=1)
-        return np.rot90(rgb.to_ndarray(), turns)[top:top + H, left:left + W]
 
-    return (H, W), fit
+def space_of(picture):
+    """The matrix of a picture's colours; of one that does not say, what players take: BT.709 unless it is small."""
+    unknown = 2
+    if picture.colorspace != unknown:
+        return picture.colorspace
+    if picture.color_trc in (PQ, HLG):
+        return 9        # BT.2020
+    return 1 if picture.width >= 1280 or picture.height > 576 else 5        # BT.709, BT.601
+
+
+def over_black(picture):
+    """A picture with what is transparent in it black, and whether anything is."""
+    if not picture.format.has_palette and not any(part.is_alpha for part in picture.format.components):
+        return picture, False
+    rgba = picture.reformat(format="rgba", src_colorspace=space_of(picture), interpolation=SHARP, threads=1).to_ndarray()
+    alpha = np.uint16(rgba[..., 3:])
+    if alpha.min() == 255:
+        return picture, False
+    flat = av.VideoFrame.from_ndarray(np.uint8((rgba[..., :3] * alpha + 127) // 255), format="rgb24")
+    flat.color_trc, flat.color_primaries = picture.color_trc, picture.color_primaries
+    return flat, True
+
+
+# ---- HDR -------------------------------------------------------------------------------------------------------------
+
+PQ, HLG = 16, 18                            # as FFmpeg numbers transfer curves
+BT709 = np.float32([[1.660491, -0.587641, -0.072850],       # of BT.2020's light
+                    [-0.124550, 1.132900, -0.008349],
+                    [-0.018151, -0.100579, 1.118730]])
+LUMA = np.float32([0.2627, 0.6780, 0.0593])
+
+
+@lru_cache(maxsize=4)
+def light(curve, white):
+    """The light of each code of 16 bits, `white` and above being 1: nits of PQ, or HLG's light of the scene in [0, 1]."""
+    x = np.minimum(np.arange(65536) / white, 1)
+    if curve == PQ:             # SMPTE ST 2084
+        x = x**(1 / 78.84375)
+        return np.float32(10000 * (np.maximum(x - 0.8359375, 0) / (18.8515625 - 18.6875 * x))**(1 / 0.1593017578125))
+    a, b, c = 0.17883277, 0.28466892, 0.55991073        # BT.2100
+    return np.float32(np.where(x <= 0.5, x**2 / 3, (np.exp((x - c) / a) + b) / 12))
+
+
+def to_sdr(rgb, curve, white, wide=True):
+    """HDR (H, W, 3) of 16 bits -> uint8. wide: in BT.2020's primaries; `white` is the code of the curve's end."""
+    nits = light(curve, white)[rgb]
+    if curve == HLG:            # the OOTF of a display of 1,000 nits
+        nits = 1000 * nits * (nits @ LUMA)[..., None]**np.float32(0.2)
+    if wide:
+        nits = nits @ BT709.T
+    return np.uint8(np.round(255 * tone(nits)))
+
+
+def tone(nits):
+    """Nits -> SDR in [0, 1], as BT.1886 encodes light: 203 nits are 0.9; straight up to 100, then bending to 1 at 10,000."""
+    nits = np.maximum(nits, 0)
+    bent = np.maximum(nits - 100, 0)
+    light = 0.00522305 * (np.minimum(nits, 100) + bent / (1 + 0.01083287 * bent))
+    return np.minimum(light, 1)**np.float32(1 / 2.4)
