@@ -241,7 +241,7 @@ def gone(names, source, done):
 
 def above(name):
     """A name and the folders that it lies in."""
-    return {name, *(folder.as_posix() for folder in Path(name).parents)}
+    return {name, "", *(folder.as_posix() for folder in Path(name).parents)}
 
 
 def carry_out(work, source, embed, writer):
@@ -490,7 +490,8 @@ def videos(cfg, coder, embed):
 
     def samples(name, caption, stored):
         text = embed(caption)
-        made = films.read_video(root / name, sizes=sizes, frames=lengths(cfg), fps=cfg.fps, cuts=cfg.cuts)
+        made = films.read_video(root / name, sizes=sizes, frames=lengths(cfg), fps=cfg.fps,
+                                cuts=cfg.cuts, report=lambda done: tqdm.write(f"{name}: {done}"))
         for i, (video, _) in enumerate(made):
             key = f"{name}#{i}"
             if not stored(key):
@@ -502,7 +503,8 @@ def videos(cfg, coder, embed):
         made = films.lengths(seen, lengths(cfg), cfg.cuts)
         if not made:
             raise ValueError(f"too short: {seen} frames at {cfg.fps:g} per second, {min(lengths(cfg))} are wanted")
-        size = films.nearest(head.size, sizes)
+        h, w = head.size
+        size = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
         return [latent_shape(coder, length, size) for length in made]
 
     return Source(lambda done: sorted(found), look, samples, clips, passed)
