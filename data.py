@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
+from shutil import copyfileobj
 from time import monotonic
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ import numpy as np
 
 import torch
 
-VERSIONS = 1, 2     # 2: made again, so that files have other names or samples other places
+VERSIONS = 1, 2                     # 2: made again, so that files have other names or samples other places
 PAGE = 4096
 WORKERS = min(4, os.cpu_count())    # threads that read and draw noise
 BLOCK = 1 << 22                     # bytes read at once of a file that is read from end to end
@@ -230,13 +231,14 @@ class Latents:
         # ids run from bucket to bucket
         self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()
         self.count = self.first[-1]
+        self.content = self.manifest.get("content", self.manifest["crc32"])     # what a run knows it by
         widths = [stride(shape, dtype) // dtype.itemsize for shape in self.shapes]
         self.latents = [Rows(path, b["files"], width, dtype) for b, width in zip(buckets, widths)]
         self.tokens = Rows(path, text["files"], text["width"], dtype)
         self.text_off = self.array("text_off.npy")
         self.crc = self.array("crc.npy")
         self.place = self.array("place.npy")
-        # opened now, for `prepare.py --compact` may take its name away while we train
+        # opened now, for prepare.py may give its name to another while we train
         self.lines = open(self.path / listed(self.manifest, "captions.jsonl"), "rb")
         self.checked = np.zeros((self.count, 2), bool)
         self.mean = torch.tensor(self.manifest["mean"] or []).view(-1, 1, 1, 1)
@@ -321,8 +323,9 @@ class Latents:
     def captions(self):
         """The file of captions. Training needs none: its checksum waits for whoever asks for the first one."""
         name = listed(self.manifest, "captions.jsonl")
-        if (self.path / name).exists():
-            check_crc32(self.path, name, self.manifest)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self.lines.fileno()), (self.path / name).stat()):
+                check_crc32(self.path, name, self.manifest)
         return self.lines
 
     def sample(self, ids):
@@ -909,9 +912,9 @@ class Writer:
 
         # 4) the manifest, which makes a dataset of them
         self.about = {"null": null_text.to(self.dtype), "mean": mean, "std": std}
-        return self.publish(shapes, samples, rows)
+        return self.publish(shapes, samples, rows, self.done.compact)
 
-    def publish(self, shapes, samples, rows, **more):
+    def publish(self, shapes, samples, rows, compact):
         """Writes the small files of these samples, each there whole or not at all, then the manifest -> it."""
         buckets, places, sizes = self.buckets(shapes, samples, rows)
         text, first, text_sizes = self.texts(samples, rows)
@@ -932,27 +935,42 @@ class Writer:
         if len(null):
             text["files"].append([listed({"files": files}, "text.null.bin"), len(null)])
         text["null"] = [text["rows"], len(null)]
-        as_the_first = places is None and all(numbered(name, 0) in files for name in SMALL)
-        manifest = {"version": 1 if as_the_first else 2, "codec": self.spec["codec"],
+        once = places is None and compact < 0 and all(name in files for name in SMALL)
+        manifest = {"version": 1 if once else 2, "codec": self.spec["codec"],
                     "mean": self.about["mean"], "std": self.about["std"], "dtype": self.spec["dtype"],
-                    "fps": self.spec["fps"], "buckets": buckets, "text": text, "files": files} | more
+                    "fps": self.spec["fps"], "buckets": buckets, "text": text, "files": files}
+        if compact >= 0:
+            manifest["compact"] = compact
+        before = self.done.manifest or {}
+        same = "content" in before and all(manifest.get(name) == before[name]
+                                            for name in before.keys() - {"content", "crc32"})
+        if same or compact != self.done.compact:            # the same samples as before, perhaps in other places
+            manifest["content"] = before.get("content", before["crc32"])
         manifest["crc32"] = manifest_crc32(manifest)
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items()]
         with write_whole(self.path / "manifest.json") as file:
             file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self.done.manifest = manifest
+
+        # captions.jsonl is what people read, whichever name the manifest has for it
+        name = listed(manifest, "captions.jsonl")
+        if name != "captions.jsonl":
+            with write_whole(self.path / "captions.jsonl") as file, open(self.path / name, "rb") as captions:
+                copyfileobj(captions, file)
         return manifest
 
     @contextmanager
     def small(self, name, files):
-        """A small file to write, which `files` then describes. One that the manifest lists stays, or is the same."""
+        """A small file to write, which `files` then describes. What the manifest lists is not written over."""
         manifest = self.done.manifest or {"files": {}}
         old, new = listed(manifest, name), numbered(name, self.done.next_part())
         with write_whole(self.path / new) as file:
             yield file
         about = {"size": (self.path / new).stat().st_size, "crc32": crc32_of(self.path / new)}
-        if manifest["files"].get(old) == about:
-            os.replace(self.path / new, self.path / old)
+        if manifest["files"].get(old) == about:             # it stays, unless it is damaged
+            if not (self.path / old).exists() or crc32_of(self.path / old) != about["crc32"]:
+                os.replace(self.path / new, self.path / old)
+            (self.path / new).unlink(missing_ok=True)
             new = old
         files[new] = about
 
@@ -1078,12 +1096,10 @@ class Writer:
                 moved |= self.move_latents(i, shape, samples, rows, number)
         if moved:
             self.write_journal(samples, number)
-            before = self.done.manifest
-            content = before.get("content", before["crc32"])
-            self.publish(shapes, samples, rows, compact=number, content=content)
+            self.publish(shapes, samples, rows, number)
             self.done.compact = number
 
-        keep = {*self.done.manifest["files"], *(file.name for file in self.done.files().values())}
+        keep = {"captions.jsonl", *self.done.manifest["files"], *(file.name for file in self.done.files().values())}
         freed = 0
         for file in self.path.iterdir():
             if OURS.fullmatch(file.name) and file.name not in keep:

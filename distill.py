@@ -418,7 +418,7 @@ def begin(cfg):
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
     base = ckpt.base_of(cfg.teacher, weights)
-    inputs = {"data": data.manifest["crc32"], "teacher": base["crc32"]}
+    inputs = {"data": data.content, "teacher": base["crc32"]}
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     step, counts = 0, None
     if path:

@@ -111,7 +111,7 @@ def main(cfg):
     if world.rank == 0:
         todo = gone(names, source, writer.done) + todo
         for name, reason in source.passed.items():
-            world.say(f"passed over {name}: {reason}")
+            world.say(f"skipped {Path(cfg.videos) / name}: {reason}")
     before = ""
     if len(todo) < len(mine):
         before = f", {len(mine) - len(todo):,} of rank 0's {len(mine):,} done before"
@@ -253,7 +253,7 @@ def carry_out(work, source, embed, writer):
         return what if what == GONE else None, reason
     stored, key = what == BEGUN, name
     try:
-        seen, film = looked_at(name, source)
+        seen, film = looked_at(name, source, writer.done.stored(name).film)
         for sample in readable(pieces(work, seen, source, embed, writer.done)):
             writer.add(**sample, edition=edition, film=film)
             stored, key = True, sample["key"]
@@ -297,11 +297,11 @@ def readable(samples):
         raise Unreadable(str(error)) from error
 
 
-def looked_at(name, source):
+def looked_at(name, source, before):
     """-> Seen and fingerprint of a name, or Unreadable."""
     try:
         seen = source.look(name)
-        return seen, fingerprint(seen.path, None, source.head)
+        return seen, fingerprint(seen.path, before, source.head)
     except OSError as error:
         raise Unreadable(str(error)) from error
 
@@ -622,7 +622,7 @@ def foretell(cfg, coder, embed, kind, source):
             reasons.append(reason)
             print(f"skipped {work.name}: {reason}")
     for name, reason in source.passed.items():
-        print(f"passed over {name}: {reason}")
+        print(f"skipped {Path(cfg.videos) / name}: {reason}")
 
     what = Counter(work.what for work in todo + lost if not work.reason or work.what == GONE)
     print(f"{len(names):,} {kind} -> {cfg.out}: "

@@ -303,7 +303,7 @@ def begin(cfg):
 
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     weights = None
-    inputs = {"data": data.manifest["crc32"]}
+    inputs = {"data": data.content}
     # A full finetune needs --init for its first start alone: later it may be gone.
     if cfg.init and (cfg.lora_rank or not path or parallel.agree(Path(cfg.init).exists(), world)):
         weights = ckpt.weights(cfg.init, **world.ranks)

@@ -319,7 +319,7 @@ def test_a_rank_waits_for_the_others_without_a_collective(tmp_path, monkeypatch)
     monkeypatch.setattr(parallel, "mean", lambda *_: pytest.fail("a collective"))
     (tmp_path / "finished.1").write_text("2")
     world = parallel.imagine(3)
-    assert prepare.wait_for_all(tmp_path, 1, world) == 8 and len(slept) == 10_000
+    assert prepare.wait_for_all(tmp_path, 1, world) == [1, 2, 5] and len(slept) == 10_000
     assert (tmp_path / "finished.0").read_text() == "1", "the others wait for us"
 
 
@@ -340,6 +340,116 @@ def test_what_a_killed_run_left_does_not_count_as_finished(tmp_path, monkeypatch
     run(clips=3, out=tmp_path / "set")
     assert seen == [left, [], left[:1], []], "removed between two meetings of all ranks, at the start and at the end"
     assert "skipped" not in capsys.readouterr().out
+
+
+# ---- a second time --------------------------------------------------------------------------------------------------
+
+SMALL = dict(sizes=("16x16",), frames=5)
+
+
+def tiny_film(path, caption=None, seed=0, frames=5):
+    """A film of five small frames of noise, quickly made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = np.random.default_rng([seed, *path.name.encode()]).integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)
+    film(path, pictures, [125 * i for i in range(frames)])
+    if caption:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def four_films(root):
+    for name in "abcd":
+        tiny_film(root / f"{name}.mp4", f"film {name}")
+    return root
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """What runs do from now on: {"encode": clips, "embed": [caption], "decode": [film], "head": [film]}."""
+    done = {"encode": [], "embed": [], "decode": [], "head": []}
+
+    def load(*args, load=codec.load, **options):
+        coder = load(*args, **options)
+        return coder._replace(encode=lambda video: done["encode"].append(len(video)) or coder.encode(video),
+                              embed=lambda texts: done["embed"].extend(texts) or coder.embed(texts))
+
+    def read(path, read=films.read_video, **options):
+        done["decode"].append(path.name)
+        return read(path, **options)
+
+    def crc32_of(path, *most, of=prepare.crc32_of):
+        done["head"].append(path.name)
+        return of(path, *most)
+
+    monkeypatch.setattr(codec, "load", load)
+    monkeypatch.setattr(films, "read_video", read)
+    monkeypatch.setattr(prepare, "crc32_of", crc32_of)
+    return done
+
+
+def told(capsys):
+    """What the last run said of changes: the line before that of the buckets."""
+    lines = capsys.readouterr().out.splitlines()
+    [at] = [i for i, line in enumerate(lines) if " MB" in line and " of " in line]
+    return lines[at - 1].partition(": ")[2]
+
+
+def listed_files(path):
+    """{name: what would differ if somebody had written to it} of the files that the manifest lists."""
+    names = json.loads((path / "manifest.json").read_text())["files"]
+    return {name: ((path / name).stat().st_ino, (path / name).stat().st_mtime_ns, (path / name).read_bytes())
+            for name in names}
+
+
+def test_what_has_changed_is_made_again_and_what_is_gone_is_dropped(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    before = listed_files(tmp_path / "set")
+    (root / "a.txt").write_text("another caption")
+    tiny_film(root / "b.mp4", seed=1)
+    (root / "c.mp4").unlink()
+    tiny_film(root / "e.mp4", "film e")
+    for did in work.values():
+        did.clear()
+    capsys.readouterr()
+    again = run(**flags)
+    assert told(capsys).startswith("1 caption changed, 1 film replaced, 1 gone, 1 new: a.mp4, b.mp4, c.mp4, e.mp4")
+    assert work["decode"] == ["b.mp4", "e.mp4"] and len(work["encode"]) == 2
+    assert work["embed"] == ["", "another caption", "film b", "film e"]
+    assert set(work["head"]) == {"b.mp4", "e.mp4"}
+    assert equal(stored(again), stored(run(videos=root, out=tmp_path / "fresh", **SMALL)))
+
+
+def test_nothing_that_a_training_has_mapped_is_written_to(tmp_path):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    training = run(**flags)
+    rows = [training.sample([id]) for id in range(4)]
+    before = listed_files(tmp_path / "set")
+    captions = before.pop("captions.jsonl")         # by another name from now on: this one is what people read
+    (root / "a.txt").write_text("another caption")
+    tiny_film(root / "b.mp4", seed=1)
+    tiny_film(root / "e.mp4", "film e")
+    run(**flags)
+    for name, about in before.items():
+        file = tmp_path / "set" / name
+        assert (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) == about, name
+    training.checked[:] = False
+    for id in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(training.sample([id]), rows[id]))
+    assert training.caption(0) == "film a"
+    assert "another caption" in (tmp_path / "set/captions.jsonl").read_text()
+
+
+def test_a_dataset_that_is_made_again_unchanged_stays_as_it_was(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    before = (tmp_path / "set/manifest.json").read_bytes()
+    for did in work.values():
+        did.clear()
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert (tmp_path / "set/manifest.json").read_bytes() == before
+    assert work == {"encode": [], "embed": [""], "decode": [], "head": []}
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -436,7 +546,7 @@ def test_fastvideo_parquet_is_converted_as_its_dtype_column_says(pipeline, tmp_p
     (dict(negative="bad " * 9), "a prompt of 9 words, and this codec takes 7"),
     (dict(fps=0), "--fps=0"),
     (dict(clips=0), "--clips=0"),
-    (dict(videos="tests"), "no films in tests: their names would end in .3gp"),
+    (dict(videos="tests"), "no films in tests: their names would end in .264"),
 ])
 def test_flags_that_cannot_be_are_refused_before_anything_is_written(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -470,7 +580,9 @@ def test_a_list_of_captions_that_cannot_be_read_is_named_with_its_line(tmp_path,
     assert "captions.jsonl, line 2: wanted is" in refused(capsys, videos=tmp_path / "films", out=tmp_path / "set")
 
 
-def test_a_folder_of_which_nothing_can_be_used_is_an_error(tmp_path, capsys):
+def test_a_folder_of_which_nothing_can_be_used_is_one_line_and_leaves_nothing(tmp_path, capsys):
     make_film(tmp_path / "films/a.mp4")
-    with pytest.raises(ValueError, match="nothing was stored"):
-        run(videos=tmp_path / "films", out=tmp_path / "set")
+    said = refused(capsys, videos=tmp_path / "films", out=tmp_path / "set")
+    assert said.splitlines()[-1] == ("prepare.py: none of the films can be used: 1 of 1 films are without a caption: "
+                                     "--caption=TEXT would take them")
+    assert not (tmp_path / "set").exists()
