@@ -2,9 +2,11 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -389,7 +391,7 @@ def work(monkeypatch):
 def told(capsys):
     """What the last run said of changes: the line before that of the buckets."""
     lines = capsys.readouterr().out.splitlines()
-    [at] = [i for i, line in enumerate(lines) if " MB" in line and " of " in line]
+    *_, at = [i for i, line in enumerate(lines) if " MB" in line and " of " in line]
     return lines[at - 1].partition(": ")[2]
 
 
@@ -452,6 +454,188 @@ def test_a_dataset_that_is_made_again_unchanged_stays_as_it_was(tmp_path, capsys
     assert work == {"encode": [], "embed": [""], "decode": [], "head": []}
 
 
+def test_where_a_caption_alone_has_changed_no_film_is_decoded(tmp_path, capsys, work):
+    root = tmp_path / "films"
+    tiny_film(root / "long.mp4", "a long film", frames=16)
+    tiny_film(root / "other.mp4", "another")
+    flags = dict(videos=root, out=tmp_path / "set", cuts="all", **SMALL)
+    before = run(**flags)
+    latents = [before.sample([id])[0] for id in range(4)]
+    for did in work.values():
+        did.clear()
+    for caption in ("the second", "the third"):
+        (root / "long.txt").write_text(caption)
+        after = run(**flags)
+    assert told(capsys) == "1 caption changed: long.mp4"
+    assert work == {"encode": [], "embed": ["", "the second", "", "the third"], "decode": [], "head": []}
+    assert [after.caption(id) for id in range(4)] == ["the third"] * 3 + ["another"]
+    assert all(torch.equal(after.sample([id])[0], latents[id]) for id in range(4))
+    assert equal(stored(after), stored(run(**flags | dict(out=tmp_path / "fresh"))))
+
+
+def test_a_film_that_was_only_touched_is_the_same(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    for did in work.values():
+        did.clear()
+    os.utime(root / "b.mp4", (1, 1))
+    before = (tmp_path / "set/manifest.json").read_bytes()
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert set(work["head"]) == {"b.mp4"} and not work["decode"]
+    work["head"].clear()
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert work["head"] == [] and (tmp_path / "set/manifest.json").read_bytes() == before
+
+
+def test_a_film_that_was_replaced_by_one_that_cannot_be_used_is_dropped(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    tiny_film(root / "a.mp4", frames=3)
+    (root / "b.mp4").write_bytes(b"not a film")
+    (root / "c.txt").unlink()
+    (root / "d.txt").write_text("word " * 99)
+    tiny_film(root / "e.mp4", "film e")
+    again = run(**flags)
+    assert [row[0] for row in stored(again)] == ["e.mp4"]
+    out = capsys.readouterr().out
+    assert "4 gone, 1 new" in out and "4 films skipped, named above" in out
+
+
+def test_what_cannot_be_read_now_is_not_gone(tmp_path, monkeypatch, capsys):
+    root = four_films(tmp_path / "films")
+    tiny_film(root / "below/e.mp4", "film e")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    (root / "d.mp4").unlink()
+
+    def bad_sector(path, *args, of, **options):
+        if Path(path).name in ("below", "a.txt"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return of(path, *args, **options)
+
+    for module, name in ((os, "scandir"), (films, "read_text")):
+        monkeypatch.setattr(module, name, partial(bad_sector, of=getattr(module, name)))
+    capsys.readouterr()
+    assert [row[0] for row in stored(run(**flags))] == ["a.mp4", "b.mp4", "below/e.mp4", "c.mp4"]
+    assert told(capsys) == "1 gone: d.mp4"
+
+
+def test_a_film_that_comes_back_is_made_again(tmp_path):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    whole = stored(run(**flags))
+    (root / "b.mp4").rename(tmp_path / "b.mp4")
+    assert run(**flags).count == 3
+    (tmp_path / "b.mp4").rename(root / "b.mp4")
+    assert equal(stored(run(**flags)), whole)
+
+
+def test_a_dataset_of_an_earlier_version_is_taken_as_it_is_and_known_from_then_on(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    whole = stored(run(**flags))
+    journal = tmp_path / "set/journal.0.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    old = [{name: value for name, value in line.items() if name not in ("text", "film")} for line in lines]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in old))
+    for did in work.values():
+        did.clear()
+    (root / "a.txt").write_text("another caption")
+    capsys.readouterr()
+    run(**flags)
+    assert told(capsys) == ("1 caption changed, 3 taken as they are, for an earlier version did not write down "
+                            "what they were made from: a.mp4")
+    assert not work["decode"] and not work["encode"]
+    tiny_film(root / "b.mp4", seed=1)
+    again = stored(run(**flags))
+    assert told(capsys) == "1 film replaced: b.mp4"
+    assert [row[1] for row in again] == ["another caption", "film b", "film c", "film d"]
+    assert not torch.equal(again[1][2], whole[1][2])
+
+
+def test_another_caption_for_films_without_one_is_given_to_them_alone(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    (root / "b.txt").unlink()
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags, caption="a film")
+    encoded = len(work["encode"])
+    again = run(**flags, caption="some film")
+    assert told(capsys) == "1 caption changed: b.mp4" and len(work["encode"]) == encoded
+    assert [row[1] for row in stored(again)] == ["film a", "some film", "film c", "film d"]
+
+
+def test_another_negative_prompt_is_another_null_text(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    before = run(**flags)
+    content = before.null.clone()
+    encoded = len(work["encode"])
+    again = run(**flags, negative="bad")
+    assert told(capsys) == "another null text" and len(work["encode"]) == encoded
+    [row] = codec.load("dct").embed(["bad"])
+    assert torch.allclose(again.null[:2], row, atol=0.02) and torch.equal(before.null, content)
+    assert opened(tmp_path / "set").content != before.content
+
+
+@pytest.mark.parametrize("interrupted_after", [0, 1, 2, 3])
+def test_a_second_run_that_is_interrupted_goes_on(tmp_path, monkeypatch, work, interrupted_after):
+    root = tmp_path / "films"
+    for name in "abc":
+        tiny_film(root / f"{name}.mp4", f"film {name}", frames=10)
+    flags = dict(videos=root, out=tmp_path / "set", cuts="all", **SMALL)
+    before = stored(run(**flags))
+    monkeypatch.setattr("data.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
+    for name in "ab":
+        tiny_film(root / f"{name}.mp4", seed=1, frames=10)
+    (root / "c.txt").write_text("another caption")
+    work["encode"].clear()
+    add, added = data.Writer.add, []
+
+    def interrupted(*args, **options):
+        if len(added) == interrupted_after:
+            raise KeyboardInterrupt
+        added.append(options["key"])
+        return add(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Writer, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(**flags)
+    assert equal(stored(opened(tmp_path / "set")), before)
+    assert equal(stored(run(**flags)), stored(run(**flags | dict(out=tmp_path / "fresh"))))
+    assert len(work["encode"]) - 6 == 4 + (interrupted_after < 4), "none is encoded twice but the one that was lost"
+
+
+def test_compaction_frees_what_was_replaced_and_the_next_run_knows_all(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    for name in "abc":
+        tiny_film(root / f"{name}.mp4", seed=1)
+    (root / "d.txt").write_text("another caption")
+    again = run(**flags, compact=True)
+    assert "0 MB of what was replaced or dropped are free again" in capsys.readouterr().out
+    assert not (tmp_path / "set/24x2x4x4.0.bin").exists() and not (tmp_path / "set/journal.0.jsonl").exists()
+    assert equal(stored(again), stored(run(videos=root, out=tmp_path / "fresh", **SMALL)))
+    for did in work.values():
+        did.clear()
+    assert run(**flags).content == again.content and work["decode"] == work["head"] == []
+    (root / "a.txt").write_text("and another")
+    assert [row[1] for row in stored(run(**flags))] == ["and another", "film b", "film c", "another caption"]
+    assert told(capsys) == "1 caption changed: a.mp4" and work["decode"] == []
+
+
+def test_fewer_moving_shapes_are_fewer(tmp_path, capsys):
+    whole = stored(run(clips=6, out=tmp_path / "set", **SMALL))
+    six = (tmp_path / "set/journal.0.jsonl").read_bytes()
+    fewer = run(clips=4, out=tmp_path / "set", **SMALL)
+    assert told(capsys) == "2 gone: 4, 5" and fewer.count == 4
+    assert equal(stored(fewer), whole[:4])
+    assert equal(stored(run(clips=6, out=tmp_path / "set", **SMALL)), whole)
+    assert (tmp_path / "set/journal.0.jsonl").read_bytes() == six
+
+
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
 def test_prompts_alone_make_a_dataset_to_distil_from(tmp_path):
@@ -462,6 +646,44 @@ def test_prompts_alone_make_a_dataset_to_distil_from(tmp_path):
     [row] = codec.load("dct").embed(["un été"])
     assert torch.allclose(latents.text([1])[0, :3], row, atol=0.02)
     assert latents.text([0]).shape == (1, 8, 64)
+
+
+def test_prompts_are_known_by_their_words(tmp_path, capsys, work):
+    path, flags = tmp_path / "list.txt", dict(shape=(24, 5, 8, 8), text_length=8, out=tmp_path / "set")
+    path.write_text("one\ntwo\nthree\ntwo\n")
+    run(prompts=path, **flags)
+    work["embed"].clear()
+    path.write_text("zero\none\nthree\ntwo\n")
+    again = run(prompts=path, **flags)
+    assert told(capsys).startswith("1 prompt changed") and work["embed"] == ["", "zero"]
+    assert sorted(again.caption(i) for i in range(4)) == ["one", "three", "two", "zero"]
+    path.write_text("one\nthree\n")
+    again = run(prompts=path, **flags)
+    assert told(capsys).startswith("2 gone") and [again.caption(i) for i in range(2)] == ["one", "three"]
+
+
+def test_prompts_that_an_earlier_version_numbered_are_not_made_again(tmp_path, capsys, work):
+    path, flags = tmp_path / "list.txt", dict(shape=(24, 5, 8, 8), text_length=8, out=tmp_path / "set")
+    path.write_text("one\ntwo\nthree\n")
+    run(prompts=path, **flags)
+    journal = tmp_path / "set/journal.0.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for number, line in enumerate(lines, 1):
+        line |= {"key": str(number)}
+        del line["text"]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work["embed"].clear()
+    path.write_text("one\nanother\nthree\n")
+    again = run(prompts=path, **flags)
+    assert work["embed"] == ["", "another"] and told(capsys).startswith("1 prompt changed")
+    assert sorted(again.caption(i) for i in range(3)) == ["another", "one", "three"]
+
+
+def test_prompts_of_any_editor_are_read_line_by_line(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeffone\r\n\r\ntwo\u2028and more\n".encode())
+    latents = run(prompts=path, shape=(24, 5, 8, 8), text_length=8, out=tmp_path / "set")
+    assert [latents.caption(i) for i in range(latents.count)] == ["one", "two\u2028and more"]
 
 
 # ---- wan ------------------------------------------------------------------------------------------------------------
@@ -478,6 +700,65 @@ def test_wan_weights_encode_films_and_give_their_own_mean_and_std(pipeline, fold
         [(video, _)] = films.read_video(folder / name, sizes=[(64, 64)], frames=5, fps=16)
         assert torch.allclose(latent, coder.encode(video), atol=1e-4)
         assert latent.shape == (4, 2, 8, 8)
+
+
+def other_weights(pipeline, to, part):
+    """A copy of the pipeline whose text_encoder or vae has other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(pipeline, to)
+    [file] = (to / part).glob("*.safetensors")
+    save_file({name: x * 1.5 for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
+    return to
+
+
+def test_other_weights_of_the_text_encoder_embed_all_again_and_nothing_else(pipeline, tmp_path, capsys, work):
+    tiny_film(tmp_path / "films/a.mp4", "film a", frames=9)
+    flags = dict(videos=tmp_path / "films", codec="wan", vae=pipeline, out=tmp_path / "set", cuts="all", dtype="fp32",
+                 **SMALL)
+    before = run(**flags, text=pipeline)
+    for did in work.values():
+        did.clear()
+    other = other_weights(pipeline, tmp_path / "other", "text_encoder")
+    again = run(**flags, text=other)
+    assert told(capsys) == "1 caption embedded by other weights, another null text: a.mp4"
+    assert work == {"encode": [], "embed": ["", "film a"], "decode": [], "head": []}
+    for text, caption in ((again.text([0])[0], "film a"), (again.null, "")):
+        [row] = codec.load("wan", text=other).embed([caption])
+        assert torch.equal(text[:len(row)], row)
+    assert not torch.equal(again.text([0]), before.text([0]))
+    assert torch.equal(again.sample([0])[0], before.sample([0])[0])
+    assert again.manifest["codec"]["text_sha256"] != before.manifest["codec"]["text_sha256"]
+    content = again.content
+    assert run(**flags, text=other).content == content
+
+
+def test_other_weights_of_the_vae_are_refused_by_name(pipeline, tmp_path, capsys):
+    tiny_film(tmp_path / "films/a.mp4", "film a")
+    flags = dict(videos=tmp_path / "films", codec="wan", text=pipeline, out=tmp_path / "set", **SMALL)
+    run(**flags, vae=pipeline)
+    other = other_weights(pipeline, tmp_path / "other", "vae")
+    assert "was begun with other settings: vae_sha256 was " in refused(capsys, vae=other, **flags)
+
+
+def test_a_parquet_file_that_was_written_anew_is_made_again(pipeline, tmp_path, capsys):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "old").mkdir()
+
+    def write(name, *captions):
+        rows = [parquet_row(torch.full((4, 2, 2, 2), float(i)), torch.ones(2, 32), caption=caption)
+                for i, caption in enumerate(captions)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"old/{name}.parquet")
+
+    write("a", "one", "two", "three")
+    write("b", "four")
+    flags = dict(parquet=tmp_path / "old", codec="wan", vae=pipeline, text=pipeline, out=tmp_path / "set")
+    run(**flags)
+    write("a", "one", "2")
+    (tmp_path / "old/b.parquet").unlink()
+    again = run(**flags)
+    assert told(capsys) == "1 parquet file replaced, 1 gone: a.parquet, b.parquet"
+    assert [again.caption(id) for id in range(again.count)] == ["one", "2"]
 
 
 def parquet_row(latent, text, dtype="float32", **changed):
