@@ -310,9 +310,21 @@ class Latents:
         return self.shapes[self.find(id)[0]]
 
     def commonest_shapes(self):
-        """The buckets' shapes, that of most samples first."""
-        buckets = sorted(self.manifest["buckets"], key=lambda bucket: -bucket["count"])
-        return [tuple(bucket["shape"]) for bucket in buckets]
+        """The buckets' shapes, that of most samples first, stills last."""
+        def rank(bucket):
+            _, frames, _, _ = bucket["shape"]
+            return frames == 1, -bucket["count"]
+
+        return [tuple(bucket["shape"]) for bucket in sorted(self.manifest["buckets"], key=rank)]
+
+    def for_videos(self, n):
+        """Ids of the first n samples of one bucket, those held out before the others; no stills if there is aught else."""
+        longer = [b for b, (_, frames, _, _) in enumerate(self.shapes) if frames > 1]
+        longer = longer or list(range(len(self.shapes)))
+        held = [id for id in self.held_out if self.find(id)[0] in longer]
+        bucket = self.find(held[0])[0] if held else longer[0]
+        ids = [id for id in held if self.find(id)[0] == bucket]
+        return (ids + self.buckets[bucket][:n].tolist())[:n]
 
     def caption(self, id):
         """The sample's caption."""
@@ -1193,7 +1205,7 @@ OURS = re.compile(r"(\d+(x\d+)+|text|text_off|crc|place|captions|journal|compact
 
 def check_settings(path, spec):
     """Refuses settings that a dataset was not begun with, but for the text encoder's weights."""
-    begun, now = (settings(spec) for spec in (json.loads((path / "spec.json").read_text()), spec))
+    begun, now = (settings(json.loads(text)) for text in ((path / "spec.json").read_text(), json.dumps(spec)))
     changed = [f"{key} was {begun.get(key)} and is now {now.get(key)}"
                for key in sorted(begun | now) if begun.get(key) != now.get(key)]
     if changed:

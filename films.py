@@ -29,8 +29,9 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
-FILMS = set((".mp4 .m4v .mov .qt .mkv .webm .avi .divx .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob .ts .mts .m2ts .3gp "
-             ".3g2 .ogv .ogm .mxf .rm .rmvb .dv .y4m .ivf .h264 .264 .h265 .265 .hevc .gif .apng").split())
+FILMS = set((".mp4 .m4v .mov .qt .mkv .webm .avi .divx .wmv .asf .flv .f4v .mpg .mpeg .m2v .vob .ts "
+             ".mts .m2ts .3gp .3g2 .ogv .ogm .mxf .rm .rmvb .dv .y4m .ivf .h264 .264 .h265 .265 .hevc "
+             ".gif .apng").split())
 PICTURES = set(".jpg .jpeg .png .webp .bmp .tif .tiff".split())
 
 
@@ -40,10 +41,10 @@ def listed(root):
     """The films and pictures in a folder and those below it -> (sorted names as paths from it, {name: why passed}).
 
     Links are followed, and each folder and file is listed once. A file of another ending is a film if it has a caption
-    beside it which is no other's. A hidden folder, a hidden film and a film that is not read are named.
+    beside it which is no other's. Hidden folders and files with films, and films that are not read, are named.
     """
     names, passed, seen = [], {}, {}
-    todo, links = [""], []              # a link comes after all that is no link, which gives it its name
+    todo, links = [""], []      # links come last, so that what they lead to keeps its own name
     while todo or links:
         name = todo.pop() if todo else links.pop()
         try:
@@ -57,53 +58,47 @@ def listed(root):
                 continue
             if not stat.S_ISDIR(found.st_mode):
                 raise ValueError("neither a file nor a folder")
-            entries = sorted(os.scandir(Path(root, name)), key=lambda entry: entry.name, reverse=True)
+            entries = sorted(os.scandir(Path(root, name)), key=lambda entry: entry.name)
         except UnicodeEncodeError:
             passed[ascii(name)] = "its name is not in UTF-8"
             continue
-        except OSError as error:
-            passed[name] = error.strerror
-            continue
-        except ValueError as reason:
-            passed[name] = str(reason)
+        except (OSError, ValueError) as error:
+            passed[name] = getattr(error, "strerror", None) or str(error)
             continue
         films = films_among([entry.name for entry in entries])
-        for entry in entries:
+        for entry in reversed(entries):
             below = posixpath.join(name, entry.name)
-            is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            linked = entry.is_symlink()
+            is_folder = os.path.isdir(entry.path) if linked else entry.is_dir()
             if is_folder and entry.name.startswith("."):
-                if holds_films(entry.path):
+                if any(looks(file) for _, _, files in os.walk(entry.path) for file in files):
                     passed[below] = "a hidden folder, with films in it"
             elif is_folder or entry.name in films:
-                (links if entry.is_symlink() else todo).append(below)
+                (links if linked else todo).append(below)
+            elif entry.name.startswith("._"):       # a Mac's notes on a file
+                continue
+            elif looks(entry.name):
+                passed[below] = "a hidden file"
+            elif (mimetypes.guess_type(entry.name)[0] or "").startswith(("video/", "image/")):
+                passed[below] = "not of an ending that is read: save it as mp4, jpg or png"
             elif name and entry.name in LISTS:
-                passed[below] = "captions are read from the folder itself, not from those below it"
-            elif reason := why_passed(entry.name):
-                passed[below] = reason
+                passed[below] = "not read: captions of all films are in the folder itself"
     return sorted(names), passed
 
 
 def films_among(files):
     """Which files of one folder are films."""
     visible = [name for name in files if not name.startswith(".")]
-    films = {name for name in visible if Path(name).suffix.lower() in FILMS | PICTURES}
-    captioned = {Path(name).stem for name in visible if name.endswith(".txt")} - {Path(name).stem for name in films}
+    films = {name for name in visible if looks(name)}
+    stems = {Path(name).stem for name in visible if name.endswith(".txt")}
+    stems -= {Path(name).stem for name in films}
     return films | {name for name in visible
-                    if Path(name).stem in captioned and Path(name).suffix.lower() not in TEXTS}
+                    if Path(name).stem in stems and Path(name).suffix.lower() not in TEXTS}
 
 
-def why_passed(name):
-    """Why a file is no film of ours though it looks like one; None for a file that does not."""
-    if Path(name).suffix.lower() in FILMS | PICTURES and not name.startswith("._"):     # a Mac's notes begin so
-        return "a hidden file"
-    if not name.startswith(".") and (mimetypes.guess_type(name)[0] or "").startswith(("video/", "image/")):
-        return "files of this ending are not read: save it as mp4, jpg or png"
-    return None
-
-
-def holds_films(folder):
-    """Whether there are films in a folder or below it."""
-    return any(Path(name).suffix.lower() in FILMS | PICTURES for _, _, names in os.walk(folder) for name in names)
+def looks(name):
+    """Whether a file looks like a film or a picture that is read."""
+    return Path(name).suffix.lower() in FILMS | PICTURES
 
 
 # ---- what people wrote -----------------------------------------------------------------------------------------------
@@ -113,8 +108,8 @@ LISTS = "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv"
 FILE = "file file_name filename file_path video video_path image image_path media_path path".split()
 CAPTION = "caption text prompt".split()
 JSONL = '{"file": "name.mp4", "caption": "text"}'
-CSV = "a header such as file,caption and as many fields in each line, those with a comma in double quotes"
-MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",      # first: UTF-16's mark begins UTF-32's
+CSV = "a header such as file,caption and its fields in each line, quoted where they hold commas"
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",      # UTF-16's begins so too
          codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
@@ -127,7 +122,7 @@ def read_text(path):
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 (byte {error.start}): save it as UTF-8") from error
+        raise ValueError(f"{path}, byte {error.start}: not UTF-8: save it as UTF-8") from error
     if "\0" in text:
         raise ValueError(f"{path} holds zero bytes, as UTF-16 does: save it as UTF-8")
     return text.replace("\ufeff", "").replace("\r\n", "\n")
@@ -173,7 +168,8 @@ def rows_of_csv(path):
             if header is None:
                 header = [field.strip().lower() for field in fields]
             elif any(fields):
-                yield lines.line_num, dict(zip(header, fields)) if len(fields) == len(header) else {}
+                whole = len(fields) == len(header)
+                yield lines.line_num, dict(zip(header, fields)) if whole else {}
     except csv.Error as error:
         raise ValueError(f"{path}, line {lines.line_num}: {error}; wanted is {CSV}") from error
 
@@ -197,12 +193,8 @@ def compose(name):
 GAP = 10.0              # s; a picture that stays for longer is a gap in the recording
 SLACK = 2e-3            # s; files round timestamps, webm to 1 ms
 SHARP = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-ANIMATED = "webp_pipe", "apng"
 COVER = Disposition.attached_pic | Disposition.timed_thumbnails
-UPRIGHT = 1, 0, 0, 1    # a b c d of a display matrix: a pixel at x, y is shown at a x + c y, b x + d y
-EXIF = {2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0),
-        8: (0, -1, 1, 0)}
-Image.MAX_IMAGE_PIXELS = None       # a panorama is no attack
+Image.MAX_IMAGE_PIXELS = None           # Pillow takes a panorama for an attack
 
 
 class Head(NamedTuple):
@@ -218,25 +210,26 @@ def head(path):
     with opened(path) as (film, stream):
         pictures, still = first_of(film, stream)
         picture = next(pictures)
-        h, w = shown(picture, matrix_of(picture, film), aspect_of(stream))
+        h, w = shown(picture, turn_of(picture, film), float(stream.sample_aspect_ratio or 1))
         rate = float(stream.guessed_rate or stream.average_rate or 0)
-        seconds = float((stream.duration or 0) * stream.time_base) or (film.duration or 0) / av.time_base
-    size = round(h), round(w)
+        seconds = float((stream.duration or 0) * stream.time_base)
+        if not seconds:
+            seconds = (film.duration or 0) / av.time_base
     if still:
-        return Head(1, 0.0, 0.0, size, True)
-    return Head(stream.frames or None, rate, seconds or measured(path), size, False)
+        return Head(1, 0.0, 0.0, (round(h), round(w)), True)
+    return Head(stream.frames or None, rate, seconds or measured(path), (round(h), round(w)), False)
 
 
 def measured(path):
     """The seconds of a film whose headers do not say, as browsers record it: all is read, and not decoded."""
     with opened(path) as (film, stream):
         parts = webp(film.name) if film.format.name == "webp_pipe" else film.demux(stream)
-        starts, total = [], 0.0
+        starts, total = [0.0], 0.0
         for part in parts:
             total += float((part.duration or 0) * (part.time_base or 0))
             if part.pts is not None:
                 starts.append(float(part.pts * part.time_base))
-    return max(total, max(starts, default=0) - min(starts, default=0))
+    return max(total, max(starts) - min(starts))
 
 
 def lengths(count, frames, cuts="first"):
@@ -262,24 +255,27 @@ def opened(path):
     if Path(path).stat().st_size == 0:
         raise ValueError("empty")
     try:
-        with av.open(os.path.abspath(path)) as film:    # in a bare a:b.mp4, FFmpeg takes a for a protocol
+        with av.open(os.path.abspath(path)) as film:    # FFmpeg takes a in a:b.mp4 for a protocol
             streams = [stream for stream in film.streams.video if not stream.disposition & COVER]
-            if film.streams.video and not streams:
-                raise ValueError("no video in it but a cover picture")
             if not streams:
-                raise ValueError("no video in it")
-            if film.metadata.get("major_brand", "").startswith(("hei", "mif", "msf")):
-                raise ValueError("a HEIC picture: save it as jpg or png")   # FFmpeg gives a tile of it
+                cover = " but a cover picture" if film.streams.video else ""
+                raise ValueError(f"no video in it{cover}")
+            if film.metadata.get("major_brand", "")[:3] in ("hei", "mif", "msf"):   # of many tiles
+                raise ValueError("a HEIC picture: save it as jpg or png")
             best = film.streams.best("video")
             yield film, best if best in streams else streams[0]
     except av.FFmpegError as error:
         raise ValueError(f"unreadable: {error.strerror}") from error
 
 
+def is_still_format(film):
+    """Whether a file is of a format of pictures, some of which may move."""
+    return film.format.name.endswith("_pipe") or film.format.name in ("image2", "apng")
+
+
 def is_picture(film):
     """Whether its format holds one picture; a second one in the file is a telephone's depth map or the like."""
-    name = film.format.name
-    return name == "image2" or name.endswith("_pipe") and name not in ANIMATED
+    return is_still_format(film) and film.format.name not in ("webp_pipe", "apng")
 
 
 def first_of(film, stream):
@@ -302,9 +298,9 @@ def decoded(film, stream):
             yield from decoder.decode(packet)
     else:
         if stream.codec_context.name == "mjpeg" and is_picture(film):
-            stream.codec_context.options = {"err_detect": "explode"}    # else half a file is half grey
+            stream.codec_context.options = {"err_detect": "explode"}    # half a file is no picture
         for picture in film.decode(stream):
-            if film.format.name == "avi":       # it has times of decoding, which FFmpeg gives as times of showing
+            if film.format.name == "avi":       # its times are of decoding, whatever FFmpeg says
                 picture.pts = picture.dts
             yield picture
 
@@ -313,12 +309,12 @@ def parted(pictures, film, stream):
     """Pictures of two fields, taken one after the other, become pictures of one time; the others are as they were."""
     first = next(pictures, None)
     pictures = chain([first] if first else [], pictures)
-    if first is None or not first.interlaced_frame or is_picture(film) or film.format.name in ANIMATED:
+    if first is None or not first.interlaced_frame or is_still_format(film):
         yield from pictures
         return
     graph = av.filter.Graph()
-    graph.link_nodes(graph.add_buffer(template=stream), graph.add("bwdif", "mode=send_frame:deint=interlaced"),
-                     graph.add("buffersink")).configure()
+    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(graph.add_buffer(template=stream), bwdif, graph.add("buffersink")).configure()
     for picture in chain(pictures, [None]):
         graph.vpush(picture)
         while True:
@@ -335,7 +331,8 @@ def webp(path):
         with Image.open(path) as image:
             for i in range(image.n_frames):
                 image.seek(i)
-                picture = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGBA")), format="rgba")
+                rgba = np.asarray(image.convert("RGBA"))
+                picture = av.VideoFrame.from_ndarray(rgba, format="rgba")
                 picture.pts, picture.time_base = time, Fraction(1, 1000)
                 picture.duration = int(image.info.get("duration") or 100)
                 time += picture.duration
@@ -359,8 +356,8 @@ def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
         stream.thread_type = "AUTO"
         pictures, still = first_of(film, stream)
         first = next(pictures)
-        matrix, aspect = matrix_of(first, film), aspect_of(stream)
-        h, w = shown(first, matrix, aspect)
+        turn, aspect = turn_of(first, film), float(stream.sample_aspect_ratio or 1)
+        h, w = shown(first, turn, aspect)
         size = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
         if still and choice[0] > 1:
             raise ValueError(f"a still picture, and clips of {choice[0]} frames are wanted")
@@ -370,7 +367,7 @@ def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
         for picture in timeline:
             if picture is not last:
                 flat, clear = over_black(picture)
-                frame = fit(flat, size, matrix, aspect, scaler)
+                frame = fit(flat, size, turn, aspect, scaler)
                 last = picture
                 if clear and not reported:
                     report("transparent: shown over black")
@@ -383,7 +380,8 @@ def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
                     return
     rest = [length for length in lengths(len(held), choice, cuts) if length > 1 or not made]
     if not rest and not made:
-        raise ValueError(f"too short: {len(held)} frames at {fps:g} per second, {choice[0]} are wanted")
+        raise ValueError(f"too short: {len(held)} frames at {fps:g} per second, "
+                         f"{choice[0]} are wanted")
     for length in rest:
         yield np.stack(held[:length]), size
         del held[:length]
@@ -425,124 +423,125 @@ def at_rate(timeline, fps):
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-def matrix_of(picture, film):
-    """a b c d of the film's display matrix, or of the turn that a picture's EXIF asks for."""
-    if is_picture(film) or film.format.name in ANIMATED:
+class Turn(NamedTuple):
+    swap: bool = False      # rows become columns, first of all
+    across: int = 1         # -1 = then left and right change places
+    down: int = 1           # -1 = top and bottom
+
+
+EXIF = {2: Turn(across=-1), 3: Turn(False, -1, -1), 4: Turn(down=-1),
+        5: Turn(True), 6: Turn(True, -1, 1), 7: Turn(True, -1, -1), 8: Turn(True, 1, -1)}
+
+
+def turn_of(picture, film):
+    """How a picture is turned and mirrored to be shown: by the film's display matrix, or by a picture's EXIF."""
+    if is_still_format(film):
         try:
             with Image.open(film.name) as image:
-                return EXIF.get(image.getexif().get(0x112), UPRIGHT)
-        except OSError:         # a format that FFmpeg alone knows
-            return UPRIGHT
+                return EXIF.get(image.getexif().get(0x112), Turn())
+        except OSError:     # a format that FFmpeg alone knows
+            return Turn()
     try:
         matrix = picture.side_data.get("DISPLAYMATRIX")
-    except ValueError:          # PyAV does not know all kinds of side data, and lists none then
-        turns = round(picture.rotation / 90) % 4        # counter-clockwise
-        return [UPRIGHT, EXIF[8], EXIF[3], EXIF[6]][turns]
+    except ValueError:      # PyAV lists none where there is a kind that it does not know
+        turns = round(picture.rotation / 90) % 4                        # counter-clockwise
+        return [Turn(), EXIF[8], EXIF[3], EXIF[6]][turns]
     if matrix is None:
-        return UPRIGHT
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
-    return a, b, c, d
+        return Turn()
+    a, b, _, c, d = map(int, np.frombuffer(matrix, np.int32)[:5])   # x -> a x + c y, y -> b x + d y
+    swap = abs(b) + abs(c) > abs(a) + abs(d)
+    if swap:
+        a, d = c, b
+    return Turn(swap, -1 if a < 0 else 1, -1 if d < 0 else 1)
 
 
-def aspect_of(stream):
-    """How many times as wide as high a stored pixel is."""
-    return float(stream.sample_aspect_ratio or 1)
-
-
-def sideways(matrix):
-    """Whether a picture's rows are shown as columns."""
-    a, b, c, d = np.abs(np.float64(matrix))
-    return b + c > a + d
-
-
-def shown(picture, matrix, aspect):
-    """h and w of a picture as it is shown, with square pixels."""
+def shown(picture, turn, aspect):
+    """h and w of a picture as it is shown, with square pixels; aspect: a stored pixel's width by its height."""
     h, w = picture.height, picture.width * aspect
-    return (w, h) if sideways(matrix) else (h, w)
+    return (w, h) if turn.swap else (h, w)
 
 
-def turned(pixels, matrix):
-    """Pixels (h, w, 3) turned and mirrored as the matrix says."""
-    across, down = matrix[0], matrix[3]
-    if sideways(matrix):
-        pixels, across, down = pixels.swapaxes(0, 1), matrix[2], matrix[1]
-    return pixels[::1 if down >= 0 else -1, ::1 if across >= 0 else -1]
-
-
-def fit(picture, size, matrix, aspect, scaler):
+def fit(picture, size, turn, aspect, scaler):
     """A picture scaled to cover the size, turned, cropped at the centre -> uint8 (H, W, 3)."""
     H, W = size
-    h, w = shown(picture, matrix, aspect)
+    h, w = shown(picture, turn, aspect)
     cover = max(H / h, W / w)
     h, w = max(H, round(h * cover)), max(W, round(w * cover))
     top, left = (h - H) // 2, (w - W) // 2
-    height, width = (w, h) if sideways(matrix) else (h, w)
-    is_hdr = picture.color_trc in (PQ, HLG)
-    rgb = scaler.reformat(picture, width, height, "rgb48le" if is_hdr else "rgb24", src_colorspace=space_of(picture),
-                          interpolation=SHARP, threads=1).to_ndarray()
-    rgb = turned(rgb, matrix)[top:top + H, left:left + W]
-    if is_hdr:
-        full = picture.color_range == 2
-        return to_sdr(rgb, picture.color_trc, 65472 if full else 65280, wide=picture.color_primaries != 1)
-    return rgb
+    if turn.swap:
+        h, w = w, h
+    hdr = picture.color_trc in (PQ, HLG)
+    rgb = scaler.reformat(picture, w, h, "rgb48le" if hdr else "rgb24", interpolation=SHARP,
+                          src_colorspace=space_of(picture), threads=1).to_ndarray()
+    if turn.swap:
+        rgb = rgb.swapaxes(0, 1)
+    rgb = rgb[::turn.down, ::turn.across][top:top + H, left:left + W]
+    return to_sdr(rgb, picture) if hdr else rgb
 
 
 def space_of(picture):
-    """The matrix of a picture's colours; of one that does not say, what players take: BT.709 unless it is small."""
-    unknown = 2
+    """The matrix of a picture's colours, numbered as FFmpeg does; of one that does not say, what players take."""
+    unknown, bt709, bt601, bt2020 = 2, 1, 5, 9
     if picture.colorspace != unknown:
         return picture.colorspace
     if picture.color_trc in (PQ, HLG):
-        return 9        # BT.2020
-    return 1 if picture.width >= 1280 or picture.height > 576 else 5        # BT.709, BT.601
+        return bt2020
+    return bt709 if picture.width >= 1280 or picture.height > 576 else bt601
 
 
 def over_black(picture):
     """A picture with what is transparent in it black, and whether anything is."""
-    if not picture.format.has_palette and not any(part.is_alpha for part in picture.format.components):
+    kind = picture.format
+    if not kind.has_palette and not any(part.is_alpha for part in kind.components):
         return picture, False
-    rgba = picture.reformat(format="rgba", src_colorspace=space_of(picture), interpolation=SHARP, threads=1).to_ndarray()
+    rgba = picture.reformat(format="rgba", interpolation=SHARP, threads=1,
+                            src_colorspace=space_of(picture)).to_ndarray()
     alpha = np.uint16(rgba[..., 3:])
     if alpha.min() == 255:
         return picture, False
-    flat = av.VideoFrame.from_ndarray(np.uint8((rgba[..., :3] * alpha + 127) // 255), format="rgb24")
+    rgb = np.uint8((rgba[..., :3] * alpha + 127) // 255)
+    flat = av.VideoFrame.from_ndarray(rgb, format="rgb24")
     flat.color_trc, flat.color_primaries = picture.color_trc, picture.color_primaries
     return flat, True
 
 
 # ---- HDR -------------------------------------------------------------------------------------------------------------
 
-PQ, HLG = 16, 18                            # as FFmpeg numbers transfer curves
-BT709 = np.float32([[1.660491, -0.587641, -0.072850],       # of BT.2020's light
+PQ, HLG = 16, 18                                            # as FFmpeg numbers them
+BT709 = np.float32([[1.660491, -0.587641, -0.072850],       # of light in BT.2020
                     [-0.124550, 1.132900, -0.008349],
                     [-0.018151, -0.100579, 1.118730]])
 LUMA = np.float32([0.2627, 0.6780, 0.0593])
 
 
-@lru_cache(maxsize=4)
-def light(curve, white):
-    """The light of each code of 16 bits, `white` and above being 1: nits of PQ, or HLG's light of the scene in [0, 1]."""
-    x = np.minimum(np.arange(65536) / white, 1)
-    if curve == PQ:             # SMPTE ST 2084
-        x = x**(1 / 78.84375)
-        return np.float32(10000 * (np.maximum(x - 0.8359375, 0) / (18.8515625 - 18.6875 * x))**(1 / 0.1593017578125))
-    a, b, c = 0.17883277, 0.28466892, 0.55991073        # BT.2100
-    return np.float32(np.where(x <= 0.5, x**2 / 3, (np.exp((x - c) / a) + b) / 12))
-
-
-def to_sdr(rgb, curve, white, wide=True):
-    """HDR (H, W, 3) of 16 bits -> uint8. wide: in BT.2020's primaries; `white` is the code of the curve's end."""
-    nits = light(curve, white)[rgb]
-    if curve == HLG:            # the OOTF of a display of 1,000 nits
+def to_sdr(rgb, picture):
+    """HDR (H, W, 3) of 16 bits, of a picture -> uint8: to light, to BT.709's primaries, and to SDR by one curve."""
+    if picture.format.is_rgb:
+        white = 65535
+    else:
+        white = 65472 if picture.color_range == 2 else 65280    # as swscale writes it
+    nits = decode(picture.color_trc, white)[rgb]
+    if picture.color_trc == HLG:    # the OOTF of a display of 1,000 nits
         nits = 1000 * nits * (nits @ LUMA)[..., None]**np.float32(0.2)
-    if wide:
+    if picture.color_primaries != 1:
         nits = nits @ BT709.T
     return np.uint8(np.round(255 * tone(nits)))
 
 
+@lru_cache(maxsize=4)
+def decode(curve, white):
+    """Of each code of 16 bits, `white` and above being 1: nits for PQ, for HLG the light of the scene in [0, 1]."""
+    x = np.minimum(np.arange(65536) / white, 1)
+    if curve == PQ:                                         # SMPTE ST 2084
+        x = x**(32 / 2523)
+        y = np.maximum(x - 107 / 128, 0) / (2413 / 128 - 2392 / 128 * x)
+        return np.float32(10000 * y**(8192 / 1305))
+    a, b, c = 0.17883277, 0.28466892, 0.55991073            # BT.2100
+    return np.float32(np.where(x <= 0.5, x**2 / 3, (np.exp((x - c) / a) + b) / 12))
+
+
 def tone(nits):
-    """Nits -> SDR in [0, 1], as BT.1886 encodes light: 203 nits are 0.9; straight up to 100, then bending to 1 at 10,000."""
-    nits = np.maximum(nits, 0)
+    """Nits -> SDR in [0, 1], as BT.1886 shows it: straight in light to 100, then bent, 0.9 at 203, 1 at 10,000."""
     bent = np.maximum(nits - 100, 0)
-    light = 0.00522305 * (np.minimum(nits, 100) + bent / (1 + 0.01083287 * bent))
-    return np.minimum(light, 1)**np.float32(1 / 2.4)
+    shown = 0.00522305 * (np.clip(nits, 0, 100) + bent / (1 + 0.01083287 * bent))
+    return np.minimum(shown, 1)**np.float32(1 / 2.4)

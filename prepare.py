@@ -352,7 +352,7 @@ def way_out(reasons, total, cfg, coder, kind):
     if 2 * n <= total:
         return ""
     numbers = sorted(int(found[0]) for reason in reasons if gist(reason) == why if (found := re.search(r"\d+", reason)))
-    few, ways = 0, {}
+    ways = {}
     if why == "too short":
         least, few = min(lengths(cfg)), numbers[n // 10]    # nine in ten have as many frames or more
         why = f"shorter than {least} frames at {cfg.fps:g} fps"
@@ -360,8 +360,10 @@ def way_out(reasons, total, cfg, coder, kind):
         frames = (few - 1) // coder.stride[0] * coder.stride[0] + 1
         if fps <= 60:
             ways[f"--fps={fps}"] = sum((seen - 1) * fps >= (least - 1) * cfg.fps for seen in numbers)
-        some = f"={frames}" if frames > 1 else f" 1 {' '.join(map(str, lengths(cfg)))}"
-        ways[f"--frames{some}"] = sum(seen >= frames for seen in numbers)
+        ways[f"--frames={frames}" if frames > 1 else with_stills(cfg)] = sum(seen >= frames for seen in numbers)
+    elif why == "a still picture":
+        why = "still pictures"
+        ways[with_stills(cfg)] = n
     elif why == "no caption":
         why = "without a caption"
         ways["--caption=TEXT"] = n
@@ -378,9 +380,14 @@ def way_out(reasons, total, cfg, coder, kind):
     return f"{n:,} of {total:,} {kind} are {why}: {said}"
 
 
+def with_stills(cfg):
+    """The flag that takes stills beside the clips that are taken."""
+    return f"--frames 1 {' '.join(map(str, lengths(cfg)))}"
+
+
 def gist(reason):
     """What reasons to skip have in common."""
-    known = [why for why in ("too short", "no caption", "a prompt of") if reason.startswith(why)]
+    known = [why for why in ("too short", "a still picture", "no caption", "a prompt of") if reason.startswith(why)]
     return known[0] if known else re.sub(r"\d+", "N", reason.partition(":")[0])
 
 
@@ -471,8 +478,9 @@ def videos(cfg, coder, embed):
     found, passed = films.listed(root)
     found += captions.keys() - {films.compose(name) for name in found}      # looking at them names them as missing
     if not found:
+        others = "".join(f"; {name}: {reason}" for name, reason in list(passed.items())[:3])
         raise ValueError(f"no films in {root}: their names would end in "
-                         f"{' '.join(sorted(films.FILMS | films.PICTURES))}")
+                         f"{' '.join(sorted(films.FILMS | films.PICTURES))}{others}")
 
     def look(name):
         beside = (root / name).with_suffix(".txt")
@@ -491,7 +499,7 @@ def videos(cfg, coder, embed):
     def samples(name, caption, stored):
         text = embed(caption)
         made = films.read_video(root / name, sizes=sizes, frames=lengths(cfg), fps=cfg.fps,
-                                cuts=cfg.cuts, report=lambda done: tqdm.write(f"{name}: {done}"))
+                                cuts=cfg.cuts, report=lambda note: tqdm.write(f"{name}: {note}"))
         for i, (video, _) in enumerate(made):
             key = f"{name}#{i}"
             if not stored(key):
@@ -609,13 +617,14 @@ def foretell(cfg, coder, embed, kind, source):
     names = source.names(done)
     todo = [work for name in names if (work := work_on(name, source, done, coder.spec))]
     lost = gone(names, source, done)
-    found, reasons, first = Counter(), [], None
+    found, examples, reasons = Counter(), {}, []
     for work in todo:
         reason = work.reason
         try:
             if work.what in (NEW, BEGUN, REPLACED) and not reason:
-                found.update(source.clips(work.name))
-                first = first or work.name
+                shapes_of = source.clips(work.name)
+                found.update(shapes_of)
+                examples.setdefault(shapes_of[0], work.name)
         except (ValueError, OSError) as error:
             reason = str(error)
         if reason:
@@ -638,13 +647,13 @@ def foretell(cfg, coder, embed, kind, source):
         size += taken
     texts = (sum(found.values()) + what[CAPTION]) * coder.spec["text_width"] * DTYPES[cfg.dtype].itemsize
     print(f"disk: {size / 1e6:,.1f} MB of latents, and {texts / 1e6:,.3f} MB for each token of a caption")
-    if first:
+    if found:
+        name = examples[max(examples, key=found.get)]
         began = time.perf_counter()
-        seen = source.look(first)
-        next(source.samples(first, seen.caption, lambda key: False), None)
+        next(source.samples(name, source.look(name).caption, lambda key: False), None)
         seconds = time.perf_counter() - began
-        print(f"time: {first} took {seconds:.2f} s to read and encode; {sum(found.values()):,} like it take "
-              f"{sum(found.values()) * seconds / 3600:,.2f} hours on one process")
+        print(f"time: a clip of {name} took {seconds:.2f} s to read, encode and embed; {sum(found.values()):,} like it "
+              f"take {sum(found.values()) * seconds / 3600:,.2f} hours on one process")
     if way := way_out(reasons, len(names), cfg, coder, kind):
         print(way)
     return 0
