@@ -318,11 +318,11 @@ class Latents:
         return [tuple(bucket["shape"]) for bucket in sorted(self.manifest["buckets"], key=rank)]
 
     def for_videos(self, n):
-        """Ids of the first n samples of one bucket, those held out before the others; no stills if there is aught else."""
-        longer = [b for b, (_, frames, _, _) in enumerate(self.shapes) if frames > 1]
-        longer = longer or list(range(len(self.shapes)))
-        held = [id for id in self.held_out if self.find(id)[0] in longer]
-        bucket = self.find(held[0])[0] if held else longer[0]
+        """Ids of the first n samples of one bucket, those held out before the others; stills only where there is nothing else."""
+        longest = max(frames for _, frames, _, _ in self.shapes)
+        moving = [b for b, (_, frames, _, _) in enumerate(self.shapes) if frames > 1 or longest == 1]
+        held = [id for id in self.held_out if self.find(id)[0] in moving]
+        bucket = self.find(held[0])[0] if held else moving[0]
         ids = [id for id in held if self.find(id)[0] == bucket]
         return (ids + self.buckets[bucket][:n].tolist())[:n]
 

@@ -507,7 +507,10 @@ def videos(cfg, coder, embed):
 
     def clips(name):
         head = films.head(root / name)
-        seen = 1 if head.still else math.ceil(head.seconds * cfg.fps - 0.01)
+        seconds = head.seconds
+        if head.frames and head.fps:        # some headers leave out for how long the last picture is shown
+            seconds = max(seconds, head.frames / head.fps)
+        seen = 1 if head.still else math.ceil(seconds * cfg.fps - 0.01)
         made = films.lengths(seen, lengths(cfg), cfg.cuts)
         if not made:
             raise ValueError(f"too short: {seen} frames at {cfg.fps:g} per second, {min(lengths(cfg))} are wanted")

@@ -349,6 +349,29 @@ def test_held_out_samples_are_never_trained_on(dataset):
     assert sum(latents.order.counts) == 58
 
 
+STILL = (4, 1, 2, 2)
+
+
+def test_videos_are_of_one_bucket_held_out_samples_first_and_no_stills(tmp_path):
+    make(tmp_path, shapes=(STILL, STILL, STILL, SMALL, WIDE, WIDE))
+    for val in (0, 2, 3):
+        latents = opened(tmp_path, val=val)
+        ids = latents.for_videos(8)
+        [shape] = {latents.shape_of(id) for id in ids}
+        held = [id for id in latents.held_out if latents.shape_of(id) == shape]
+        assert shape in (SMALL, WIDE) and len(ids) == len(set(ids)) == 8
+        assert ids[:len(held)] == held and not set(ids[len(held):]) & set(latents.held_out)
+        if any(latents.shape_of(id) != STILL for id in latents.held_out):
+            assert held, "a held-out sample could have been shown"
+    assert opened(tmp_path).commonest_shapes() == [WIDE, SMALL, STILL]
+    assert len(opened(tmp_path).for_videos(99)) == 10
+
+
+def test_where_all_are_stills_they_are_shown(tmp_path):
+    latents = opened(make(tmp_path, shapes=(STILL,)), val=3)
+    assert latents.for_videos(4)[:3] == latents.held_out and latents.commonest_shapes() == [STILL]
+
+
 @pytest.mark.parametrize("val, expected", [(0, 0), (1, 1), (3, 3), (16, 3)])
 def test_at_most_a_twentieth_is_held_out(dataset, val, expected):
     assert len(Latents(dataset, seed=0, batch=4, val=val).held_out) == expected

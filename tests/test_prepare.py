@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tyro
+from PIL import Image
 
 import torch
 
@@ -342,6 +344,155 @@ def test_what_a_killed_run_left_does_not_count_as_finished(tmp_path, monkeypatch
     run(clips=3, out=tmp_path / "set")
     assert seen == [left, [], left[:1], []], "removed between two meetings of all ranks, at the start and at the end"
     assert "skipped" not in capsys.readouterr().out
+
+
+# ---- lengths, and what would take more ------------------------------------------------------------------------------
+
+def still(path, caption):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    path.with_suffix(".txt").write_text(caption)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two stills, films of 3, 5, 9 and 24 frames at 8 fps."""
+    for name in ("still.png", "other.jpg"):
+        still(tmp_path / "films" / name, name)
+    for frames in (3, 5, 9, 24):
+        tiny_film(tmp_path / f"films/{frames}.mp4", f"{frames} frames", frames=frames)
+    return dict(videos=tmp_path / "films", out=tmp_path / "set", sizes=("16x16",))
+
+
+def shapes_by_source(latents):
+    return sorted((json.loads(line)["source"], latents.shape_of(id)[1])
+                  for id, line in enumerate(open(latents.path / "captions.jsonl")))
+
+
+def test_each_film_goes_to_the_longest_length_that_it_fills(mixed):
+    made = shapes_by_source(run(**mixed, frames=(17, 1, 5)))
+    assert made == [("24.mp4", 5), ("3.mp4", 1), ("5.mp4", 2), ("9.mp4", 2), ("other.jpg", 1), ("still.png", 1)]
+
+
+def test_all_cuts_are_each_the_longest_that_still_fits(mixed):
+    made = shapes_by_source(run(**mixed, frames=(1, 5, 17), cuts="all"))
+    assert made == [("24.mp4", 2), ("24.mp4", 5), ("3.mp4", 1), ("5.mp4", 2), ("9.mp4", 2),
+                    ("other.jpg", 1), ("still.png", 1)]
+
+
+def test_pictures_are_clips_of_one_frame(mixed):
+    made = run(**mixed, frames=1)
+    assert made.count == 6 and made.shapes == [(24, 1, 4, 4)]
+
+
+def test_moving_shapes_have_all_lengths_in_turn(tmp_path):
+    latents = run(clips=12, out=tmp_path / "set", sizes=("16x16", "16x24"), frames=(1, 5))
+    assert latents.shapes == [(24, 1, 4, 4), (24, 1, 4, 6), (24, 2, 4, 4), (24, 2, 4, 6)]
+    assert [bucket["count"] for bucket in latents.manifest["buckets"]] == [3, 3, 3, 3]
+
+
+def last_line(capsys):
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_where_most_films_are_too_short_it_says_which_flags_would_take_them(tmp_path, capsys):
+    root = tmp_path / "films"
+    for i, frames in enumerate((9, 9, 10, 12, 40)):
+        tiny_film(root / f"{i}.mp4", "a film", frames=frames)
+    run(videos=root, out=tmp_path / "set", sizes=("16x16",))
+    assert last_line(capsys) == ("4 of 5 films are shorter than 17 frames at 8 fps: "
+                                 "--fps=16 or --frames=9 would take them")
+    for flags in (dict(fps=16), dict(frames=9)):
+        assert run(videos=root, out=tmp_path / str(flags), sizes=("16x16",), **flags).count == 5
+
+
+def test_a_flag_that_would_take_some_says_how_many(tmp_path, capsys):
+    root = tmp_path / "films"
+    for i in range(20):
+        tiny_film(root / f"{i:02}.mp4", "a film", frames=13 if i else 5)
+    refused(capsys, videos=root, out=tmp_path / "set", sizes=("16x16",))
+    with pytest.raises(SystemExit):
+        run(videos=root, out=tmp_path / "set", sizes=("16x16",))
+    assert capsys.readouterr().err.endswith(
+        "20 of 20 films are shorter than 17 frames at 8 fps: --fps=11 would take 19 of them and "
+        "--frames=13 would take 19 of them\n")
+    assert run(videos=root, out=tmp_path / "fps", sizes=("16x16",), fps=11).count == 19
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda path: path.with_suffix(".txt").unlink(), "3 of 4 films are without a caption: --caption=TEXT would take them"),
+    (lambda path: path.with_suffix(".txt").write_text("word " * 70),
+     "3 of 4 films are longer in their captions than --text_length=64: --text_length=71 would take them"),
+    (lambda path: path.write_bytes(b"no film"), "3 of 4 films are skipped for one reason: unreadable"),
+])
+def test_another_reason_for_most_films_is_named_with_its_flag(tmp_path, capsys, harm, words):
+    root = four_films(tmp_path / "films")
+    for name in "abc":
+        harm(root / f"{name}.mp4")
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert last_line(capsys) == words
+
+
+def test_pictures_where_clips_are_wanted_are_named_with_their_flag(tmp_path, capsys):
+    for i in range(3):
+        still(tmp_path / f"films/{i}.png", "a picture")
+    said = refused(capsys, videos=tmp_path / "films", out=tmp_path / "set")
+    assert "3 of 3 films are still pictures: --frames 1 17 would take them" in said
+    assert run(videos=tmp_path / "films", out=tmp_path / "set", sizes=("16x16",), frames=(1, 17)).count == 3
+
+
+def test_nothing_usable_later_leaves_the_dataset_as_it_was(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    before = stored(run(videos=root, out=tmp_path / "set", **SMALL))
+    for name in "abcd":
+        (root / f"{name}.txt").unlink()
+    refused(capsys, videos=root, out=tmp_path / "set", **SMALL)
+    assert equal(stored(opened(tmp_path / "set")), before)
+
+
+# ---- the dry run ----------------------------------------------------------------------------------------------------
+
+def foretold(capsys, **flags):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(**flags, dry_run=True)
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(mixed, work, capsys):
+    out = foretold(capsys, **mixed, frames=(1, 5, 17), cuts="all")
+    assert not mixed["out"].exists() and len(work["decode"]) == len(work["encode"]) == 1
+    counts = {shape: int(n) for n, shape in re.findall(r"^ +(\d+) of (\S+),", out, re.M)}
+    made = run(**mixed, frames=(1, 5, 17), cuts="all").manifest["buckets"]
+    assert counts == {"x".join(map(str, bucket["shape"])): bucket["count"] for bucket in made}
+    latents = sum(n * 4096 for n in counts.values())
+    assert f"disk: {latents / 1e6:,.1f} MB of latents" in out and "7 like it take" in out
+
+
+def test_a_dry_run_says_what_would_be_skipped_and_why(folder, tmp_path, capsys):
+    out = foretold(capsys, videos=folder, out=tmp_path / "set")
+    run(videos=folder, out=tmp_path / "set")
+    real = capsys.readouterr().out
+    for line in real.splitlines():
+        if line.startswith("skipped"):
+            assert line.split(":")[0] in out, line
+    assert "5 to skip" in out and "1 skipped: too short" in out
+
+
+def test_a_dry_run_of_a_dataset_that_is_there_says_what_would_change(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}
+    (root / "a.txt").write_text("another caption")
+    tiny_film(root / "b.mp4", seed=1)
+    (root / "c.mp4").unlink()
+    tiny_film(root / "e.mp4", "film e")
+    assert ("1 stored as they should be, 1 to make, 1 replaced, 1 with another caption, 1 gone, 0 to skip"
+            in foretold(capsys, **flags))
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}
+    assert "frames was 5 and is now 9" in refused(capsys, **flags | dict(frames=9), dry_run=True)
 
 
 # ---- a second time --------------------------------------------------------------------------------------------------
