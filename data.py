@@ -257,7 +257,8 @@ class Latents:
         self.draws = Ahead(lambda role, step: self.read(step), {"train": 1}, self.device)
         self.pages = defaultdict(list)
         self.text_shape = text["length"], text["width"]
-        self.null = send(pad(self.tokens(*text["null"]), torch.empty(self.text_shape)), self.device)
+        null, = padded([self.tokens(*text["null"])], text)
+        self.null = send(null, self.device)
 
     def at(self, step):
         """This rank's part of a step -> [Micro] on the device, a pure function of the step."""
@@ -450,6 +451,12 @@ def pad(rows, out):
     out[:len(rows)].copy_(rows)
     out[len(rows):].zero_()
     return out
+
+
+def padded(embeddings, text):
+    """[(S_i, E)] -> fp32 (B, S, E), zeros after each one's last token. text: a manifest's block of that name."""
+    shape = text["length"], text["width"]
+    return torch.stack([pad(rows, torch.empty(shape)) for rows in embeddings])
 
 
 def raw(tensor):

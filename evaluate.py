@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 import ckpt
@@ -27,7 +26,7 @@ import codec
 import flags
 import parallel
 import step
-from data import noise, stream
+from data import noise, padded, stream
 from model import Cond, bind, blank
 from shapes import CAPTIONS, clip, features, judge
 
@@ -57,11 +56,13 @@ def main(cfg):
     with flags.door(__file__):
         world = parallel.init(cfg.device, precision="fp32")
         roles = [cfg.weights, "null"]
-        student = ckpt.stored(cfg.ckpt, roles, **world.ranks)
-        teacher = ckpt.stored(cfg.teacher, roles, **world.ranks) if cfg.teacher else None
+        student, teacher = ckpt.stored(cfg.ckpt, roles, **world.ranks), None
+        if cfg.teacher:
+            teacher = ckpt.stored(cfg.teacher, roles, **world.ranks)
         sampling = student.sampling
         made_by = sampling["codec"]["name"]
-        if cfg.n <= 2 * NEAREST or min(cfg.batch, *cfg.steps, 1) < 1 or made_by != "dct":
+        least = min(cfg.batch, *cfg.steps, 1)
+        if cfg.n <= 2 * NEAREST or least < 1 or made_by != "dct":
             raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {made_by}: the judge "
                              f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
         systems = systems_of(student, teacher, cfg)
@@ -71,37 +72,54 @@ def main(cfg):
     for i in range(PROMPTS):
         captions += [CAPTIONS[i * len(CAPTIONS) // PROMPTS]] * SEEDS
     coder = codec.load(sampling["codec"])
-    latents = {system.name: sampled(system, coder, captions, cfg, world) for system in systems}
+    latents = {}
+    for system in systems:
+        latents[system.name] = sampled(system, coder, captions, cfg, world)
     if world.rank > 0:
         return
 
+    # what they show, beside real clips under their captions and under others'
     seen = partial(measure, coder=coder, sampling=sampling, captions=captions, n=cfg.n)
-    sets = tqdm(range(REAL_SETS + 1), desc="real clips", leave=False, disable=None)
-    real, *others = (seen(real_clips(coder, sampling, captions, cfg.seed, i)) for i in sets)
+    sets = []
+    for i in tqdm(range(REAL_SETS + 1), desc="real clips", leave=False, disable=None):
+        sets.append(seen(real_clips(coder, sampling, captions, cfg.seed, i)))
+    real, *others = sets
     clips = {"real clips": real, "real clips, another caption": mistaken(real, captions, cfg)}
-    for system in systems:
-        clips[system.name] = seen(latents[system.name])
+    for name, z in latents.items():
+        clips[name] = seen(z)
 
-    table = {name: figures(measured, real, others) for name, measured in clips.items()}
+    # a row for each, and the first system beside every other
+    table = {}
+    for name, measured in clips.items():
+        table[name] = figures(measured, real, others)
     names = list(table["real clips"])
     print(f"{cfg.n} clips each" + " " * 17 + "".join(f"{name:>11}" for name in names))
     for name, row in table.items():
         print(f"{name:<28}" + "".join(f"{row[figure]:11.3f}" for figure in names))
-    first = systems[0].name
-    pairs = {f"{first} against {other.name}": paired(clips[first], clips[other.name], real, others)
-             for other in systems[1:]}
-    for pair, differences in pairs.items():
-        print(f"{pair}: {differences}")
-    out = Path(cfg.out) if cfg.out else folder(cfg.ckpt) / "evaluate.json"
-    report = {"flags": asdict(cfg), "step": student.manifest["step"], "table": table,
-              "paired": pairs}
+    pairs, (first, *rest) = {}, systems
+    for other in rest:
+        pair = f"{first.name} against {other.name}"
+        pairs[pair] = paired(clips[first.name], clips[other.name], real, others)
+        print(f"{pair}: {pairs[pair]}")
+
+    out = folder(cfg.ckpt) / "evaluate.json"
+    if cfg.out:
+        out = Path(cfg.out)
+    report = dict(
+        flags=asdict(cfg),
+        step=student.manifest["step"],
+        table=table,
+        paired=pairs,
+    )
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {out}")
 
 
 def folder(path):
     """The run's folder, of a checkpoint too."""
-    return Path(path) if (Path(path) / "ckpt").is_dir() else Path(path).parent.parent
+    if (Path(path) / "ckpt").is_dir():
+        return Path(path)
+    return Path(path).parent.parent
 
 
 class System(NamedTuple):
@@ -156,9 +174,10 @@ class Clips(NamedTuple):
 
 def real_clips(coder, sampling, captions, seed, i):
     """The i-th set of clips of these captions, from seeds that no dataset has -> normalised latents."""
-    (_, F, H, W), (f, h, w) = sampling["shapes"][0], coder.stride
-    mean, std = codec.moments(sampling)
+    _, F, H, W = sampling["shapes"][0]
+    f, h, w = coder.stride
     size, frames = (H * h, W * w), (F - 1) * f + 1
+    mean, std = codec.moments(sampling)
     latents = []
     for slot, caption in enumerate(captions):
         video, _ = clip(stream(seed, "val", i, slot), size, frames, caption)
@@ -183,23 +202,22 @@ def sampled(system, coder, captions, cfg, world):
     ckpt.fill(parallel.local_rows(net), source)
     shape = tuple(sampling["shapes"][0])
     net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
-    text = torch.zeros(len(captions), sampling["text"]["length"], sampling["text"]["width"])
-    for padded, row in zip(text, coder.embed(captions)):
-        padded[:len(row)] = row
+    text = padded(coder.embed(captions), sampling["text"])
     null = saved.tensor("null").to(world.device)
-    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a clip
     hidden = True if world.rank > 0 else None
     bar = tqdm(total=len(captions), desc="sampling", leave=False, disable=hidden)
 
     @torch.no_grad()
-    def draw(places):
-        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
+    def clips(places):
+        def draw(k):
+            return noise(cfg.seed, "sample", k, places, shape).to(world.device)
+
         cond = Cond(text[places].to(world.device))
         uncond = Cond(null.expand_as(cond.text))
         bar.update(len(places) * world.size)
-        return step.sample(net, noises, cond, uncond, sampling)
+        return step.sample(net, draw, cond, uncond, sampling)
 
-    latents = parallel.spread(draw, len(captions), cfg.batch, world)
+    latents = parallel.spread(clips, len(captions), cfg.batch, world)
     bar.close()
     if world.rank == 0:
         file.parent.mkdir(exist_ok=True)
@@ -214,7 +232,8 @@ def measure(latents, coder, sampling, captions, n):
     videos = [coder.decode(z * std + mean) for z in latents]
     seen = [judge(video) for video in videos[:n]]
     right = [verdict(saw, caption) for saw, caption in zip(seen, captions)]
-    return Clips(latents, seen, np.array(right), np.array([features(video) for video in videos]))
+    described = [features(video) for video in videos]
+    return Clips(latents, seen, np.array(right), np.array(described))
 
 
 def mistaken(real, captions, cfg):
@@ -263,7 +282,9 @@ def distances(x, y):
 def energy(xx, xy, yy):
     """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| without bias: 0 on average for equal distributions."""
     n, m = xy.shape
-    return 2 * xy.mean() - xx.sum() / (n * (n - 1)) - yy.sum() / (m * (m - 1))
+    within_x = xx.sum() / (n * (n - 1))     # without the zeros on the diagonal
+    within_y = yy.sum() / (m * (m - 1))
+    return 2 * xy.mean() - within_x - within_y
 
 
 def recall(xx, xy, k=NEAREST):
@@ -274,14 +295,15 @@ def recall(xx, xy, k=NEAREST):
 
 def vendi(xx):
     """Effective number of distinct clips: exp of the entropy of a Gaussian kernel's spectrum (arXiv 2210.02410)."""
-    p = np.linalg.eigvalsh(np.exp(-xx**2 / 2) / len(xx)).clip(1e-12)
+    kernel = np.exp(-xx**2 / 2) / len(xx)
+    p = np.linalg.eigvalsh(kernel).clip(1e-12)
     return np.exp(-(p * np.log(p)).sum())
 
 
 def variety(x):
     """Mean distance between clips of the same prompt."""
     sums = [distances(same, same).sum() for same in np.split(x, PROMPTS)]
-    return np.mean([total / (SEEDS * (SEEDS - 1)) for total in sums])
+    return np.mean(sums) / (SEEDS * (SEEDS - 1))
 
 
 def motion(latents):
@@ -305,7 +327,9 @@ def paired(a, b, real, others):
     for _ in range(HALVES):
         picked = rng.permutation(n)[:n // 2]
         half = np.ix_(picked, picked)
-        energies.append(energy(xx[half], xz[half], zz[half]) - energy(yy[half], yz[half], zz[half]))
+        energy_a = energy(xx[half], xz[half], zz[half])
+        energy_b = energy(yy[half], yz[half], zz[half])
+        energies.append(energy_a - energy_b)
         recalls.append(recall(xx[half], xz[half]) - recall(yy[half], yz[half]))
     only_a, only_b, p = mcnemar(a.right.all(1), b.right.all(1))
     return {
@@ -322,7 +346,8 @@ def mcnemar(a, b):
 
     -> (captions that a alone has right, b alone, two-sided p): a fair coin would choose between the two.
     """
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    only_a = int((a & ~b).sum())
+    only_b = int((b & ~a).sum())
     tosses = only_a + only_b
     tail = sum(comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
     return only_a, only_b, min(1.0, 2 * tail)
@@ -334,5 +359,5 @@ def interval(values):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config))
     parallel.leave()

@@ -26,7 +26,10 @@ from model import MODELS, USUAL, Cond, bind, blank, fits
 # {latent channels: (GB of the VAE's weights, GB of decoding one clip, per latent row and column)}. Decoding holds about
 # 14 maps of 4 frames of the decoder's last and widest stage (96 channels) in fp32, the caches of its convolutions among
 # them; 23 with the shortcuts of Wan 2.2's decoder (256 channels).
-VAES = {16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9), 48: (2.82, 23 * 4 * 256 * 8 * 8 * 4e-9)}
+VAES = {
+    16: (0.51, 14 * 4 * 96 * 8 * 8 * 4e-9),
+    48: (2.82, 23 * 4 * 256 * 8 * 8 * 4e-9),
+}
 
 
 class Weight(NamedTuple):
@@ -66,13 +69,17 @@ def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False):
     """On a GPU, says before anything is allocated what the run takes; ValueError where what is held does not fit."""
     if not parallel.on_gpu(world.device):
         return
-    weight = weigh(cfg, world, lora, data.shapes, data.manifest["text"]["length"], optimizer=optimizer,
-                   learners=learners, teacher=teacher)
-    held, most, memory = sum(weight.held.values()), max(weight.passing.values()), memory_of(world.device, world.size)
+    length = data.manifest["text"]["length"]
+    weight = weigh(cfg, world, lora, data.shapes, length, optimizer=optimizer, learners=learners, teacher=teacher)
+    held = sum(weight.held.values())
+    most = max(weight.passing.values())
+    memory = memory_of(world.device, world.size)
     line = f"{held / 1e9:.1f} GB held and {most / 1e9:.1f} GB of activations at most, of {memory / 1e9:.1f} GB a GPU"
     if held > memory:
         raise ValueError(f"{line}: what is held does not fit. These flags reduce it: {less(cfg, world)}")
-    world.say(line + (f"; the activations may not fit: {less(cfg, world)} reduce them" if held + most > memory else ""))
+    if held + most > memory:
+        line += f"; the activations may not fit: {less(cfg, world)} reduce them"
+    world.say(line)
 
 
 def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=False):
@@ -85,7 +92,10 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
     micro = micro_size(cfg.batch, cfg.micro_batch, world.data_size)
     net = blank(cfg.model, cfg.remat, lora)
     takes = parallel.memory(net, world)
-    trained = {name: parallel.Part(p, 0, tuple(p.shape)) for name, p in net.named_parameters() if p.requires_grad}
+    trained = {}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            trained[name] = parallel.Part(p, 0, tuple(p.shape))
     _, state = optimizer(trained)
     moments = size(state) / size(trained)           # bytes of the optimizer per byte of what it trains
 
@@ -110,12 +120,15 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
     passing = {}
     for shape in shapes:
         bound = bind(net, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapter)
-        passing[f"activations of {micro} x {shape}"] = activations(bound, (micro, *shape), length, world.precision)[1]
-    if cfg.vae and shapes[0][0] in VAES:
-        weights_gb, gb = VAES[shapes[0][0]]
-        passing["VAE that decodes a validation's clip, about"] = 1e9 * (
-            weights_gb + gb * max(H * W for _, _, H, W in shapes))
-    return Weight(held, passing, int(4 * count * (learners * (1 + moments) + 1)))
+        _, most = activations(bound, (micro, *shape), length, world.precision)
+        passing[f"activations of {micro} x {shape}"] = most
+    channels = shapes[0][0]
+    if cfg.vae and channels in VAES:
+        weights_gb, gb = VAES[channels]
+        largest = max(H * W for _, _, H, W in shapes)
+        passing["VAE that decodes a validation's clip, about"] = 1e9 * (weights_gb + gb * largest)
+    per_weight = learners * (1 + moments) + 1       # each learner and its moments, and one average
+    return Weight(held, passing, int(4 * count * per_weight))
 
 
 def size(rows):
@@ -145,8 +158,14 @@ def of(there):
 def less(cfg, world):
     """The flags that would reduce what a run takes, and are left."""
     micro = micro_size(cfg.batch, cfg.micro_batch, world.data_size)
-    ways = {"--remat=True": not cfg.remat, "--micro_batch": micro > 1, "--shard=-1": world.mesh.size(1) < world.size,
-            "--sp": cfg.sp < world.size, "--lora_rank": not cfg.lora_rank, "more ranks": True}
+    ways = {
+        "--remat=True": not cfg.remat,
+        "--micro_batch": micro > 1,
+        "--shard=-1": world.mesh.size(1) < world.size,
+        "--sp": cfg.sp < world.size,
+        "--lora_rank": not cfg.lora_rank,
+        "more ranks": True,
+    }
     return ", ".join(way for way, left in ways.items() if left)
 
 
@@ -161,7 +180,9 @@ def memory_of(device, ranks):
 
 def free_disk(out):
     """Bytes free where a run's folder is or will be."""
-    return shutil.disk_usage(next(p for p in (Path(out), *Path(out).absolute().parents) if p.is_dir())).free
+    folders = (Path(out), *Path(out).absolute().parents)
+    there = next(folder for folder in folders if folder.is_dir())
+    return shutil.disk_usage(there).free
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
@@ -180,7 +201,8 @@ def activations(bound, shape, length, precision):
     seen = []
     for blocks in (1, 2):
         # a copy of the net in which the list of blocks is replaced by its beginning
-        some = copy.deepcopy(net, {id(net.blocks): copy.deepcopy(net.blocks[:blocks])}).to(dtype)
+        shorter = {id(net.blocks): copy.deepcopy(net.blocks[:blocks])}
+        some = copy.deepcopy(net, shorter).to(dtype)
         for island in some.islands():
             island.float()
         for p in some.parameters():
@@ -208,7 +230,8 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, besides):
         super().__init__()
-        self.now, self.most, self.met = 0, 0, {x.untyped_storage()._cdata for x in besides}
+        self.now, self.most = 0, 0
+        self.met = {x.untyped_storage()._cdata for x in besides}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))

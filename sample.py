@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import ckpt
@@ -22,7 +21,7 @@ import films
 import flags
 import parallel
 import step
-from data import noise
+from data import noise, padded
 from model import MODELS, Cond, bind, blank, token_grid
 
 
@@ -82,14 +81,17 @@ def main(cfg):
     if at_once is None:
         at_once = batch_size(net.net.config, shape)
     batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
-    K = len(sampling["times"]) if "times" in sampling else 1    # noises of a video
     mean, std = codec.moments(sampling)
-    for places in tqdm(batches, unit="batch", disable=True if world.rank > 0 else None):
-        text = padded([texts[captions[i]] for i in places], sampling).to(world.device)
-        uncond = padded([null] * len(places), sampling).to(world.device)
-        noises = [noise(cfg.seed, "sample", k, places, shape).to(world.device) for k in range(K)]
+    hidden = True if world.rank > 0 else None       # None: on a terminal only
+    for places in tqdm(batches, unit="batch", disable=hidden):
+        def draw(k):
+            return noise(cfg.seed, "sample", k, places, shape).to(world.device)
+
+        text = padded([texts[captions[i]] for i in places], sampling["text"])
+        uncond = padded([null] * len(places), sampling["text"])
+        cond, uncond = Cond(text.to(world.device)), Cond(uncond.to(world.device))
         with torch.no_grad():
-            x0 = step.sample(net, noises, Cond(text), Cond(uncond), sampling)
+            x0 = step.sample(net, draw, cond, uncond, sampling)
         for i, z in zip(places, x0.cpu() * std + mean):
             codec.write_video(files[i], [coder.decode(z)], sampling["fps"])
 
@@ -156,14 +158,6 @@ def embedded(prompts, sampling, cfg, device):
     return rows
 
 
-def padded(rows, sampling):
-    """Embeddings (S_i, E) -> (B, S, E), padded with zeros as in training."""
-    text = torch.zeros(len(rows), sampling["text"]["length"], sampling["text"]["width"])
-    for place, row in zip(text, rows):
-        place[:len(row)] = row
-    return text
-
-
 def batch_size(config, shape):
     """As many videos as 8 GB hold beside the weights, from 1 to 8.
 
@@ -195,5 +189,5 @@ def contact_sheet(path, files, captions, shape, stride, fps):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config))
     parallel.leave()

@@ -119,16 +119,17 @@ def rollout(net, z, cond, times, noises, exit):
     return x0
 
 
-def sample(net, noises, cond, uncond, sampling):
+def sample(net, draw, cond, uncond, sampling):
     """x0 by a checkpoint's own sampler: a teacher's guided Euler steps, or a student's few, each with fresh noise.
 
-    sampling: the checkpoint's block of that name. noises: one (B, C, F, H, W) for "euler", one per time for "rollout".
+    sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W).
     """
     if sampling["sampler"] == "rollout":
         times = sampling["times"]
-        return rollout(net, noises[0], cond, times, noises[1:], len(times) - 1)
+        z, *noises = [draw(k) for k in range(len(times))]
+        return rollout(net, z, cond, times, noises, len(times) - 1)
     times = grid(sampling["steps"], sampling["shift"])
-    return euler(net, noises[0], cond, times, uncond, sampling["guidance"])
+    return euler(net, draw(0), cond, times, uncond, sampling["guidance"])
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import ckpt
 import codec
 import parallel
-from data import noise
+from data import noise, padded
 from model import Cond, bind, blank
 from step import sample
 
@@ -38,13 +38,10 @@ def clips(folder, captions, world, sampling=None):
     ckpt.fill(parallel.local_rows(net), ckpt.model_of(saved, "ema"))
     shape = tuple(sampling["shapes"][0])
     net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
-    text = torch.zeros(len(captions), sampling["text"]["length"], sampling["text"]["width"])
-    for place, row in zip(text, coder.embed(captions)):
-        place[:len(row)] = row
-    K = len(sampling["times"]) if sampling["sampler"] == "rollout" else 1
-    noises = [noise(0, "sample", k, range(len(captions)), shape) for k in range(K)]
+    text = padded(coder.embed(captions), sampling["text"])
+    uncond = Cond(saved.tensor("null").expand_as(text))
     with torch.no_grad():
-        x0 = sample(net, noises, Cond(text), Cond(saved.tensor("null").expand_as(text)), sampling)
+        x0 = sample(net, lambda k: noise(0, "sample", k, range(len(captions)), shape), Cond(text), uncond, sampling)
     mean, std = codec.moments(sampling)
     return np.stack([coder.decode(z * std + mean) for z in x0])
 

@@ -21,9 +21,9 @@ import sample
 import step
 import train
 from data import Latents, noise
-from helpers import (as_flags, as_version_1, close, copied, finished, full_disk, log_of, meta, nan_at, no_curves,
-                     out_of_memory, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
-                     signal_one_of_two, spied, state)
+from helpers import (as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
+                     ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
+                     spied, state)
 from model import MODELS, Bound, Cond, DiT
 from step import Learner, adamw, averaged, copies, dmd_loss, euler, flow_loss, grid, rollout, sample_t, train_step
 
@@ -588,7 +588,7 @@ def test_adapters_stopped_and_resumed_are_the_uninterrupted_ones_to_the_bit(data
 @pytest.mark.slow
 def test_two_ranks_distil_adapters_as_one_does(data, teacher, adapters, tmp_path):
     cfg = config(data, teacher, tmp_path / "run", steps=2, micro_batch=1, shard=-1, samples=0, **LORA)
-    finished(shell(2, "distill.py", *as_flags(cfg)))
+    ranks(2, distill.main, cfg)
     close(log_of(cfg.out), log_of(adapters), 2e-4, *LOSSES)
 
 

@@ -227,9 +227,8 @@ def test_both_samplers_stay_on_the_gpu(gpu, sampling):
     cfg = SimpleNamespace(remat=False)
     with fake(), torch.no_grad():
         bound = model.bind(net_of(cfg, {}), SHAPE, gpu)
-        noises = [torch.empty(2, *SHAPE, device=GPU) for _ in range(3)]
         text = torch.empty(2, 8, 64, device=GPU)
-        x0 = step.sample(bound, noises, Cond(text), Cond(text), sampling)
+        x0 = step.sample(bound, lambda k: torch.empty(2, *SHAPE, device=GPU), Cond(text), Cond(text), sampling)
     assert x0.device == GPU
     assert x0.shape == (2, *SHAPE)
 
@@ -240,7 +239,7 @@ def test_a_tensor_that_was_left_on_the_cpu_raises(gpu):
         bound = model.bind(net_of(cfg, {}), SHAPE, gpu)
         z, text = torch.empty(2, *SHAPE, device=GPU), torch.empty(2, 8, 64)
         with pytest.raises(RuntimeError, match="two.*devices"):
-            step.sample(bound, [z], Cond(text), None, dict(sampler="rollout", times=(1.0,)))
+            step.sample(bound, lambda k: z, Cond(text), None, dict(sampler="rollout", times=(1.0,)))
 
 
 # ---- what `on_gpu` guards -------------------------------------------------------------------------------------------

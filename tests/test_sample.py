@@ -19,7 +19,7 @@ import plan
 import sample
 from conftest import ROOT
 from data import noise
-from helpers import run
+from helpers import kept_in, run
 from model import MODELS, Cond, blank, token_grid
 
 PROMPTS = ("a red circle moving left", "a blue zeppelin", "a green square moving up")
@@ -69,11 +69,12 @@ def videos(folder):
 @pytest.fixture
 def asked(monkeypatch):
     """What the sampler was asked for: a list of (net, noises, cond, uncond, sampling)."""
-    calls, draw = [], sample.step.sample
+    calls, original = [], sample.step.sample
 
-    def recorded(*args):
-        calls.append(args)
-        return draw(*args)
+    def recorded(net, draw, cond, uncond, sampling):
+        noises = []
+        calls.append((net, noises, cond, uncond, sampling))
+        return original(net, kept_in(noises, draw), cond, uncond, sampling)
 
     monkeypatch.setattr(sample.step, "sample", recorded)
     return calls

@@ -20,9 +20,9 @@ import prepare
 import sample
 import train
 from data import Latents
-from helpers import (V1_PATH, as_flags, as_version_1, close, copied, finished, full_disk, log_of, meta, nan_at,
-                     no_curves, out_of_memory, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset,
-                     shell, signal_one_of_two, spied, state, wait_until)
+from helpers import (V1_PATH, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
+                     out_of_memory, ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
+                     signal_one_of_two, spied, state, wait_until)
 from log import curves
 from model import MODELS, Cond, DiT, add_lora
 
@@ -362,9 +362,8 @@ def test_two_ranks_stop_at_a_signal_to_one_and_one_and_four_go_on_with_the_same_
     first = min(ckpt.steps(cfg.out))
     assert 2 <= first <= 3
     begun = replace(cfg, steps=first + 2, resume=str(ckpt.step_folder(cfg.out, first)))
-    four = shell(4, "train.py", *as_flags(replace(begun, out=str(tmp_path / "four"), shard=2)))
     run(train.main, replace(begun, out=str(tmp_path / "one"), shard=1))
-    finished(four)
+    ranks(4, train.main, replace(begun, out=str(tmp_path / "four"), shard=2))
     for out in (tmp_path / "two", tmp_path / "four", tmp_path / "one"):
         close(log_of(out), log_of(whole), 2e-4, "loss", "grad_norm", "val_loss")
 

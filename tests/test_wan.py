@@ -17,7 +17,7 @@ import prepare
 import sample
 import shapes
 import train
-from helpers import run
+from helpers import kept_in, run
 from model import MODELS, ModelConfig
 from test_codec import pipeline  # noqa: F401
 
@@ -93,11 +93,13 @@ class Sampled(NamedTuple):
 def ours(path, wan, out):
     """Samples the prompts in one batch -> Sampled."""
     calls, videos = [], []
-    draw, write = sample.step.sample, codec.write_video
+    original, write = sample.step.sample, codec.write_video
 
-    def drawn(net, noises, cond, uncond, sampling):
-        calls.append((noises, draw(net, noises, cond, uncond, sampling), sampling))
-        return calls[-1][1]
+    def drawn(net, draw, cond, uncond, sampling):
+        noises = []
+        x0 = original(net, kept_in(noises, draw), cond, uncond, sampling)
+        calls.append((noises, x0, sampling))
+        return x0
 
     def written(path, clips, fps):
         videos.extend(clips)
