@@ -202,16 +202,16 @@ def work_on(name, source, done, spec):
     """What is to be done for a name, None where all that is stored is as it should be. Reads no more than it must."""
     here = done.stored(name)
     after = here.edition + 1
+    if not here.live:
+        return Work(name, NEW, after)
     try:
         seen = source.look(name)
         film = fingerprint(seen.path, here.film, source.head)
     except ValueError as reason:
-        return Work(name, GONE if here.live else NEW, after, str(reason))
+        return Work(name, GONE, after, str(reason))
     except OSError as reason:
         return Work(name, UNREADABLE, after, str(reason))
     same_text = seen.caption is None or text_crc32(seen.caption, spec) == here.text
-    if not here.live:
-        return Work(name, NEW, after)
     if here.film and film[::2] != here.film[::2]:           # its size, its head
         return Work(name, REPLACED, after)
     if not here.whole:
@@ -249,8 +249,9 @@ def carry_out(work, source, embed, writer):
     name, what, edition, reason = work
     if what == GONE:
         writer.drop(name, edition)
-    if reason or what == GONE:
-        return what if what == GONE else None, reason
+        return GONE, reason
+    if what == UNREADABLE:
+        return None, reason
     stored, key = what == BEGUN, name
     try:
         seen, film = looked_at(name, source, writer.done.stored(name).film)
@@ -453,15 +454,19 @@ def moving_shapes(cfg, coder, embed):
         i = int(name)
         return sizes[i % len(sizes)], frames[i // len(sizes) % len(frames)]
 
-    def clip(name):
-        size, length = kind(name)
-        return shapes.clip(stream(cfg.seed, "clip", int(name)), size=size, frames=length)
-
     def look(name):
-        return Seen(clip(name)[1], f"clip {name}", None)
+        _, caption = begin(name)
+        return Seen(caption, f"clip {name}", None)
+
+    def begin(name):
+        """The generator of a clip, after it has drawn the caption; a whole clip takes a hundred times as long."""
+        rng = stream(cfg.seed, "clip", int(name))
+        return rng, shapes.CAPTIONS[rng.integers(len(shapes.CAPTIONS))]
 
     def samples(name, caption, stored):
-        yield dict(latent=coder.encode(clip(name)[0]), text=embed(caption), caption=caption,
+        size, length = kind(name)
+        video, _ = shapes.clip(begin(name)[0], size=size, frames=length, caption=caption)
+        yield dict(latent=coder.encode(video), text=embed(caption), caption=caption,
                    source=f"clip {name}", key=name)
 
     def clips(name):
@@ -624,7 +629,8 @@ def foretell(cfg, coder, embed, kind, source):
     for work in todo:
         reason = work.reason
         try:
-            if work.what in (NEW, BEGUN, REPLACED) and not reason:
+            if work.what in (NEW, BEGUN, REPLACED):
+                source.look(work.name)
                 shapes_of = source.clips(work.name)
                 found.update(shapes_of)
                 examples.setdefault(shapes_of[0], work.name)
@@ -636,7 +642,7 @@ def foretell(cfg, coder, embed, kind, source):
     for name, reason in source.passed.items():
         print(f"skipped {Path(cfg.videos) / name}: {reason}")
 
-    what = Counter(work.what for work in todo + lost if not work.reason or work.what == GONE)
+    what = Counter(work.what for work in todo + lost)
     print(f"{len(names):,} {kind} -> {cfg.out}: "
           f"{len(names) - len(todo):,} stored as they should be, {what[NEW] + what[BEGUN]:,} to make, "
           f"{what[REPLACED]:,} replaced, {what[CAPTION]:,} with another caption, {what[GONE]:,} gone, "

@@ -105,7 +105,7 @@ def captions_of(cfg):
     """The caption of each video: every prompt n times."""
     prompts = list(cfg.prompts)
     if cfg.file:
-        prompts += Path(cfg.file).read_text().splitlines()
+        prompts += films.read_text(cfg.file).split("\n")
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts or cfg.n < 1 or (cfg.batch is not None and cfg.batch < 1):
         raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: "

@@ -298,16 +298,23 @@ def test_films_that_come_later_are_added(tmp_path, monkeypatch):
     assert {row[0] for row in stored(run(videos=tmp_path / "films", out=tmp_path / "set"))} == {"a.mp4", "b.mp4"}
 
 
-def test_two_ranks_make_the_same_dataset_as_one(folder, tmp_path):
-    whole = stored(run(videos=folder, out=tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
-               str(ROOT / "prepare.py"), f"--videos={folder}", f"--out={tmp_path / 'two'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "5 films skipped" in done.stdout and done.stdout.count("skipped silent.mp4") == 1
-    two = opened(tmp_path / "two")
+def test_two_ranks_make_the_same_dataset_as_one_and_make_it_again(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "films")
+    cfg = Config(videos=str(root), out=str(tmp_path / "two"))
+    whole = stored(run(videos=root, out=tmp_path / "one"))
+    printed = helpers.ranks(2, prepare.main, cfg)
+    assert "5 films skipped" in printed and printed.count("skipped silent.mp4") == 1
     assert {file.name for file in (tmp_path / "two").glob("journal.*")} == {"journal.0.jsonl", "journal.1.jsonl"}
-    assert equal(stored(two), whole)
+    assert equal(stored(opened(tmp_path / "two")), whole)
+
+    for name in ("plain.mp4", "été/tall é.MOV"):
+        (root / name).with_suffix(".txt").write_text("another caption")
+    (root / "below/turned.mp4").unlink()
+    make_film(root / "below/deeper/wide one.webm", 72, 144, encoder="libvpx-vp9")
+    make_film(root / "new.mp4", caption="a new one")
+    printed = helpers.ranks(2, prepare.main, cfg)
+    assert "2 captions changed, 1 film replaced, 1 gone, 1 new: " in printed
+    assert equal(stored(opened(tmp_path / "two")), stored(run(videos=root, out=tmp_path / "fresh")))
 
 
 def test_a_rank_waits_for_the_others_without_a_collective(tmp_path, monkeypatch):
