@@ -42,7 +42,7 @@ import numpy as np
 
 import torch
 
-VERSIONS = 1, 2                     # 2: made again, so that files have other names or samples other places
+VERSIONS = 1, 2                     # 2: made again, so that files and samples lie otherwise
 PAGE = 4096
 WORKERS = min(4, os.cpu_count())    # threads that read and draw noise
 BLOCK = 1 << 22                     # bytes read at once of a file that is read from end to end
@@ -231,7 +231,8 @@ class Latents:
         # ids run from bucket to bucket
         self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()
         self.count = self.first[-1]
-        self.content = self.manifest.get("content", self.manifest["crc32"])     # what a run knows it by
+        # what a run knows it by
+        self.content = self.manifest.get("content", self.manifest["crc32"])
         widths = [stride(shape, dtype) // dtype.itemsize for shape in self.shapes]
         self.latents = [Rows(path, b["files"], width, dtype) for b, width in zip(buckets, widths)]
         self.tokens = Rows(path, text["files"], text["width"], dtype)
@@ -319,9 +320,9 @@ class Latents:
         return [tuple(bucket["shape"]) for bucket in sorted(self.manifest["buckets"], key=rank)]
 
     def for_videos(self, n):
-        """Ids of the first n samples of one bucket, those held out before the others; stills only where there is nothing else."""
-        longest = max(frames for _, frames, _, _ in self.shapes)
-        moving = [b for b, (_, frames, _, _) in enumerate(self.shapes) if frames > 1 or longest == 1]
+        """Ids of the first n samples of one bucket, those held out first; stills only where there is nothing else."""
+        longest = max(shape[1] for shape in self.shapes)
+        moving = [b for b, shape in enumerate(self.shapes) if shape[1] > 1 or longest == 1]
         held = [id for id in self.held_out if self.find(id)[0] in moving]
         bucket = self.find(held[0])[0] if held else moving[0]
         ids = [id for id in held if self.find(id)[0] == bucket]
@@ -576,7 +577,7 @@ class Stored(NamedTuple):
     live: bool = False          # whether the dataset has samples of it
     whole: bool = False         # whether it has all of them
     text: int | None = None     # see `text_crc32`
-    film: list | None = None    # of the file it was made from: bytes, time in ns, CRC32 of its head; None = not known
+    film: list | None = None    # its file's bytes, time in ns, CRC32 of its head; None = not known
 
 
 class Line(NamedTuple):
@@ -586,10 +587,12 @@ class Line(NamedTuple):
     start: int      # the byte where it begins
 
 
-# What `Journals.samples` weighs, a row per line. said: the line that has the caption; first: text row in its file.
-SAMPLE, TEXT, GONE = range(3)
+# What `Journals.samples` weighs, a row per line. said: the line that has the caption;
+# row, first: of the latent and the text in their files.
+SAMPLE, TEXT, GONE, MARK = range(4)
 WEIGHED = np.dtype([("kind", np.int8), ("edition", np.int32), ("unit", np.int64), ("key", np.int64),
-                    ("line_part", np.int32), ("line", np.int64), ("said_part", np.int32), ("said", np.int64),
+                    ("line_part", np.int32), ("line", np.int64),
+                    ("said_part", np.int32), ("said", np.int64),
                     ("shape", np.int32), ("part", np.int32), ("row", np.int64),
                     ("text_part", np.int32), ("first", np.int64), ("rows", np.int32),
                     ("crc", np.uint32, 2)])
@@ -707,14 +710,14 @@ class Journals:
             for part, start, line in self.lines():
                 record = json.loads(line)
                 kind = kind_of(record)
-                if kind is None:
+                if kind == MARK:
                     continue
                 shape, held, place, crc = 0, 0, (part, 0, part, 0), (0, 0)
                 if kind != GONE:
                     held, crc = record["rows"], tuple(record["crc"])
                     text = text_file(part)
                     latent = latent_file(record["shape"], part) if kind == SAMPLE else None
-                    place = record.get("at") or (part, rows[latent], part, rows[text])
+                    place = record.get("at", (part, rows[latent], part, rows[text]))
                 if kind == SAMPLE:
                     shape = found.setdefault(tuple(record["shape"]), len(found))
                 if kind != GONE and "at" not in record:
@@ -735,9 +738,10 @@ class Journals:
 
 
 def latest(lines):
-    """Of all lines, those of the samples that count, each with its unit's last text, in the order of their keys' firsts.
+    """Of all lines, those of the samples that count, each with its unit's last text.
 
-    So a sample that is made again takes the place of what it replaces, and the others keep their ids.
+    They are in the order of the first line of each key: a sample that is made again takes the place of what it
+    replaces, and the others keep their ids.
     """
     if not lines["edition"].any():
         return lines
@@ -765,12 +769,12 @@ def latest(lines):
 
 
 def kind_of(record):
-    """What a line is: a sample has a shape, a text has none. None = a mark."""
+    """What a line is; see `Writer`."""
     if "gone" in record:
         return GONE
     if "shape" in record:
         return SAMPLE
-    return TEXT if "crc" in record else None
+    return TEXT if "crc" in record else MARK
 
 
 def unit_of(key):
@@ -866,8 +870,10 @@ class Writer:
         parts = [b"" if part is None else raw(part.to(self.dtype)).tobytes()
                  for part in (latent, text)]
         record = {"caption": caption, "source": source, "rows": len(text)}
-        if latent is not None or "shape" in self.spec:
-            record["shape"] = self.spec.get("shape") or list(latent.shape)
+        if "shape" in self.spec:
+            record["shape"] = self.spec["shape"]
+        elif latent is not None:
+            record["shape"] = list(latent.shape)
         record["crc"] = [zlib.crc32(part) for part in parts]
         self.note(key, edition, **record, text=self.text_crc32(caption), film=film)
         for part, (name, size) in zip(parts, self.sizes(self.pending[-1]).items()):
@@ -891,7 +897,8 @@ class Writer:
         line = {"rank": self.part, "key": key}
         if edition:
             line["edition"] = edition
-        self.pending.append(line | {name: value for name, value in what.items() if value is not None})
+        known = {name: value for name, value in what.items() if value is not None}
+        self.pending.append(line | known)
 
     def text_crc32(self, caption):
         """What a unit's `Stored.text` is where its embedding is that of this caption."""
@@ -920,7 +927,7 @@ class Writer:
         buckets, places, sizes = self.buckets(shapes, samples, rows)
         _, _, text_sizes = self.texts(samples, rows)
 
-        # 2) no file is longer than it says: a rank that was killed, and is not with us now, has left a tail
+        # 2) no file is longer than it says: a rank that was killed, and is not back, has left a tail
         for name, size in (sizes | text_sizes).items():
             with self.open_at(name, size) as file:
                 sync(file)
@@ -956,15 +963,18 @@ class Writer:
         text["null"] = [text["rows"], len(null)]
         once = places is None and compact < 0 and all(name in files for name in SMALL)
         manifest = {"version": 1 if once else 2, "codec": self.spec["codec"],
-                    "mean": self.about["mean"], "std": self.about["std"], "dtype": self.spec["dtype"],
-                    "fps": self.spec["fps"], "buckets": buckets, "text": text, "files": files}
+                    "mean": self.about["mean"], "std": self.about["std"],
+                    "dtype": self.spec["dtype"], "fps": self.spec["fps"], "buckets": buckets,
+                    "text": text, "files": files}
         if compact >= 0:
             manifest["compact"] = compact
-        before = self.done.manifest or {}
-        same = "content" in before and all(manifest.get(name) == before[name]
-                                            for name in before.keys() - {"content", "crc32"})
-        if same or compact != self.done.compact:            # the same samples as before, perhaps in other places
+        before = self.done.manifest
+        if compact != self.done.compact:                    # the same samples in other places
             manifest["content"] = before.get("content", before["crc32"])
+        elif before and "content" in before:
+            parts = before.keys() - {"content", "crc32"}
+            if all(manifest.get(name) == before[name] for name in parts):
+                manifest["content"] = before["content"]
         manifest["crc32"] = manifest_crc32(manifest)
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items()]
         with write_whole(self.path / "manifest.json") as file:
@@ -974,24 +984,27 @@ class Writer:
         # captions.jsonl is what people read, whichever name the manifest has for it
         name = listed(manifest, "captions.jsonl")
         if name != "captions.jsonl":
-            with write_whole(self.path / "captions.jsonl") as file, open(self.path / name, "rb") as captions:
-                copyfileobj(captions, file)
+            with write_whole(self.path / "captions.jsonl") as file:
+                with open(self.path / name, "rb") as captions:
+                    copyfileobj(captions, file)
         return manifest
 
     @contextmanager
     def small(self, name, files):
         """A small file to write, which `files` then describes. What the manifest lists is not written over."""
-        manifest = self.done.manifest or {"files": {}}
-        old, new = listed(manifest, name), numbered(name, self.done.next_part())
-        with write_whole(self.path / new) as file:
+        new, old = self.path / numbered(name, self.done.next_part()), None
+        with write_whole(new) as file:
             yield file
-        about = {"size": (self.path / new).stat().st_size, "crc32": crc32_of(self.path / new)}
-        if manifest["files"].get(old) == about:             # it stays, unless it is damaged
-            if not (self.path / old).exists() or crc32_of(self.path / old) != about["crc32"]:
-                os.replace(self.path / new, self.path / old)
-            (self.path / new).unlink(missing_ok=True)
+        about = {"size": new.stat().st_size, "crc32": crc32_of(new)}
+        if self.done.manifest:
+            old = listed(self.done.manifest, name)
+        if old and self.done.manifest["files"][old] == about:
+            old = self.path / old                           # it stays, unless it is damaged
+            if not old.exists() or crc32_of(old) != about["crc32"]:
+                os.replace(new, old)
+            new.unlink(missing_ok=True)
             new = old
-        files[new] = about
+        files[new.name] = about
 
     def buckets(self, shapes, samples, rows):
         """The manifest's buckets, each sample's row in its bucket's files, None = all in order, {file: bytes}."""
@@ -1026,7 +1039,8 @@ class Writer:
             first[here] += total
             total += files[-1][1]
         sizes = {name: n * width for name, n in files}
-        text = {"width": codec["text_width"], "length": codec["text_length"], "rows": total, "files": files}
+        text = {"width": codec["text_width"], "length": codec["text_length"], "rows": total,
+                "files": files}
         return text, first, sizes
 
     def held(self, name, rows, width):
@@ -1075,8 +1089,9 @@ class Writer:
                     for i in range(0, len(run), most):
                         file.seek(run[i] * width)
                         block = np.fromfile(file, np.uint8, len(run[i:i + most]) * width)
-                        block = torch.from_numpy(block).view(self.dtype).view(-1, width // self.dtype.itemsize)
-                        yield block[:, :size].reshape(len(block), bucket["shape"][0], -1).double()
+                        block = torch.from_numpy(block).view(self.dtype)
+                        block = block.view(-1, width // self.dtype.itemsize)[:, :size]
+                        yield block.reshape(len(block), bucket["shape"][0], -1).double()
 
     def write_captions(self, file, samples):
         """Writes the line of each sample -> where each begins. Caption and source are copied from its journal's line,
@@ -1086,7 +1101,7 @@ class Writer:
         with ExitStack() as stack:
             journals = {part: stack.enter_context(open(journal, "rb"))
                         for part, journal in self.done.files().items()}
-            for id, (part, start) in enumerate(zip(samples["said_part"].tolist(), samples["said"].tolist())):
+            for id, (part, start) in enumerate(zip(samples["said_part"], samples["said"])):
                 journal = journals[part]
                 journal.seek(start)
                 line = journal.readline()
@@ -1118,18 +1133,19 @@ class Writer:
             self.publish(shapes, samples, rows, number)
             self.done.compact = number
 
-        keep = {"captions.jsonl", *self.done.manifest["files"], *(file.name for file in self.done.files().values())}
+        journals = {file.name for file in self.done.files().values()}
+        keep = {"captions.jsonl"} | journals | self.done.manifest["files"].keys()
         freed = 0
         for file in self.path.iterdir():
             if OURS.fullmatch(file.name) and file.name not in keep:
                 size = file.stat().st_size
-                with suppress(PermissionError):             # Windows keeps a file that a trainer has open
+                with suppress(PermissionError):     # Windows keeps a file that a trainer has open
                     file.unlink()
                     freed += size
         return freed
 
     def move_latents(self, i, shape, samples, rows, number):
-        """Copies what counts of a bucket's files that hold dead rows into a new one -> whether there were such files."""
+        """Copies what counts of a bucket's files that hold dead rows into a new one -> whether there are such."""
         width, end = stride(shape, self.dtype), 0
         mine = np.flatnonzero(samples["shape"] == i)
         for part in np.unique(samples["part"][mine]).tolist():
@@ -1137,12 +1153,14 @@ class Writer:
             name = latent_file(shape, part)
             if len(here) == self.held(name, rows, width):
                 continue
-            with open(self.path / name, "rb") as old, self.open_at(latent_file(shape, number), end * width) as new:
+            new = self.open_at(latent_file(shape, number), end * width)
+            with new, open(self.path / name, "rb") as old:
                 for row in samples["row"][here].tolist():
                     old.seek(row * width)
                     new.write(old.read(width))
                 sync(new)
-            samples["part"][here], samples["row"][here] = number, end + np.arange(len(here))
+            samples["part"][here] = number
+            samples["row"][here] = end + np.arange(len(here))
             end += len(here)
         return end > 0
 
@@ -1151,37 +1169,43 @@ class Writer:
         width, end = self.spec["codec"]["text_width"] * self.dtype.itemsize, 0
         for part in np.unique(samples["text_part"]).tolist():
             here = np.flatnonzero((samples["text_part"] == part) & (samples["rows"] > 0))
-            first, one, which = np.unique(samples["first"][here], return_index=True, return_inverse=True)
+            first, one, which = np.unique(samples["first"][here], True, True)   # index, inverse
             n = samples["rows"][here][one].astype(np.int64)
             if not len(here) or n.sum() == self.held(text_file(part), rows, width):
                 continue
-            with open(self.path / text_file(part), "rb") as old, self.open_at(text_file(number), end * width) as new:
+            new = self.open_at(text_file(number), end * width)
+            with new, open(self.path / text_file(part), "rb") as old:
                 for row, count in zip(first.tolist(), n.tolist()):
                     old.seek(row * width)
                     new.write(old.read(count * width))
                 sync(new)
-            samples["text_part"][here], samples["first"][here] = number, (end + np.cumsum(n) - n)[which]
+            samples["text_part"][here] = number
+            samples["first"][here] = (end + np.cumsum(n) - n)[which]
             end += int(n.sum())
         return end > 0
 
     def write_journal(self, samples, number):
         """compact.N.jsonl: a line for each sample, with its place, and the marks of units that are whole."""
         journals = Journals(self.path)
-        with write_whole(self.path / f"compact.{number}.jsonl") as file:
+
+        def lines():
             for sample in samples:
                 own = journals.record(Line(0, int(sample["line_part"]), int(sample["line"])))
                 said = journals.record(Line(0, int(sample["said_part"]), int(sample["said"])))
-                line = {"rank": number, "key": own["key"], "caption": said["caption"], "source": said["source"],
-                        "rows": said["rows"], "shape": own["shape"], "crc": sample["crc"].tolist()}
-                line |= {name: record[name] for record, name in ((said, "text"), (own, "film")) if name in record}
                 at = [sample[name].item() for name in ("part", "row", "text_part", "first")]
-                file.write(json.dumps(line | {"at": at}).encode() + b"\n")
+                yield {"key": own["key"], "caption": said["caption"], "source": said["source"],
+                       "rows": said["rows"], "shape": own["shape"], "crc": sample["crc"].tolist(),
+                       "text": said.get("text"), "film": own.get("film"), "at": at}
             for part, start, line in journals.lines():
                 record = json.loads(line)
-                if kind_of(record) in (TEXT, None) and journals.find(record["key"])[1:] == (part, start):
-                    if journals.stored(record["key"]).whole:
-                        known = {name: record[name] for name in ("text", "film") if name in record}
-                        file.write(json.dumps({"rank": number, "key": record["key"], **known}).encode() + b"\n")
+                key, is_last = record["key"], journals.find(record["key"])[1:] == (part, start)
+                if kind_of(record) in (TEXT, MARK) and is_last and journals.stored(key).whole:
+                    yield {"key": key, "text": record.get("text"), "film": record.get("film")}
+
+        with write_whole(self.path / f"compact.{number}.jsonl") as file:
+            for line in lines():
+                known = {name: value for name, value in line.items() if value is not None}
+                file.write(json.dumps(known).encode() + b"\n")
 
     def sizes(self, record):
         """{file: bytes} that a line of the journal stands for, first its latent's, then its text's."""
@@ -1207,12 +1231,14 @@ class Writer:
 
 
 SMALL = "text.null.bin", "captions.jsonl", "text_off.npy", "crc.npy"
-OURS = re.compile(r"(\d+(x\d+)+|text|text_off|crc|place|captions|journal|compact)(\.null)?(\.\d+)?\.(bin|npy|jsonl)")
+OURS = re.compile(r"(\d+(x\d+)+|text|text_off|crc|place|captions|journal|compact)"
+                  r"(\.null)?(\.\d+)?\.(bin|npy|jsonl)")
 
 
 def check_settings(path, spec):
     """Refuses settings that a dataset was not begun with, but for the text encoder's weights."""
-    begun, now = (settings(json.loads(text)) for text in ((path / "spec.json").read_text(), json.dumps(spec)))
+    texts = (path / "spec.json").read_text(), json.dumps(spec)
+    begun, now = (settings(json.loads(text)) for text in texts)
     changed = [f"{key} was {begun.get(key)} and is now {now.get(key)}"
                for key in sorted(begun | now) if begun.get(key) != now.get(key)]
     if changed:

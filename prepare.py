@@ -35,8 +35,8 @@ import films
 import flags
 import parallel
 import shapes
-from data import (DTYPES, Journals, Nothing, Writer, check_settings, crc32_of, listed, stream, stride, text_crc32,
-                  write_whole)
+from data import (DTYPES, Journals, Nothing, Writer, check_settings, crc32_of, listed, stream,
+                  stride, text_crc32, write_whole)
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,13 @@ class Config:
     seed: int = 0                       # random seed of the moving shapes
     out: str | None = None              # the dataset's folder; None = data/ and the source's name
     compact: bool = False               # at the end, free the disk of what was replaced or dropped
-    dry_run: bool = False               # read headers alone, and print what would be made, then exit
-    compact: bool = False               # at the end, free the disk of what was replaced or dropped
-    dry_run: bool = False               # read headers alone, and print what would be made, then exit
+    dry_run: bool = False               # print what would be made, by the files' headers, then exit
 
     # clips
     sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; films are cropped to the nearest
-    frames: int | tuple[int, ...] | None = None     # frames per clip, or several: the longest that a film fills
+    frames: int | tuple[int, ...] | None = None     # frames per clip; of several, the most it fills
     fps: float | None = None                        # frames per second of clips, whatever the film's
-    cuts: Literal["first", "all"] = "first"         # a film's first clip, or all, each the longest that still fits
+    cuts: Literal["first", "all"] = "first"         # a film's first clip; all: the longest that fit
     caption: str | None = None                      # caption of films without one; None = skip these
     shape: tuple[int, int, int, int] | None = None  # C F H W of latents to distil from --prompts
 
@@ -99,7 +97,9 @@ def main(cfg):
         kind, source = source_of(cfg)
         source = source(cfg, encoder, embed)
         if cfg.dry_run:
-            raise SystemExit(foretell(cfg, coder, embed, kind, source))
+            if world.rank == 0:
+                foretell(cfg, coder, kind, source)
+            return
         ckpt.claim(cfg.out, **world.ranks)
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
     clear(cfg.out, world)
@@ -138,8 +138,8 @@ def main(cfg):
             way = way_out(reasons, len(names), cfg, coder, kind)
             finish(writer, null, cfg, coder, changed, len(reasons), kind, way)
             if fidelity:
-                world.say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, "
-                          f"the first {len(fidelity)} clips' median")
+                world.say("the codec gives back a clip's frames at "
+                          f"{np.median(fidelity):.1f} dB PSNR, the first {len(fidelity)} clips' median")
             if way:
                 world.say(way)
     clear(cfg.out, world)
@@ -155,13 +155,17 @@ def finish(writer, null, cfg, coder, changed, skipped, kind, way):
         if not before:
             writer.remove()
             abandon(Path(cfg.out))
-        raise ValueError(f"none of the {kind} can be used: {way or 'the reasons are named above'}") from error
+        if not way:
+            way = "the reasons are named above"
+        raise ValueError(f"none of the {kind} can be used: {way}") from error
     if news := summary(changed, before, manifest, kind):
         print(f"{cfg.out}: {news}")
     if cfg.compact:
-        print(f"{cfg.out}: {writer.compact() / 1e6:,.0f} MB of what was replaced or dropped are free again")
+        freed = writer.compact() / 1e6
+        print(f"{cfg.out}: {freed:,.0f} MB of what was replaced or dropped are free again")
         manifest = writer.done.manifest
-    buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}" for b in manifest["buckets"])
+    buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}"
+                        for b in manifest["buckets"])
     size = sum(file["size"] for file in manifest["files"].values())
     missing = f"; {skipped} {kind} skipped, named above" if skipped else ""
     print(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB{missing}")
@@ -186,7 +190,8 @@ class Work(NamedTuple):
 
 
 NEW, BEGUN, CAPTION, REPLACED, GONE = "new", "begun", "caption", "replaced", "gone"
-TOUCHED, UNKNOWN, UNREADABLE = "touched", "unknown", "unreadable"     # stored, and as it should be for all we know
+# stored, and as it should be for all we know
+TOUCHED, UNKNOWN, UNREADABLE = "touched", "unknown", "unreadable"
 CHANGES = NEW, CAPTION, REPLACED, GONE, UNKNOWN
 HEAD = 1 << 16          # bytes of a film by which it is known again
 
@@ -224,7 +229,7 @@ def work_on(name, source, done, spec):
 
 
 def fingerprint(path, before, head):
-    """A file's size, time and the CRC32 of its head; as `before` where size and time are. None where there is no file."""
+    """A file's size, time and the CRC32 of its head, which is as `before` where size and time are; None of no file."""
     if path is None:
         return None
     found = path.stat()
@@ -274,7 +279,8 @@ def carry_out(work, source, embed, writer):
 def pieces(work, seen, source, embed, done):
     """The samples that a piece of work adds; where the caption alone has changed, its embedding."""
     if work.what == CAPTION:
-        yield dict(latent=None, text=embed(seen.caption), caption=seen.caption, source=seen.source, key=work.name)
+        yield dict(latent=None, text=embed(seen.caption), caption=seen.caption,
+                   source=seen.source, key=work.name)
     elif work.what in (NEW, BEGUN, REPLACED):
         def is_stored(key):
             line = done.find(key)
@@ -324,14 +330,18 @@ def summary(changed, before, manifest, kind):
         REPLACED: f"{count_of(n[REPLACED], kind[:-1])} replaced",
         GONE: f"{n[GONE]:,} gone",
         NEW: f"{n[NEW]:,} new",
-        UNKNOWN: f"{n[UNKNOWN]:,} taken as they are, for an earlier version did not write down what they were made from",
+        UNKNOWN: f"{n[UNKNOWN]:,} taken as they are, for an earlier version did not write down "
+                 "what they were made from",
     }
     if not before:
         n[NEW] = 0                                          # all of them
     said = [part for what, part in parts.items() if n[what]]
     if before and null_of(before) != null_of(manifest):
         said.append("another null text")
-    first = [name for what in (CAPTION, REPLACED, GONE, NEW) if n[what] for name in names.get(what, ())]
+    first = []
+    for what in (CAPTION, REPLACED, GONE, NEW):
+        if n[what]:
+            first += names.get(what, [])
     more = ", …" if len(first) > 8 else ""
     return ", ".join(said) + (f": {', '.join(first[:8])}{more}" if first else "")
 
@@ -352,16 +362,19 @@ def way_out(reasons, total, cfg, coder, kind):
     why, n = Counter(map(gist, reasons)).most_common(1)[0]
     if 2 * n <= total:
         return ""
-    numbers = sorted(int(found[0]) for reason in reasons if gist(reason) == why if (found := re.search(r"\d+", reason)))
+    alike = [re.search(r"\d+", reason) for reason in reasons if gist(reason) == why]
+    numbers = sorted(int(found[0]) for found in alike if found)     # each reason's first
     ways = {}
     if why == "too short":
-        least, few = min(lengths(cfg)), numbers[n // 10]    # nine in ten have as many frames or more
+        least, few = min(lengths(cfg)), numbers[n // 10]            # nine in ten have as many
         why = f"shorter than {least} frames at {cfg.fps:g} fps"
         fps = math.ceil((least - 1) * cfg.fps / max(few - 1, 0.1))
         frames = (few - 1) // coder.stride[0] * coder.stride[0] + 1
         if fps <= 60:
-            ways[f"--fps={fps}"] = sum((seen - 1) * fps >= (least - 1) * cfg.fps for seen in numbers)
-        ways[f"--frames={frames}" if frames > 1 else with_stills(cfg)] = sum(seen >= frames for seen in numbers)
+            enough = (least - 1) * cfg.fps
+            ways[f"--fps={fps}"] = sum((seen - 1) * fps >= enough for seen in numbers)
+        way = f"--frames={frames}" if frames > 1 else with_stills(cfg)
+        ways[way] = sum(seen >= frames for seen in numbers)
     elif why == "a still picture":
         why = "still pictures"
         ways[with_stills(cfg)] = n
@@ -388,8 +401,10 @@ def with_stills(cfg):
 
 def gist(reason):
     """What reasons to skip have in common."""
-    known = [why for why in ("too short", "a still picture", "no caption", "a prompt of") if reason.startswith(why)]
-    return known[0] if known else re.sub(r"\d+", "N", reason.partition(":")[0])
+    for why in ("too short", "a still picture", "no caption", "a prompt of"):
+        if reason.startswith(why):
+            return why
+    return re.sub(r"\d+", "N", reason.partition(":")[0])
 
 
 def wait_for_all(out, report, world):
@@ -428,8 +443,8 @@ def measured(coder, fidelity, video):
 class Source(NamedTuple):
     """Where samples come from. A name may give many: those have keys name#0, name#1, …"""
     names: Callable         # Journals -> [name]
-    look: Callable          # name -> Seen; ValueError: what is there cannot be used; OSError: nobody can tell
-    samples: Callable       # name, its caption, (key -> whether it is stored) -> samples that are not, one by one
+    look: Callable          # name -> Seen; ValueError: it cannot be used; OSError: nobody can tell
+    samples: Callable       # name, caption, (key -> whether it is stored) -> samples that are not
     clips: Callable         # name -> latent shapes of its samples, by headers alone
     passed: dict = {}       # {name: why it is not among the names}
     head: int | None = HEAD # bytes of a file by which it is known again, None = all
@@ -481,7 +496,8 @@ def videos(cfg, coder, embed):
     root, sizes = Path(cfg.videos), parse(cfg.sizes)
     captions = films.captions(root)
     found, passed = films.listed(root)
-    found += captions.keys() - {films.compose(name) for name in found}      # looking at them names them as missing
+    # looking at those names them as missing
+    found += captions.keys() - {films.compose(name) for name in found}
     if not found:
         others = "".join(f"; {name}: {reason}" for name, reason in list(passed.items())[:3])
         raise ValueError(f"no films in {root}: their names would end in "
@@ -491,7 +507,9 @@ def videos(cfg, coder, embed):
         beside = (root / name).with_suffix(".txt")
         caption = captions.get(films.compose(name))
         if beside.exists():
-            caption = films.read_text(beside).strip()
+            other, caption = caption, films.read_text(beside).strip()
+            if other and caption not in ("", other):
+                raise ValueError(f"two captions, {caption!r} in {beside.name} and {other!r} in a list")
         if not caption:
             caption = cfg.caption
         if not (root / name).exists():
@@ -508,17 +526,19 @@ def videos(cfg, coder, embed):
         for i, (video, _) in enumerate(made):
             key = f"{name}#{i}"
             if not stored(key):
-                yield dict(latent=coder.encode(video), text=text, caption=caption, source=name, key=key)
+                yield dict(latent=coder.encode(video), text=text, caption=caption,
+                           source=name, key=key)
 
     def clips(name):
         head = films.head(root / name)
         seconds = head.seconds
-        if head.frames and head.fps:        # some headers leave out for how long the last picture is shown
+        if head.frames and head.fps:    # some leave out how long the last picture is shown
             seconds = max(seconds, head.frames / head.fps)
         seen = 1 if head.still else math.ceil(seconds * cfg.fps - 0.01)
         made = films.lengths(seen, lengths(cfg), cfg.cuts)
         if not made:
-            raise ValueError(f"too short: {seen} frames at {cfg.fps:g} per second, {min(lengths(cfg))} are wanted")
+            raise ValueError(f"too short: {seen} frames at {cfg.fps:g} per second, "
+                             f"{min(lengths(cfg))} are wanted")
         h, w = head.size
         size = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
         return [latent_shape(coder, length, size) for length in made]
@@ -617,7 +637,7 @@ def tensor(row, name):
 
 # ---- the dry run ----------------------------------------------------------------------------------------------------
 
-def foretell(cfg, coder, embed, kind, source):
+def foretell(cfg, coder, kind, source):
     """Prints what would be made, by headers alone, and what would change where the folder is there; makes nothing."""
     done = Journals(cfg.out)
     if (done.path / "spec.json").exists():
@@ -644,9 +664,9 @@ def foretell(cfg, coder, embed, kind, source):
 
     what = Counter(work.what for work in todo + lost)
     print(f"{len(names):,} {kind} -> {cfg.out}: "
-          f"{len(names) - len(todo):,} stored as they should be, {what[NEW] + what[BEGUN]:,} to make, "
-          f"{what[REPLACED]:,} replaced, {what[CAPTION]:,} with another caption, {what[GONE]:,} gone, "
-          f"{len(reasons):,} to skip")
+          f"{len(names) - len(todo):,} stored as they should be, "
+          f"{what[NEW] + what[BEGUN]:,} to make, {what[REPLACED]:,} replaced, "
+          f"{what[CAPTION]:,} with another caption, {what[GONE]:,} gone, {len(reasons):,} to skip")
     for why, n in Counter(map(gist, reasons)).most_common():
         print(f"{n:12,} skipped: {why}")
     size = 0
@@ -654,18 +674,19 @@ def foretell(cfg, coder, embed, kind, source):
         taken = n * stride(shape, DTYPES[cfg.dtype]) * (not cfg.prompts)
         print(f"{n:12,} of {'x'.join(map(str, shape))}, {taken / 1e6:,.1f} MB")
         size += taken
-    texts = (sum(found.values()) + what[CAPTION]) * coder.spec["text_width"] * DTYPES[cfg.dtype].itemsize
-    print(f"disk: {size / 1e6:,.1f} MB of latents, and {texts / 1e6:,.3f} MB for each token of a caption")
+    token = coder.spec["text_width"] * DTYPES[cfg.dtype].itemsize
+    texts = (sum(found.values()) + what[CAPTION]) * token
+    print(f"disk: {size / 1e6:,.1f} MB of latents, "
+          f"and {texts / 1e6:,.3f} MB for each token of a caption")
     if found:
         name = examples[max(examples, key=found.get)]
         began = time.perf_counter()
         next(source.samples(name, source.look(name).caption, lambda key: False), None)
-        seconds = time.perf_counter() - began
-        print(f"time: a clip of {name} took {seconds:.2f} s to read, encode and embed; {sum(found.values()):,} like it "
-              f"take {sum(found.values()) * seconds / 3600:,.2f} hours on one process")
+        seconds, n = time.perf_counter() - began, sum(found.values())
+        print(f"time: a clip of {name} took {seconds:.2f} s to read, encode and embed; "
+              f"{n:,} like it take {n * seconds / 3600:,.2f} hours on one process")
     if way := way_out(reasons, len(names), cfg, coder, kind):
         print(way)
-    return 0
 
 
 # ---- the door -------------------------------------------------------------------------------------------------------

@@ -179,6 +179,14 @@ def test_a_caption_that_is_too_long_is_named(tmp_path, capsys):
     assert "skipped a.mp4: a prompt of 9 words" in capsys.readouterr().out
 
 
+def test_two_captions_that_differ_are_named(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    (root / "captions.jsonl").write_text("".join(json.dumps({"file": f"{name}.mp4", "caption": caption}) + "\n"
+                                                 for name, caption in (("a", "film a"), ("b", "another"))))
+    assert [row[0] for row in stored(run(videos=root, out=tmp_path / "set", **SMALL))] == ["a.mp4", "c.mp4", "d.mp4"]
+    assert "skipped b.mp4: two captions, 'film b' in b.txt and 'another' in a list" in capsys.readouterr().out
+
+
 def test_all_cuts_of_a_film_are_consecutive_clips(tmp_path):
     make_film(tmp_path / "films/long.mp4", frames=60, caption="a long film")
     rows = stored(run(videos=tmp_path / "films", out=tmp_path / "set", cuts="all", sizes=("64x64",)))
@@ -427,7 +435,8 @@ def test_a_flag_that_would_take_some_says_how_many(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("harm, words", [
-    (lambda path: path.with_suffix(".txt").unlink(), "3 of 4 films are without a caption: --caption=TEXT would take them"),
+    (lambda path: path.with_suffix(".txt").unlink(),
+     "3 of 4 films are without a caption: --caption=TEXT would take them"),
     (lambda path: path.with_suffix(".txt").write_text("word " * 70),
      "3 of 4 films are longer in their captions than --text_length=64: --text_length=71 would take them"),
     (lambda path: path.write_bytes(b"no film"), "3 of 4 films are skipped for one reason: unreadable"),
@@ -461,9 +470,8 @@ def test_nothing_usable_later_leaves_the_dataset_as_it_was(tmp_path, capsys):
 
 def foretold(capsys, **flags):
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        run(**flags, dry_run=True)
-    assert not end.value.code
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    helpers.run(prepare.main, Config(**flags, dry_run=True))
     return capsys.readouterr().out
 
 
