@@ -13,7 +13,7 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 """
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -419,7 +419,7 @@ def begin(cfg):
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
     base = ckpt.base_of(cfg.teacher, weights)
-    inputs = {"data": data.manifest["crc32"], "teacher": base["crc32"]}
+    inputs = {"data": data.content, "teacher": base["crc32"]}
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     step, counts = 0, None
     if path:
@@ -616,8 +616,8 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
     The last: critic and guided teacher amid the guided noise levels, the two x0 whose difference the student follows.
     """
-    shape = data.shape_of(0)
-    ids = list(islice((i for i in range(data.count) if data.shape_of(i) == shape), cfg.samples))
+    ids = data.for_videos(cfg.samples)
+    shape = data.shape_of(ids[0])
     student, critic, teacher = nets(shape)
     times = grid(origin.teacher_sampling["steps"], origin.teacher_sampling["shift"])
 
@@ -685,8 +685,10 @@ def likeness(student, teacher):
     def motion(x):
         return x.diff(dim=2).abs().mean()
 
-    return {"val_diversity": diversity(student) / diversity(teacher), "val_motion": motion(student) / motion(teacher),
-            "val_std": student.std() / teacher.std()}
+    seen = {"val_diversity": diversity(student) / diversity(teacher), "val_std": student.std() / teacher.std()}
+    if student.shape[2] > 1:        # stills do not move
+        seen["val_motion"] = motion(student) / motion(teacher)
+    return seen
 
 
 def show_first(micro, origin, cfg, world, log):

@@ -11,7 +11,6 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -306,7 +305,7 @@ def begin(cfg):
 
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     weights = None
-    inputs = {"data": data.manifest["crc32"]}
+    inputs = {"data": data.content}
     # A full finetune needs --init for its first start alone: later it may be gone.
     if cfg.init and (cfg.lora_rank or not path or parallel.agree(Path(cfg.init).exists(), world)):
         weights = ckpt.weights(cfg.init, **world.ranks)
@@ -496,7 +495,7 @@ def show(net, step, data, cfg, world, log):
     """Videos of fixed prompts and noise into the run's folder: captions of the dataset, held-out ones first."""
     if step == 0 or cfg.samples == 0:
         return
-    ids = prompts(data, cfg.samples)
+    ids = data.for_videos(cfg.samples)
     shape = data.shape_of(ids[0])
     row = DEFAULTS[cfg.model]
     bound = bound_at(step, net, shape, cfg, world)
@@ -514,13 +513,6 @@ def show(net, step, data, cfg, world, log):
                                  report=log.say)
         if path:
             log.video(step, path, [data.caption(i) for i in ids])
-
-
-def prompts(data, n):
-    """Ids of the first n samples of one bucket, those held out before the others."""
-    first = data.held_out[0] if data.held_out else 0
-    alike = (int(i) for i in chain(data.held_out, data.train) if data.shape_of(i) == data.shape_of(first))
-    return list(islice(alike, n))
 
 
 def show_first(micro, data, cfg, world, log):

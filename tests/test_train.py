@@ -161,6 +161,18 @@ def test_prompts_without_latents_are_refused_at_the_door(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dataset_that_has_changed_is_another_and_one_that_was_compacted_is_the_same(tmp_path, capsys):
+    folder = shapes_dataset(tmp_path / "set", 60)
+    shapes_dataset(folder, 50)
+    run(train.main, config(folder, tmp_path / "run", steps=1, decay_steps=2, **QUIET))
+    run(prepare.main, prepare.Config(clips=50, out=folder, compact=True))
+    capsys.readouterr()
+    run(train.main, config(folder, tmp_path / "run", steps=2, decay_steps=2, **QUIET))
+    assert "step 2 of 2" in capsys.readouterr().out
+    shapes_dataset(folder, 40)
+    assert "data" in refused(train.main, config(folder, tmp_path / "run", steps=3, decay_steps=2, **QUIET), capsys)
+
+
 @pytest.mark.parametrize("part", ["decode", "load"])
 def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, tmp_path, monkeypatch, capsys, part):
     load, loads = codec.load, []
