@@ -32,6 +32,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
 from shutil import copyfileobj
@@ -95,22 +96,24 @@ class Order:
 
     A bucket is an endless concatenation of its permutations ("passes"), cut into batches of B; a batch may straddle two
     passes, so that each sample comes exactly once per pass even where a bucket is smaller than a batch. Epoch i holds
-    ⌊(i+1) N_b / B⌋ − ⌊i N_b / B⌋ batches of bucket b, shuffled among those of the others.
+    ⌊(i+1) N_b / B⌋ − ⌊i N_b / B⌋ batches of bucket b, shuffled among those of the others. takes: what an epoch takes
+    from each bucket instead of its N_b samples, whole or Fractions; see `shares`.
     """
 
-    def __init__(self, seed, counts, batch):
+    def __init__(self, seed, counts, batch, takes=None):
         self.seed, self.counts, self.batch = seed, list(counts), batch
+        self.takes = self.counts if takes is None else takes
         # 15 M samples take a second to permute: keep each bucket's current pass and the one that a batch reaches into.
         self.permutation = lru_cache(2 * len(self.counts))(self.permutation)
         self.interleaved = lru_cache(2)(self.interleaved)
 
     def before(self, epoch):
         """Batches of each bucket in all earlier epochs."""
-        return [epoch * n // self.batch for n in self.counts]
+        return [epoch * n // self.batch for n in self.takes]
 
     def epoch(self, step):
         """The epoch that holds the step, by bisection; an epoch of a small dataset may hold none."""
-        beyond = (step + len(self.counts)) * self.batch // sum(self.counts) + 1
+        beyond = (step + len(self.takes)) * self.batch // sum(self.takes) + 1
         return bisect_right(range(beyond + 1), step, key=lambda epoch: sum(self.before(epoch))) - 1
 
     def at(self, step):
@@ -137,6 +140,17 @@ class Order:
     def permutation(self, bucket, i):
         """The order of a bucket's samples in its pass i."""
         return stream(self.seed, "order", i, bucket).permutation(self.counts[bucket])
+
+
+def shares(counts, mix):
+    """What an epoch takes from each bucket, so that every dataset gets its share of the batches -> [[Fraction]].
+
+    counts: the buckets' sizes, a list per dataset; mix: a weight for each dataset, above 0. A dataset's buckets keep
+    their proportions, and an epoch is as long as without.
+    """
+    whole = sum(map(sum, counts))
+    weights = [Fraction(weight) / sum(map(Fraction, mix)) for weight in mix]
+    return [[weight * whole * n / sum(sizes) for n in sizes] for weight, sizes in zip(weights, counts, strict=True)]
 
 
 # ---- a step ahead, and to the GPU -----------------------------------------------------------------------------------

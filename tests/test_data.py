@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import data
-from data import Ahead, Journals, Latents, Order, Writer, noise, normal, send, stratified, stream
+from data import (Ahead, Journals, Latents, Order, Writer, noise, normal, send, shares, stratified,
+                  stream)
 from helpers import Killed
 
 SMALL, WIDE = (4, 3, 2, 2), (4, 3, 2, 4)
@@ -166,6 +167,31 @@ def test_the_epoch_of_a_step_is_found(counts, batch):
     for step in (*range(60), 1234, 10**9):
         epoch = order.epoch(step)
         assert sum(order.before(epoch)) <= step < sum(order.before(epoch + 1))
+
+
+def test_every_dataset_gets_its_share_of_the_batches_and_its_buckets_keep_their_proportions():
+    takes = shares([[10_000], [60, 40]], (0.3, 0.7))
+    order = Order(0, [10_000, 60, 40], 16, sum(takes, []))
+    steps = Counter(order.at(step)[0] for step in range(sum(order.before(2))))
+    share = [steps[b] / steps.total() for b in range(3)]
+    assert share == pytest.approx([0.3, 0.42, 0.28], abs=0.002)
+
+
+def test_a_small_dataset_that_is_mixed_in_still_comes_once_per_pass():
+    order = Order(0, [10_000, 60], 16, sum(shares([[10_000], [60]], (1, 1)), []))
+    batches = [order.at(step) for step in range(600)]
+    seen = np.concatenate([batch for bucket, batch in batches if bucket == 1])
+    passes = seen[:len(seen) // 60 * 60].reshape(-1, 60)
+    assert len(passes) > 50
+    assert (np.sort(passes, 1) == np.arange(60)).all()
+
+
+def test_shares_like_the_sizes_are_the_order_without():
+    alone, mixed = Order(0, [100, 60], 16), Order(0, [100, 60], 16, sum(shares([[100], [60]], (5, 3)), []))
+    for step in range(100):
+        bucket, batch = alone.at(step)
+        assert mixed.at(step)[0] == bucket
+        assert np.array_equal(mixed.at(step)[1], batch)
 
 
 def test_another_seed_is_another_order():
