@@ -378,8 +378,8 @@ def test_videos_of_an_earlier_run_are_named_beside_the_new_sheet(teacher, tmp_pa
 
 @pytest.mark.parametrize("content, said", [
     ("\ufeffa red circle\r\n\r\n a blue\x0bsquare \n".encode(), None),
-    ("a red circle".encode("utf-16"), "p.txt is in UTF-16"),
-    ("a r\u00e9d circle".encode("latin-1"), "p.txt is not in UTF-8")])
+    ("a red circle".encode("utf-16"), "UTF-16"),
+    ("a r\u00e9d circle".encode("latin-1"), "save it as UTF-8")])
 def test_a_file_of_prompts_is_read_as_people_write_it_or_refused(tmp_path, capsys, content, said):
     (tmp_path / "p.txt").write_bytes(content)
     cfg = config("nowhere", tmp_path / "s", prompts=(), file=str(tmp_path / "p.txt"))
