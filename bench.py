@@ -102,7 +102,7 @@ def bench_data(cfg):
         readers = loader = None                 # pages of files that are mapped stay in memory
         evict(folder)
         loader = Latents(folder / "latents", seed=0, batch=cfg.batch)
-        loader.pages, loader.checked[:] = pages, True       # reading alone: no new memory, no checksums
+        loader.pages, loader.folders[0].checked[:] = pages, True    # reading alone: no new memory, no checksums
 
         def read_cold(ids):
             loader.will_need(ids)

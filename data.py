@@ -220,29 +220,15 @@ class Micro(NamedTuple):
     slots: list         # of the samples in the global batch
 
 
-class Latents:
-    """A dataset in training order: `at(step)` gives this rank's micro-batches, while a thread prepares the next step's.
+class Folder:
+    """A dataset's samples as they were stored, by id: 0 … count − 1, bucket after bucket."""
 
-    batch: samples per update, over all ranks; micro_batch: samples per forward, None = a rank's whole share; rank and
-    world: among data ranks; val: samples to hold out of training; device: where `at` puts its tensors and where `null`
-    is. All other methods give CPU tensors, page-locked where the device is a GPU: `send` copies them.
-    Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
-    """
-
-    def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0,
-                 device="cpu"):
-        micro_batch = micro_size(batch, micro_batch, world)
-        self.path, self.device = Path(path), torch.device(device)
-        self.seed, self.batch = seed, batch
-        ours = range(rank * batch // world, (rank + 1) * batch // world)
-        self.slots = [list(range(i, i + micro_batch)) for i in ours[::micro_batch]]
-
-        self.manifest = read_manifest(path)
+    def __init__(self, path):
+        self.path, self.manifest = Path(path), read_manifest(path)
         allow_files(len(self.manifest["files"]))
         buckets, text = self.manifest["buckets"], self.manifest["text"]
         dtype = DTYPES[self.manifest["dtype"]]
         self.shapes = [tuple(bucket["shape"]) for bucket in buckets]
-        # ids run from bucket to bucket
         self.first = np.cumsum([0] + [bucket["count"] for bucket in buckets]).tolist()
         self.count = self.first[-1]
         # what a run knows it by
@@ -256,23 +242,123 @@ class Latents:
         # opened now, for prepare.py may give its name to another while we train
         self.lines = open(self.path / listed(self.manifest, "captions.jsonl"), "rb")
         self.checked = np.zeros((self.count, 2), bool)
+
+    def array(self, name):
+        """A small file of numbers, mapped; None where the dataset has none of that name."""
+        name = listed(self.manifest, name)
+        return name and np.load(self.path / name, mmap_mode="r")
+
+    def find(self, id):
+        """Which bucket a sample is in, and its row there."""
+        bucket = bisect_right(self.first, id) - 1
+        if self.place is None:
+            return bucket, id - self.first[bucket]
+        return bucket, int(self.place[id])
+
+    def latent(self, id):
+        """(C, F, H, W) as stored, mapped."""
+        bucket, row = self.find(id)
+        shape = self.shapes[bucket]
+        z = self.latents[bucket](row)[0, :math.prod(shape)].view(shape)
+        self.check(id, 0, z, self.latents[bucket], row)
+        return z
+
+    def text(self, id):
+        """(S_i, E) as stored, mapped."""
+        first, count, _ = self.text_off[id].tolist()
+        rows = self.tokens(first, count)
+        self.check(id, 1, rows, self.tokens, first)
+        return rows
+
+    def null(self):
+        """(S_0, E), the text of no prompt."""
+        return self.tokens(*self.manifest["text"]["null"])
+
+    def caption(self, id):
+        self.captions.seek(self.text_off[id, 2])
+        return json.loads(self.captions.readline())["caption"]
+
+    @cached_property
+    def captions(self):
+        """The file of captions. Training needs none: its checksum waits for whoever asks for the first one."""
+        name = listed(self.manifest, "captions.jsonl")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self.lines.fileno()), (self.path / name).stat()):
+                check_crc32(self.path, name, self.manifest)
+        return self.lines
+
+    def check(self, id, part, stored, source, row):
+        """Compares a sample's latent (part 0) or text (1) with its checksum, the first time it is read."""
+        if not self.checked[id, part]:
+            if zlib.crc32(raw(stored)) != self.crc[id, part]:
+                file = self.path / source.files[source.find(row)[0]]
+                raise ValueError(f"{file}: sample {id} is not what was written (its checksum differs). "
+                                 f"Copy the file again, or delete {self.path} and run "
+                                 "the same prepare.py command")
+            self.checked[id, part] = True
+
+    def will_need(self, id):
+        """Has the system fetch a sample from disk meanwhile."""
+        bucket, row = self.find(id)
+        self.latents[bucket].will_need(row)
+        self.tokens.will_need(*self.text_off[id, :2].tolist())
+
+
+class Latents:
+    """Datasets in training order: `at(step)` gives this rank's micro-batches, while a thread prepares the next step's.
+
+    path: a folder, or several of one codec, whose ids follow one another; latents of all are normalised as the first's.
+    mix: each one's share of the batches, in any unit; None = by their sizes. batch: samples per update, over all ranks;
+    micro_batch: samples per forward, None = a rank's whole share; rank and world: among data ranks; val: samples to
+    hold out of training; device: where `at` puts its tensors and where `null` is. All other methods give CPU tensors,
+    page-locked where the device is a GPU: `send` copies them.
+    Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
+    """
+
+    def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0, mix=None,
+                 device="cpu"):
+        micro_batch = micro_size(batch, micro_batch, world)
+        self.device = torch.device(device)
+        self.seed, self.batch = seed, batch
+        ours = range(rank * batch // world, (rank + 1) * batch // world)
+        self.slots = [list(range(i, i + micro_batch)) for i in ours[::micro_batch]]
+
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        self.folders = [Folder(path) for path in paths]
+        self.manifest = self.folders[0].manifest
+        for other in self.folders[1:]:
+            check_alike(self.folders[0], other)
+        self.begin = np.cumsum([0] + [folder.count for folder in self.folders]).tolist()
+        self.count = self.begin[-1]
+        self.shapes = [shape for folder in self.folders for shape in folder.shapes]
+        self.first = [0]                    # id of each bucket's first sample
+        for begin, folder in zip(self.begin, self.folders):
+            self.first += [begin + first for first in folder.first[1:]]
+        self.content = self.folders[0].content
+        if len(paths) > 1:
+            self.content = zlib.crc32(json.dumps([folder.content for folder in self.folders]).encode())
         self.mean = torch.tensor(self.manifest["mean"] or []).view(-1, 1, 1, 1)
         self.std = torch.tensor(self.manifest["std"] or []).view(-1, 1, 1, 1)
 
-        # The same samples for every seed, so that the validation losses of two seeds compare.
-        shuffled = stream(0, "held_out", 0).permutation(self.count)
-        self.held_out = shuffled[:min(val, self.count // 20)].tolist()
+        self.held_out = held_out(self.folders, self.begin, val, mix)
         self.train = np.delete(np.arange(self.count), self.held_out)
         bounds = np.searchsorted(self.train, self.first)
         self.buckets = [self.train[a:b] for a, b in zip(bounds, bounds[1:])]
-        self.order = Order(seed, [len(ids) for ids in self.buckets], batch)
+        counts, takes = [len(ids) for ids in self.buckets], None
+        if mix is not None:
+            sizes, rest = [], iter(counts)
+            for folder in self.folders:
+                sizes.append([next(rest) for _ in folder.shapes])
+            takes = sum(shares(sizes, mix), [])
+        self.order = Order(seed, counts, batch, takes)
 
         # One torch thread per worker, or OpenMP's pools compete with training for the cores.
         self.workers = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
         self.draws = Ahead(lambda role, step: self.read(step), {"train": 1}, self.device)
         self.pages = defaultdict(list)
+        text = self.manifest["text"]
         self.text_shape = text["length"], text["width"]
-        null, = padded([self.tokens(*text["null"])], text)
+        null, = padded([self.folders[0].null()], text)
         self.null = send(null, self.device)
 
     def at(self, step):
@@ -281,11 +367,15 @@ class Latents:
 
     def read(self, step):
         """What `at` gives, on the CPU."""
-        bucket, ids = self.batch_ids(step)
-        if not self.manifest["buckets"][bucket]["files"]:
-            raise ValueError(f"{self.path} holds prompts without latents: "
+        _, ids = self.batch_ids(step)
+        folder, _ = self.find(ids[0])
+        if not holds_latents(folder.manifest):
+            raise ValueError(f"{folder.path} holds prompts without latents: "
                              "one can distil from it, not train on it")
-        self.will_need([ids[slot] for slots in self.slots for slot in slots])
+        for slots in self.slots:
+            for slot in slots:
+                folder, id = self.find(ids[slot])
+                folder.will_need(id)
         u = stratified(self.seed, "t_perm", "t", step, self.batch)
         return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots])
                 for slots in self.slots]
@@ -306,55 +396,41 @@ class Latents:
         return bucket, self.buckets[bucket][positions].tolist()
 
     def epoch_of(self, step):
-        """How many times the training samples have been gone through before this step."""
+        """How many times as many samples have been taken before this step as there are to train on."""
         return step * self.batch / len(self.train)
 
-    def array(self, name):
-        """A small file of numbers, mapped; None where the dataset has none of that name."""
-        name = listed(self.manifest, name)
-        return name and np.load(self.path / name, mmap_mode="r")
-
     def find(self, id):
-        """Which bucket a sample is in, and its row there."""
-        bucket = bisect_right(self.first, id) - 1
-        if self.place is None:
-            return bucket, id - self.first[bucket]
-        return bucket, int(self.place[id])
+        """Which Folder a sample is in, and its id there."""
+        i = bisect_right(self.begin, id) - 1
+        return self.folders[i], id - self.begin[i]
+
+    def bucket_of(self, id):
+        return bisect_right(self.first, id) - 1
 
     def shape_of(self, id):
         """(C, F, H, W) of a sample's latent."""
-        return self.shapes[self.find(id)[0]]
+        return self.shapes[self.bucket_of(id)]
 
     def commonest_shapes(self):
         """The buckets' shapes, that of most samples first, stills last."""
-        def rank(bucket):
-            _, frames, _, _ = bucket["shape"]
-            return frames == 1, -bucket["count"]
-
-        return [tuple(bucket["shape"]) for bucket in sorted(self.manifest["buckets"], key=rank)]
+        counts = Counter()
+        for bucket, shape in enumerate(self.shapes):
+            counts[shape] += self.first[bucket + 1] - self.first[bucket]
+        return sorted(counts, key=lambda shape: (shape[1] == 1, -counts[shape]))
 
     def for_videos(self, n):
         """Ids of the first n samples of one bucket, those held out first; stills only where there is nothing else."""
         longest = max(shape[1] for shape in self.shapes)
         moving = [b for b, shape in enumerate(self.shapes) if shape[1] > 1 or longest == 1]
-        held = [id for id in self.held_out if self.find(id)[0] in moving]
-        bucket = self.find(held[0])[0] if held else moving[0]
-        ids = [id for id in held if self.find(id)[0] == bucket]
+        held = [id for id in self.held_out if self.bucket_of(id) in moving]
+        bucket = self.bucket_of(held[0]) if held else moving[0]
+        ids = [id for id in held if self.bucket_of(id) == bucket]
         return (ids + self.buckets[bucket][:n].tolist())[:n]
 
     def caption(self, id):
         """The sample's caption."""
-        self.captions.seek(self.text_off[id, 2])
-        return json.loads(self.captions.readline())["caption"]
-
-    @cached_property
-    def captions(self):
-        """The file of captions. Training needs none: its checksum waits for whoever asks for the first one."""
-        name = listed(self.manifest, "captions.jsonl")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self.lines.fileno()), (self.path / name).stat()):
-                check_crc32(self.path, name, self.manifest)
-        return self.lines
+        folder, id = self.find(id)
+        return folder.caption(id)
 
     def sample(self, ids):
         """Samples of one bucket -> x0 (B, C, F, H, W) fp32 normalised, text (B, S, E) fp32."""
@@ -374,35 +450,14 @@ class Latents:
         return text
 
     def read_latent(self, id, x):
-        bucket, row = self.find(id)
-        z = self.latents[bucket](row)[0, :x.numel()].view(x.shape)
-        self.check(id, 0, z, self.latents[bucket], row)
+        folder, id = self.find(id)
         # The one place where latents are normalised. torch.sub(z, mean, out=x) would give the same bits, and takes
         # longer: it makes an fp32 copy of z first.
-        x.copy_(z).sub_(self.mean).div_(self.std)
+        x.copy_(folder.latent(id)).sub_(self.mean).div_(self.std)
 
     def read_text(self, id, padded):
-        first, count, _ = self.text_off[id].tolist()
-        rows = self.tokens(first, count)
-        self.check(id, 1, rows, self.tokens, first)
-        pad(rows, padded)
-
-    def check(self, id, part, stored, source, row):
-        """Compares a sample's latent (part 0) or text (1) with its checksum, the first time it is read."""
-        if not self.checked[id, part]:
-            if zlib.crc32(raw(stored)) != self.crc[id, part]:
-                file = self.path / source.files[source.find(row)[0]]
-                raise ValueError(f"{file}: sample {id} is not what was written (its checksum differs). "
-                                 f"Copy the file again, or delete {self.path} and run "
-                                 "the same prepare.py command")
-            self.checked[id, part] = True
-
-    def will_need(self, ids):
-        """Has the system fetch all these samples from disk while the first of them is read."""
-        for id in ids:
-            bucket, row = self.find(id)
-            self.latents[bucket].will_need(row)
-            self.tokens.will_need(*self.text_off[id, :2].tolist())
+        folder, id = self.find(id)
+        pad(folder.text(id), padded)
 
     def each(self, function, *lists):
         """Calls function on the first of each list, the second and so on, shared among the workers; errors surface."""
@@ -454,6 +509,41 @@ class Rows:
         begin = row * self.row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(mmap, "MADV_WILLNEED"):                  # not on Windows
             self.maps[i].madvise(mmap.MADV_WILLNEED, begin, (row + count) * self.row_bytes - begin)
+
+
+def held_out(folders, begin, val, mix):
+    """Ids that are not trained on: of each dataset its share of `val`, 1 in 20 at most.
+
+    The same samples for every seed, so that the validation losses of two seeds compare.
+    """
+    if mix is None:
+        mix = [folder.count for folder in folders]
+    ids = []
+    for first, folder, weight in zip(begin, folders, mix):
+        n = min(round(val * weight / sum(mix)), folder.count // 20)
+        shuffled = stream(0, "held_out", 0).permutation(folder.count)
+        ids += (first + shuffled[:n]).tolist()
+    return ids
+
+
+def holds_latents(manifest):
+    """Whether a dataset has latents, not prompts alone."""
+    return all(bucket["files"] for bucket in manifest["buckets"])
+
+
+def check_alike(first, other):
+    """Refuses a dataset that cannot be mixed with the first."""
+    def described(folder):
+        text = folder.manifest["text"]
+        null = zlib.crc32(raw(folder.null()))
+        return {"codec": folder.manifest["codec"], "text length": text["length"],
+                "null text (--negative)": null, "latents": holds_latents(folder.manifest)}
+
+    wanted, found = described(first), described(other)
+    for name, value in found.items():
+        if value != wanted[name]:
+            raise ValueError(f"{other.path} and {first.path} do not go together: the {name} of one is {value}, "
+                             f"of the other {wanted[name]}")
 
 
 def stride(shape, dtype):

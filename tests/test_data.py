@@ -537,8 +537,8 @@ def test_a_flipped_bit_in_a_sample_is_found_when_it_is_read(tmp_path, name, at):
     path = make(tmp_path / "set")
     damage(path / name, at)
     latents = opened(path, batch=1)
-    bad = 5 if name.startswith("4x3") else next(id for id in range(60) if latents.text_off[id, 0] * 16 <= at
-                                                < latents.text_off[id, :2].sum() * 16)
+    bad = 5 if name.startswith("4x3") else next(id for id in range(60) if latents.folders[0].text_off[id, 0] * 16 <= at
+                                                < latents.folders[0].text_off[id, :2].sum() * 16)
     for step in range(60):
         if bad in latents.batch_ids(step)[1]:
             with pytest.raises(ValueError, match=rf"{name}: sample {bad} is not what was written.*prepare.py"):

@@ -54,7 +54,7 @@ def opened(path):
 def stored(latents):
     """[(source, caption, latent as it is stored, text)] in an order that the writing does not change."""
     rows = []
-    for line in map(json.loads, open(latents.path / "captions.jsonl")):
+    for line in map(json.loads, open(latents.folders[0].path / "captions.jsonl")):
         x0, text = latents.sample([line["id"]])
         rows.append((line["source"], line["caption"], x0[0] * latents.std + latents.mean, text[0]))
     return sorted(rows, key=lambda row: (row[0], row[2].flatten().tolist()))
@@ -381,7 +381,7 @@ def mixed(tmp_path):
 
 def shapes_by_source(latents):
     return sorted((json.loads(line)["source"], latents.shape_of(id)[1])
-                  for id, line in enumerate(open(latents.path / "captions.jsonl")))
+                  for id, line in enumerate(open(latents.folders[0].path / "captions.jsonl")))
 
 
 def test_each_film_goes_to_the_longest_length_that_it_fills(mixed):
