@@ -280,7 +280,7 @@ def is_picture(film):
 
 def first_of(film, stream):
     """The pictures of a film, of which there is one at least, and whether there is one only."""
-    pictures = parted(decoded(film, stream), film, stream)
+    pictures = parted(decoded(film, stream), stream)
     first = list(islice(pictures, 1 if is_picture(film) else 2))
     if not first:
         raise ValueError("no pictures in it")
@@ -305,11 +305,11 @@ def decoded(film, stream):
             yield picture
 
 
-def parted(pictures, film, stream):
+def parted(pictures, stream):
     """Pictures of two fields, taken one after the other, become pictures of one time; the others are as they were."""
     first = next(pictures, None)
     pictures = chain([first] if first else [], pictures)
-    if first is None or not first.interlaced_frame or is_still_format(film):
+    if first is None or not first.interlaced_frame:
         yield from pictures
         return
     graph = av.filter.Graph()
