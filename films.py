@@ -165,9 +165,11 @@ def rows_of_csv(path):
     lines = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, strict=True)
     try:
         for fields in lines:
+            if not any(fields):
+                continue
             if header is None:
                 header = [field.strip().lower() for field in fields]
-            elif any(fields):
+            else:
                 whole = len(fields) == len(header)
                 yield lines.line_num, dict(zip(header, fields)) if whole else {}
     except csv.Error as error:

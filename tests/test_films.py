@@ -748,7 +748,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
                        '{"file_name": "b/e\\u0301.mp4", "text": "two\\nlines"}'),
     ("captions.jsonl", '{"video_path": "ROOT/a.mp4", "caption": "one"}\n'
                        '{"image_path": "b\\\\\\u00e9.mp4", "caption": "two\\nlines"}'),
-    ("captions.csv", 'video,score,prompt\na.mp4,1,one\n\nb/é.mp4,2,"two\nlines"\n'),
+    ("captions.csv", '\nvideo,score,prompt\na.mp4,1,one\n\nb/é.mp4,2,"two\nlines"\n'),
     ("metadata.csv", '\ufeffFile_Name, Text\r\na.mp4, one\r\nb/é.mp4, "two\r\nlines"\r\n')])
 def test_lists_of_captions_are_read_with_the_keys_of_others(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.replace("ROOT", str(tmp_path)).encode())
