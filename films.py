@@ -165,9 +165,11 @@ def rows_of_csv(path):
     lines = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True, strict=True)
     try:
         for fields in lines:
+            if not any(fields):
+                continue
             if header is None:
                 header = [field.strip().lower() for field in fields]
-            elif any(fields):
+            else:
                 whole = len(fields) == len(header)
                 yield lines.line_num, dict(zip(header, fields)) if whole else {}
     except csv.Error as error:
@@ -280,7 +282,7 @@ def is_picture(film):
 
 def first_of(film, stream):
     """The pictures of a film, of which there is one at least, and whether there is one only."""
-    pictures = parted(decoded(film, stream), film, stream)
+    pictures = parted(decoded(film, stream), stream)
     first = list(islice(pictures, 1 if is_picture(film) else 2))
     if not first:
         raise ValueError("no pictures in it")
@@ -305,11 +307,11 @@ def decoded(film, stream):
             yield picture
 
 
-def parted(pictures, film, stream):
+def parted(pictures, stream):
     """Pictures of two fields, taken one after the other, become pictures of one time; the others are as they were."""
     first = next(pictures, None)
     pictures = chain([first] if first else [], pictures)
-    if first is None or not first.interlaced_frame or is_still_format(film):
+    if first is None or not first.interlaced_frame:
         yield from pictures
         return
     graph = av.filter.Graph()
