@@ -10,7 +10,6 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
-from fractions import Fraction
 from pathlib import Path
 from statistics import NormalDist
 

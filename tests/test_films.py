@@ -341,8 +341,8 @@ def test_the_curve_of_hdr_is_monotone_and_ends_at_10000_nits():
     assert sdr[-1] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("primaries", [9, 2, 1])
-def test_hdr_colours_go_from_the_primaries_of_bt2020_to_those_of_bt709(tmp_path, primaries):
+@pytest.mark.parametrize("primaries, space", [(9, 9), (2, 2), (1, 9)])
+def test_hdr_colours_go_from_the_primaries_of_bt2020_to_those_of_bt709(tmp_path, primaries, space):
     to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
     chart = []
     for rgb in np.eye(3):
@@ -351,7 +351,8 @@ def test_hdr_colours_go_from_the_primaries_of_bt2020_to_those_of_bt709(tmp_path,
         y = 0.2627 * red + 0.6780 * green + 0.0593 * blue
         chart.append([round(64 + y), round(512 + (blue - y) / 1.8814 * 224 / 219),
                       round(512 + (red - y) / 1.4746 * 224 / 219)])
-    path = plain(tmp_path / "a.mkv", chart, kind="yuv444p10le", space=9, curve=PQ, primaries=primaries, full=1)
+    path = plain(tmp_path / "a.mkv", chart, kind="yuv444p10le", space=space, curve=PQ, primaries=primaries,
+                 full=1)
     [(clip, _)] = read(path, sizes=[(32, 96)])
     assert abs(areas(clip, 3) - np.eye(3) * 255 * films.tone(150)).max() < 12
 
@@ -415,6 +416,7 @@ def test_a_still_picture_is_a_clip_of_one_frame_and_named_where_none_is_wanted(t
         [(clip, size)] = read(tmp_path / name, frames=(1, 17), fps=60, cuts=cuts)
         assert size == (48, 64)
         assert codec.psnr(clip, CORNERS[None]).min() > 25
+    assert len(read(tmp_path / name, frames=1, fps=60, cuts="all")) == 1
     assert films.head(tmp_path / name) == films.Head(1, 0, 0, (48, 64), True)
     with pytest.raises(ValueError, match="^a still picture, and clips of 5 frames are wanted"):
         read(tmp_path / name, frames=(5, 17))
@@ -534,6 +536,18 @@ def test_a_recording_joined_to_another_goes_on_where_that_ended(tmp_path, name, 
     assert numbers(read(tmp_path / name, frames=16)[0][0]) == list(range(16))
 
 
+def test_a_png_whose_lines_are_interlaced_stays_as_it_is(tmp_path):
+    picture = noise(48, 64, 3)
+    with av.open(str(tmp_path / "a.png"), "w", format="image2", options={"update": "1"}) as container:
+        stream = container.add_stream("png", rate=1)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "rgb24"
+        stream.codec_context.flags |= 1 << 18       # AV_CODEC_FLAG_INTERLACED_DCT
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+    assert (tmp_path / "a.png").read_bytes()[28] == 1
+    [(clip, _)] = read(tmp_path / "a.png", frames=1)
+    assert np.array_equal(clip[0], picture)
+
+
 def test_joined_recordings_of_two_shapes_are_each_scaled_to_the_size_of_the_first(tmp_path):
     wide = film(tmp_path / "wide.ts", [CORNERS] * 5, range(0, 625, 125))
     tall = film(tmp_path / "tall.ts", [np.rot90(CORNERS).copy()] * 5, range(0, 625, 125))
@@ -545,9 +559,17 @@ def test_joined_recordings_of_two_shapes_are_each_scaled_to_the_size_of_the_firs
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_a_gap_of_an_hour_in_a_recording_is_left_out(tmp_path, name):
-    path = steady(tmp_path / name, numbered(9), times=[0, 1, 2, 3, 28800, 28801, 28802, 28803, 28804])
-    assert numbers(read(path, frames=9)[0][0]) == list(range(9))
-    assert len(read(path, frames=1, cuts="all")) == 9
+    for options in ({"bf": "2"}, {"bf": "0"}):      # of which one states that the picture before lasts an hour
+        path = steady(tmp_path / name, numbered(9), times=[0, *range(28800, 28808)], options=options)
+        assert numbers(read(path, frames=18, fps=16)[0][0]) == [i // 2 for i in range(18)]
+        path = steady(tmp_path / name, numbered(9), times=[0, 1, 2, 3, *range(28800, 28805)], options=options)
+        assert numbers(read(path, frames=9)[0][0]) == list(range(9))
+        assert len(read(path, frames=1, cuts="all")) == 9
+
+
+def test_a_last_picture_whose_end_is_not_stated_lasts_as_long_as_the_one_before(tmp_path):
+    path = steady(tmp_path / "a.flv", numbered(5), "flv")
+    assert numbers(read(path, frames=10, fps=16)[0][0]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_picture_may_stay_for_nine_seconds(tmp_path):
@@ -616,6 +638,8 @@ def test_the_head_of_a_film_says_what_it_is(tmp_path):
     for live in ("0", "1"):                 # as browsers record: without a duration
         steady(tmp_path / "a.webm", numbered(16), "libvpx", live=live)
         assert films.head(tmp_path / "a.webm") == films.Head(None, 8, pytest.approx(2), (48, 64), False)
+    steady(tmp_path / "a.webm", numbered(3), "libvpx", times=[0, 1, 40], live="1")
+    assert films.head(tmp_path / "a.webm").seconds >= 5
     (tmp_path / "text.mp4").write_text("no film " * 99)
     with pytest.raises(ValueError, match="^unreadable: "):
         films.head(tmp_path / "text.mp4")
