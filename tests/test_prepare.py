@@ -925,6 +925,10 @@ def test_a_parquet_file_that_was_written_anew_is_made_again(pipeline, tmp_path, 
     again = run(**flags)
     assert told(capsys) == "1 parquet file replaced, 1 gone: a.parquet, b.parquet"
     assert [again.caption(id) for id in range(again.count)] == ["one", "2"]
+    size = (tmp_path / "old/a.parquet").stat().st_size
+    write("a", "one", "3")
+    assert (tmp_path / "old/a.parquet").stat().st_size == size
+    assert run(**flags).caption(1) == "3"
 
 
 def parquet_row(latent, text, dtype="float32", **changed):

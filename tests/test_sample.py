@@ -154,7 +154,7 @@ def test_flags_change_the_sampler_and_a_negative_prompt_takes_the_place_of_null(
 
 
 def test_prompts_come_from_a_file_too_and_empty_lines_do_not(teacher, tmp_path):
-    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n\n  \n{PROMPTS[2]}\n")
+    (tmp_path / "prompts.txt").write_bytes(f"\ufeff{PROMPTS[1]}\r\n\n  \n{PROMPTS[2]}\n".encode())
     cfg = config(teacher, "", prompts=PROMPTS[:1], file=str(tmp_path / "prompts.txt"), n=2)
     assert sample.captions_of(cfg) == [prompt for prompt in PROMPTS for _ in range(2)]
 
