@@ -364,7 +364,7 @@ def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
         if still and choice[0] > 1:
             raise ValueError(f"a still picture, and clips of {choice[0]} frames are wanted")
         usual = 1 / float(stream.guessed_rate or fps)
-        timeline = [first] if still else at_rate(timed(chain([first], pictures), usual), fps)
+        timeline = [first] if still else at_rate(timed(chain([first], pictures), usual, report), fps)
         reported = False
         for picture in timeline:
             if picture is not last:
@@ -389,13 +389,13 @@ def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
         del held[:length]
 
 
-def timed(pictures, usual):
+def timed(pictures, usual, report):
     """Each picture and for how long it is on show, in seconds, by its timestamp and that of the next.
 
     Where timestamps begin again (recordings that were joined), are missing, or leave a GAP, a picture lasts as long as
-    the file states, else as long as the one before it; usual: s, for the first.
+    the file states, else as long as the one before it; usual: s, for the first. The first gap is reported.
     """
-    before, clock = None, 0.0
+    before, clock, reported = None, 0.0, False
     for picture in chain(pictures, [None]):
         if before is not None:
             lasts = float(before.duration * before.time_base) or usual
@@ -405,6 +405,9 @@ def timed(pictures, usual):
                 lasts = max(lasts, 2 * SLACK)
             elif picture.time is not None and 0 <= picture.time - clock <= GAP:
                 lasts = picture.time - clock
+            elif picture.time is not None and picture.time > clock and not reported:
+                report(f"a picture that stays for {picture.time - clock:.0f} s is taken as a gap, and left out")
+                reported = True
             yield before, lasts
             clock += lasts
             usual = lasts or usual

@@ -21,7 +21,7 @@ import codec
 import flags
 import parallel
 import plan
-from data import Latents, noise, stream
+from data import Latents, holds_latents, noise, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of, token_grid
 from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, numbers, sample_t,
@@ -34,7 +34,8 @@ class Config:
 
     # what
     model: Literal[tuple(MODELS)] = "tiny"                # model size, a row of model.MODELS
-    data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote
+    data: tuple[str, ...] = ("data/shapes",)              # datasets: one folder that prepare.py wrote, or several
+    mix: tuple[float, ...] = ()                           # share of the batches of each dataset; none: by their sizes
     out: str = "out/train"                                # folder of the run: log, curves, samples, checkpoints
     init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run
     seed: int = 0                                         # random seed
@@ -140,7 +141,8 @@ DEFAULTS = {
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
-BEFORE = {"deterministic": False, "lora_init": None}    # what a flag was in runs whose config does not have it yet
+# what a flag was in runs whose config does not have it yet
+BEFORE = {"deterministic": False, "lora_init": None, "mix": ()}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -292,10 +294,11 @@ def begin(cfg):
         rank=world.data_rank,
         world=world.data_size,
         val=cfg.val,
+        mix=cfg.mix or None,
         device=world.device,
     )
-    if not all(bucket["files"] for bucket in data.manifest["buckets"]):
-        raise ValueError(f"{cfg.data} holds prompts without latents: one can distil from it, not train on it")
+    if not holds_latents(data.manifest):
+        raise ValueError(f"{cfg.data[0]} holds prompts without latents: one can distil from it, not train on it")
     width = data.manifest["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
@@ -352,6 +355,8 @@ def resolve(cfg):
     flags.at_least(cfg, 1, "steps", "batch", "keep")
     flags.above(cfg, 0, "shift")
     flags.check_run(cfg)
+    if cfg.mix and len(cfg.mix) != len(cfg.data) or min(cfg.mix, default=1) <= 0:
+        raise ValueError(f"--mix {' '.join(map(str, cfg.mix))}: each of --data {' '.join(cfg.data)} gets one above 0")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):

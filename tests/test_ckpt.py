@@ -1163,7 +1163,8 @@ def reads(path, wanted):
     lambda n: f"pipe.dit.{n}", lambda n: f"module._orig_mod.module.{n}", lambda n: f"module.model.diffusion_model.{n}",
     lambda n: f"_fsdp_wrapped_module.{n}", lambda n: f"generator_ema.model.{n}",
     lambda n: n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
-    lambda n: "model." + n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._orig_mod.").replace(".ffn", ".module.ffn"),
+    lambda n: "model." + n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._orig_mod.")
+                          .replace(".ffn", ".module.ffn"),
 ])
 @pytest.mark.parametrize("names", [lambda n: n, ckpt.to_diffusers])
 def test_what_trainers_put_before_and_into_names_is_taken_off(tmp_path, change, names):

@@ -207,6 +207,82 @@ def test_millions_of_samples_are_permuted_once_per_pass(monkeypatch):
     assert made["order"] <= 8 and made["epoch"] <= 4
 
 
+# ---- several datasets -----------------------------------------------------------------------------------------------
+
+STILL = (4, 1, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def two(dataset, tmp_path_factory):
+    """60 clips of two shapes, and 300 stills."""
+    return [dataset, make(tmp_path_factory.mktemp("data") / "stills", 300, (STILL,))]
+
+
+def test_ids_of_several_datasets_follow_one_another_and_are_normalised_as_the_first(two):
+    both, (clips, stills) = opened(two), map(opened, two)
+    assert both.count == 360
+    assert both.shapes == [SMALL, WIDE, STILL]
+    for id in (0, 41, 59):
+        assert torch.equal(both.sample([id])[0], clips.sample([id])[0])
+    z = stills.sample([7])[0] * stills.std + stills.mean
+    assert torch.allclose(both.sample([67])[0], (z - clips.mean) / clips.std, atol=1e-5)
+    assert torch.equal(both.text([67]), stills.text([7]))
+    assert both.caption(67) == stills.caption(7)
+    assert both.shape_of(59) == WIDE
+    assert both.shape_of(60) == STILL
+
+
+def test_each_of_several_datasets_gets_its_share_of_the_batches(two):
+    stills = [opened(two, mix=mix).batch_ids(step)[1][0] >= 60 for mix in (None, (3, 1)) for step in range(200)]
+    assert sum(stills[:200]) / 200 == pytest.approx(300 / 360, abs=0.02)
+    assert sum(stills[200:]) / 200 == pytest.approx(1 / 4, abs=0.02)
+
+
+def test_any_world_sees_the_same_stream_of_several_datasets(two):
+    alone = by_slot(two, range(6), mix=(1, 1))
+    assert same(alone, by_slot(two, range(6), 2, mix=(1, 1), micro_batch=2))
+
+
+def test_each_dataset_holds_out_its_share_whatever_the_seed(two):
+    held = opened(two, val=12, mix=(1, 3), seed=5).held_out
+    assert held == opened(two, val=12, mix=(1, 3)).held_out
+    assert sum(id >= 60 for id in held) == 9
+    assert set(held).isdisjoint(opened(two, val=12, mix=(1, 3)).train)
+
+
+def test_clips_are_shown_rather_than_stills_whichever_dataset_comes_first(two):
+    for paths in (two, two[::-1]):
+        both = opened(paths, val=10)
+        assert all(both.shape_of(id) != STILL for id in both.for_videos(4))
+        assert both.commonest_shapes()[-1] == STILL
+
+
+def test_what_a_run_knows_several_datasets_by_changes_with_each_and_with_their_order(two, dataset):
+    contents = {opened(paths).content for paths in (dataset, two[1], two, two[::-1])}
+    assert len(contents) == 4
+    assert opened(two).content == opened(two).content
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(codec=CODEC | {"name": "other"}), "the codec of one"),
+    (dict(codec=CODEC | {"text_length": 6}), "the codec of one"),
+    (dict(shape=[4, 3, 2, 2]), "the latents of one is False"),
+])
+def test_datasets_that_do_not_go_together_are_named(dataset, tmp_path, change, said):
+    writer = Writer(tmp_path / "other", spec(**change))
+    latent = None if "shape" in change else torch.zeros(SMALL)
+    writer.add(latent, torch.ones(1, 8), caption="a", source="a.mp4", key="a")
+    writer.finish(NULL)
+    with pytest.raises(ValueError, match=f"other and .*set do not go together: {said}"):
+        opened([dataset, tmp_path / "other"])
+
+
+def test_datasets_of_two_null_texts_are_refused(dataset, tmp_path):
+    fill(Writer(tmp_path / "other", spec()), range(3)).finish(NULL + 1)
+    with pytest.raises(ValueError, match="the null text"):
+        opened([dataset, tmp_path / "other"])
+
+
 # ---- a step ahead, and to the GPU -----------------------------------------------------------------------------------
 
 class Draw(NamedTuple):

@@ -50,7 +50,7 @@ def teacher(data, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("teacher") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.TINY, "sample_steps", 3)
-        run(train.main, train.Config(data=data, out=out, steps=6, batch=4, warmup=2, **QUIET))
+        run(train.main, train.Config(data=(data,), out=out, steps=6, batch=4, warmup=2, **QUIET))
     return out
 
 
@@ -278,7 +278,7 @@ def test_teachers_of_any_form_teach_the_same(data, teacher, whole, tmp_path, for
 
 def test_a_teacher_is_known_by_its_content_and_no_student_is_one(data, teacher, whole, tmp_path, capsys):
     other = tmp_path / "other"
-    run(train.main, train.Config(data=data, out=str(other), steps=1, batch=4, warmup=2, **QUIET))
+    run(train.main, train.Config(data=(data,), out=str(other), steps=1, batch=4, warmup=2, **QUIET))
     moved = copied(teacher, tmp_path / "moved")
     assert "other (is not what" in refused(distill.main, config(data, str(other), whole), capsys)
     for cfg in (config(data, str(moved), whole), config(data, str(other), whole, allow=("teacher",))):
@@ -505,7 +505,7 @@ def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, t
 @pytest.mark.slow
 def test_a_teacher_that_learned_sparse_is_asked_sparse_and_so_are_critic_and_student(data, tmp_path, monkeypatch):
     sparse = dict(window=(1, 1, 1), tile=(2, 2, 2), dense_ends=1)
-    run(train.main, train.Config(data=data, out=str(tmp_path / "t"), steps=1, batch=4, warmup=0, **QUIET, **sparse))
+    run(train.main, train.Config(data=(data,), out=str(tmp_path / "t"), steps=1, batch=4, warmup=0, **QUIET, **sparse))
     for event in told(monkeypatch, config(data, str(tmp_path / "t"), tmp_path / "run", steps=2, **QUIET)):
         for bound in of_kind(event, Bound):
             assert bound.metadata.tile == (2, 2, 2)

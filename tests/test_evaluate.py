@@ -136,7 +136,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     data, teacher, student = (str(folder / name) for name in ("data", "teacher", "student"))
     run(prepare.main, prepare.Config(clips=40, out=data))
-    run(train.main, train.Config(data=data, out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
+    run(train.main, train.Config(data=(data,), out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
     run(distill.main, distill.Config(data=data, teacher=teacher, out=student, steps=2, student_every=2, batch=4,
                                      samples=0))
     return teacher, student
@@ -256,7 +256,8 @@ def test_two_ranks_print_and_write_the_figures_of_one(runs, few, tmp_path):
     run(evaluate.main, one)
     printed = ranks(2, of_few_clips, replace(one, ckpt=str(tmp_path / "two")))
     assert printed.count("11 clips each") == 1
-    first, second = (json.loads((tmp_path / folder / "evaluate.json").read_text())["table"] for folder in ("one", "two"))
+    written = [json.loads((tmp_path / folder / "evaluate.json").read_text()) for folder in ("one", "two")]
+    first, second = (report["table"] for report in written)
     for system, row in first.items():
         assert second[system] == pytest.approx(row, rel=1e-5)
 

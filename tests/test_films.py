@@ -576,6 +576,12 @@ def test_a_gap_of_an_hour_in_a_recording_is_left_out(tmp_path, name):
         assert len(read(path, frames=1, cuts="all")) == 9
 
 
+def test_a_gap_is_said_once(tmp_path):
+    path, said = steady(tmp_path / "a.mp4", numbered(5), times=[0, 1, 1000, 1001, 2000]), []
+    list(films.read_video(path, sizes=[(64, 96)], frames=5, fps=8, report=said.append))
+    assert said == ["a picture that stays for 125 s is taken as a gap, and left out"]
+
+
 def test_a_last_picture_whose_end_is_not_stated_lasts_as_long_as_the_one_before(tmp_path):
     path = steady(tmp_path / "a.flv", numbered(5), "flv")
     assert numbers(read(path, frames=10, fps=16)[0][0]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

@@ -78,7 +78,7 @@ def data(wan, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(wan, data, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("trained") / "run")
-    run(train.main, train.Config(model="small", data=data, init=wan, out=out, vae=wan, samples=1, log_every=1))
+    run(train.main, train.Config(model="small", data=(data,), init=wan, out=out, vae=wan, samples=1, log_every=1))
     return out
 
 
@@ -190,7 +190,8 @@ def test_a_student_of_it_is_sampled_alike_by_diffusers_stochastic_sampler(wan, d
 def test_an_adapter_trained_on_the_pipeline_is_loaded_onto_it_by_diffusers(wan, data, tmp_path):
     pytest.importorskip("peft")
     out = str(tmp_path / "run")
-    run(train.main, train.Config(model="small", data=data, init=wan, out=out, samples=0, lora_rank=3, lora_alpha=4.0))
+    run(train.main, train.Config(model="small", data=(data,), init=wan, out=out, samples=0, lora_rank=3,
+                                 lora_alpha=4.0))
     mine = ours(out, wan, tmp_path / "s")
     export.main(export.Config(ckpt=out, lora=True, out=str(tmp_path / "lora")))
     export.main(export.Config(ckpt=out, merge=True, out=str(tmp_path / "merged")))
@@ -263,7 +264,7 @@ TRAIN = [  # flags, with W for the pipeline and O for the others; what the messa
 
 @pytest.mark.parametrize("flags, said", TRAIN, ids=[" ".join(map("=".join, f.items())) for f, _ in TRAIN])
 def test_weights_that_do_not_fit_are_named_before_a_run_begins(wan, others, data, tmp_path, capsys, flags, said):
-    given = dict(model="small", data=data, out=str(tmp_path / "run"))
+    given = dict(model="small", data=(data,), out=str(tmp_path / "run"))
     for name, value in flags.items():
         given[name] = re.sub("^W", wan, re.sub("^O", others, value))
     with pytest.raises(SystemExit) as refused:
@@ -307,6 +308,6 @@ def test_sampling_names_the_prompt_that_is_too_long_and_the_part_that_is_missing
 def test_a_missing_package_is_named_before_training_begins(wan, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit):
-        run(train.main, train.Config(model="small", data=data, vae=wan, out=str(tmp_path / "run")))
+        run(train.main, train.Config(model="small", data=(data,), vae=wan, out=str(tmp_path / "run")))
     assert "needs diffusers: pip install -r requirements-wan.txt" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
