@@ -558,7 +558,7 @@ def prompts(cfg, coder, embed):
         times = Counter()
         for i, line in enumerate(lines, 1):
             times[line] += 1
-            name = f"{sha256(line.encode()).hexdigest()[:24]}.{times[line]}"
+            name = f"{line[:40]} [{sha256(line.encode()).hexdigest()[:16]}.{times[line]}]"
             if done.stored(str(i)).text == text_crc32(line, coder.spec):
                 name = str(i)           # an earlier version's name
             found[name] = line
