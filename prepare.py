@@ -8,7 +8,7 @@
 
 Under torchrun each rank encodes its share. Interrupted, the same command goes on where it was. Given again later, it
 makes again what has changed, adds what is new and drops what is gone; of a caption that has changed, the embedding
-alone. Nothing that a running training reads is touched. Imports ckpt, codec, data, films, flags, parallel, shapes.
+alone. Nothing that a running training reads is touched. Imports store and leaves.
 
 C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
@@ -35,8 +35,8 @@ import films
 import flags
 import parallel
 import shapes
-from data import (DTYPES, Journals, Nothing, Writer, check_settings, crc32_of, listed, stream,
-                  stride, text_crc32, write_whole)
+from data import DTYPES, crc32_of, listed, stream, stride
+from store import Journals, Nothing, Writer, check_settings, text_crc32, write_whole
 
 
 @dataclass(frozen=True)

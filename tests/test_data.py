@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import data
-from data import (Ahead, Journals, Latents, Order, Writer, noise, normal, send, shares, stratified,
-                  stream)
+import store
+from data import Ahead, Latents, Order, noise, normal, send, shares, stratified, stream
 from helpers import Killed
+from store import Journals, Writer
 
 SMALL, WIDE = (4, 3, 2, 2), (4, 3, 2, 4)
 CODEC = {"name": "none", "text_width": 8, "text_length": 5}
@@ -888,8 +889,8 @@ def test_an_interruption_anywhere_loses_nothing(tmp_path, monkeypatch):
             return of(*args, **options)
         return call
 
-    monkeypatch.setattr(data, "sync", dying(lambda file: file.flush()))
-    monkeypatch.setattr(data.os, "replace", dying(os.replace))
+    monkeypatch.setattr(store, "sync", dying(lambda file: file.flush()))
+    monkeypatch.setattr(store.os, "replace", dying(os.replace))
     monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
     ends, kills = [], 0
     while True:

@@ -13,8 +13,9 @@ IMPORTS = {  # every file and what it may import of ours: a new file takes its p
     "attention": set(),
     **dict.fromkeys(LEAVES, set()),
     "model": {"attention"},
+    "store": {"data"},
     "plan": {"model", "parallel", "data"},
-    **dict.fromkeys(STAGES, LEAVES | {"attention", "model", "plan"}),
+    **dict.fromkeys(STAGES, LEAVES | {"attention", "model", "store", "plan"}),
 }
 FILES = sorted(ROOT.glob("*.py"))
 ROOTS = [path for path in FILES if "class Config" in path.read_text()]

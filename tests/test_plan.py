@@ -18,7 +18,7 @@ import parallel
 import plan
 import train
 from attention import attention
-from data import Writer
+from store import Writer
 from helpers import run, shapes_dataset, told, total
 from model import LOCAL, Bound, Cond, DiT, ModelConfig, Seq, add_lora
 from plan import activations

@@ -20,7 +20,7 @@ import torch
 import codec
 import films
 import parallel
-import data
+import store
 import helpers
 import prepare
 import shapes
@@ -221,7 +221,7 @@ def test_an_interrupted_prepare_goes_on_where_it_was(folder, tmp_path, monkeypat
 
     codec_load = codec.load
     monkeypatch.setattr(codec, "load", load)
-    monkeypatch.setattr("data.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
+    monkeypatch.setattr("store.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
     with pytest.raises(KeyboardInterrupt):
         run(**flags, out=tmp_path / "broken")
     with pytest.raises(FileNotFoundError, match="unfinished"):
@@ -292,7 +292,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
 
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(data.Writer, "add", full)
+    monkeypatch.setattr(store.Writer, "add", full)
     with pytest.raises(OSError, match="No space left"):
         run(videos=tmp_path / "films", out=tmp_path / "set")
 
@@ -602,7 +602,7 @@ def test_nothing_that_a_training_has_mapped_is_written_to(tmp_path):
     for name, about in before.items():
         file = tmp_path / "set" / name
         assert (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) == about, name
-    training.checked[:] = False
+    training.folders[0].checked[:] = False
     for id in range(4):
         assert all(torch.equal(a, b) for a, b in zip(training.sample([id]), rows[id]))
     assert training.caption(0) == "film a"
@@ -751,12 +751,12 @@ def test_a_second_run_that_is_interrupted_goes_on(tmp_path, monkeypatch, work, i
         tiny_film(root / f"{name}.mp4", f"film {name}", frames=10)
     flags = dict(videos=root, out=tmp_path / "set", cuts="all", **SMALL)
     before = stored(run(**flags))
-    monkeypatch.setattr("data.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
+    monkeypatch.setattr("store.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
     for name in "ab":
         tiny_film(root / f"{name}.mp4", seed=1, frames=10)
     (root / "c.txt").write_text("another caption")
     work["encode"].clear()
-    add, added = data.Writer.add, []
+    add, added = store.Writer.add, []
 
     def interrupted(*args, **options):
         if len(added) == interrupted_after:
@@ -765,7 +765,7 @@ def test_a_second_run_that_is_interrupted_goes_on(tmp_path, monkeypatch, work, i
         return add(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.Writer, "add", interrupted)
+        patch.setattr(store.Writer, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(**flags)
     assert equal(stored(opened(tmp_path / "set")), before)

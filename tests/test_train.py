@@ -46,7 +46,7 @@ def data(tmp_path_factory):
 
 def config(data, out, **flags):
     base = dict(steps=8, decay_steps=8, batch=4, log_every=1, val_every=4, save_every=3, val=2, samples=2, warmup=2)
-    return train.Config(**dict(data=(data,), out=str(out)) | base | flags)
+    return train.Config(data=(data,), out=str(out), **base | flags)
 
 
 @pytest.fixture(scope="module")
@@ -377,22 +377,22 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(data, whole, tmp_path
         assert "--out=" in message
         assert "--allow" in message
     other = shapes_dataset(tmp_path / "data", clips=61)
-    assert "data (is not what" in refused(train.main, config(other, whole), capsys)
+    assert "data'] (is not what" in refused(train.main, config(other, whole), capsys)
     assert log_of(whole) == before
 
 
 def test_two_datasets_are_mixed_by_share_and_resumed_exactly(data, tmp_path):
     other = shapes_dataset(tmp_path / "data", clips=61)
-    asked = dict(data=(data, other), mix=(1.0, 3.0), samples=0, keep=9)
-    run(train.main, config(data, tmp_path / "whole", steps=4, decay_steps=4, **asked))
+    cfg = replace(config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0), data=(data, other), mix=(1.0, 3.0))
+    run(train.main, cfg)
     for steps in (2, 4):
-        run(train.main, config(data, tmp_path / "run", steps=steps, decay_steps=4, **asked))
+        run(train.main, replace(cfg, out=str(tmp_path / "run"), steps=steps))
     assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
 def test_other_datasets_or_shares_are_refused_on_resume(data, whole, tmp_path, capsys):
     other = shapes_dataset(tmp_path / "data", clips=61)
-    assert "data (is not what" in refused(train.main, config(data, whole, data=(data, other)), capsys)
+    assert "data'] (is not what" in refused(train.main, replace(config(data, whole), data=(data, other)), capsys)
     assert "--mix=[1.0]" in refused(train.main, config(data, whole, mix=(1.0,)), capsys)
 
 
