@@ -753,6 +753,9 @@ def check_fit(cfg, coder):
     if cfg.shape and channels not in (None, cfg.shape[0]):
         raise ValueError(f"--shape {' '.join(map(str, cfg.shape))}: "
                          f"{cfg.codec} latents have {channels} channels")
+    if cfg.shape and (min(cfg.shape) < 1 or cfg.shape[2] % 2 or cfg.shape[3] % 2):
+        raise ValueError(f"--shape {' '.join(map(str, cfg.shape))}: C F H W above 0, H and W in multiples "
+                         "of a model's patches of 2 x 2")
     if not cfg.prompts and not cfg.parquet:
         t, h, w = coder.stride[0], 2 * coder.stride[1], 2 * coder.stride[2]
         for frames in lengths(cfg):
