@@ -370,10 +370,7 @@ class Latents:
         if not holds_latents(folder.manifest):
             raise ValueError(f"{folder.path} holds prompts without latents: "
                              "one can distil from it, not train on it")
-        for slots in self.slots:
-            for slot in slots:
-                folder, id = self.find(ids[slot])
-                folder.will_need(id)
+        self.will_need([ids[slot] for slots in self.slots for slot in slots])
         u = stratified(self.seed, "t_perm", "t", step, self.batch)
         return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots])
                 for slots in self.slots]
@@ -446,6 +443,12 @@ class Latents:
         text = self.empty(len(ids), *self.text_shape)
         self.each(self.read_text, ids, text)
         return text
+
+    def will_need(self, ids):
+        """Has the system fetch all these samples from disk while the first of them is read."""
+        for id in ids:
+            folder, id = self.find(id)
+            folder.will_need(id)
 
     def read_latent(self, id, x):
         folder, id = self.find(id)
