@@ -6,3 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"     # tests run side by side, a core each; tiny nets gain little from a second
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that need the walk through all meshes are slow, for whichever comes first waits for it."""
+    for item in items:
+        if "ran" in item.fixturenames:
+            item.add_marker("slow")

@@ -145,6 +145,7 @@ def test_shapes_that_do_not_fit_are_refused_with_their_sizes():
 # ---- the CPU path ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(10))
 def test_output_and_gradients_are_those_of_a_dense_mask(block):
     for seed in range(100 + 22 * block, 122 + 22 * block):
@@ -222,6 +223,7 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [((), (), ()), ((3, 5, 7), (2, 2, 3), (1, 3, 1))])
 def test_the_operator_is_well_formed(pattern):
     q, k, v, _ = inputs(build_metadata((3, 5, 7)))
@@ -294,6 +296,7 @@ def test_flops_are_counted_by_the_pairs(device):
         assert counter.get_total_flops() == 14 * 2 * 3 * 8 * pairs
 
 
+@pytest.mark.slow
 def test_it_imports_and_runs_where_there_is_no_triton():
     code = ("import sys; sys.modules['triton'] = None\n"
             "import torch; from attention import attention, build_metadata\n"

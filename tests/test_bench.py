@@ -92,6 +92,7 @@ def test_mfu_is_a_share_of_the_peak_and_hfu_of_what_is_executed(monkeypatch):
     assert row["hfu"] == pytest.approx(row["mfu"] * 8 / 6)
 
 
+@pytest.mark.slow
 def test_executed_flops_count_what_remat_and_attention_compute_again():
     """A backward is two forwards, less what needs no gradient, and five quarters of that for attention."""
     S, shape = 8, (24, 5, 8, 8)
@@ -203,6 +204,7 @@ def test_without_a_gpu_every_part_says_so_and_nothing_fails(report):
     assert "the parts are attention, tests" in printed
 
 
+@pytest.mark.slow
 def test_a_part_stops_at_nothing_and_reports_the_first_traceback(tmp_path, monkeypatch):
     import gpu
     monkeypatch.chdir(tmp_path)

@@ -366,6 +366,7 @@ def test_a_step_saved_again_replaces_the_damaged_one(tmp_path):
     assert [p.name for p in (tmp_path / "ckpt").iterdir()] == ["step_0000001"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", range(1, 11))
 def test_just_the_newest_stay_however_many_are_kept(tmp_path, keep):
     for step in range(1, 13):
@@ -810,6 +811,7 @@ def no_flock(monkeypatch, system):
     monkeypatch.setattr(ckpt, "STALE", 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["Lustre", "Windows"])
 def test_where_flock_is_not_supported_a_lock_that_is_touched_holds(
         tmp_path, monkeypatch, elsewhere, system):
@@ -1031,6 +1033,7 @@ def wan(blocks=2):
     return {name: torch.randn(shape, generator=g) for name, shape in names.items()}
 
 
+@pytest.mark.slow
 def test_names_are_those_of_diffusers_own_conversion_and_come_back():
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
     ours = wan(12)
@@ -1341,6 +1344,7 @@ def in_fp8(scales, marker=True, names=lambda name: name, suffix="scale_weight"):
     return held, meant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", [
     lambda x: torch.tensor(.25), lambda x: torch.tensor([.5]), lambda x: torch.tensor(.5).bfloat16(),
     lambda x: torch.arange(1., len(x) + 1) / 64, lambda x: torch.arange(1., len(x) + 1)[:, None] / 64,

@@ -774,6 +774,7 @@ def test_mean_and_std_are_the_same_bits_whatever_is_read_at_once(tmp_path, monke
     assert manifest(tmp_path / "b") == whole
 
 
+@pytest.mark.slow
 def test_many_samples_take_little_memory(tmp_path, monkeypatch):
     """Bytes for each. At 496ae65: 1349 of a Writer's start, on every rank, 1639 of `finish`, 135 of Latents."""
     monkeypatch.setattr(data, "BLOCK", 1 << 16)

@@ -480,6 +480,7 @@ def test_validation_forwards_no_more_than_a_micro_batch(data, teacher, tmp_path,
     assert set(sizes) == {2}
 
 
+@pytest.mark.slow
 def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, teacher, whole):
     """The last validation's figures, made again from the checkpoints alone."""
     cfg = distill.resolve(config(data, teacher, whole))

@@ -149,6 +149,7 @@ def few(monkeypatch):
     monkeypatch.setattr(evaluate, "SEEDS", 2)
 
 
+@pytest.mark.slow
 def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs, few, capsys, monkeypatch):
     teacher, student = runs
     cfg = evaluate.Config(ckpt=student, teacher=teacher, n=12, device="cpu")

@@ -255,6 +255,7 @@ def test_alpha_stays_exact_beside_bf16_factors(tmp_path):
     assert torch.equal(found[f"{stem}.lora_up.weight"], adapter.B.detach().bfloat16())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["comfy", "diffusers"])
 def test_a_merged_export_is_the_base_with_its_adapter_and_what_every_reader_of_the_run_gets(
         tmp_path, format):
@@ -318,6 +319,7 @@ def test_an_adapter_says_which_weights_it_is_for_here_and_in_the_file(tmp_path, 
     assert json.loads((tmp_path / "whole" / "nanovideo.json").read_text())["base"]["path"] == str(ckpt.latest(plain))
 
 
+@pytest.mark.slow
 def test_an_adapter_over_an_adapter_is_for_what_the_command_that_is_named_writes(tmp_path):
     plain = run(tmp_path / "plain", network())
     first = adapter_of(tmp_path / "first", plain)

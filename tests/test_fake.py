@@ -108,6 +108,7 @@ def logged():
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     dict(),
     dict(remat=True),
@@ -149,6 +150,7 @@ def test_figures_of_a_line_are_computed_from_what_is_on_the_gpu(folder, gpu, mon
     assert seen["sparsity"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(), SPARSE], ids=str)
 def test_validation_forwards_and_samples_on_the_gpu(folder, gpu, monkeypatch, flags):
     written = []
@@ -186,6 +188,7 @@ def distill_config(monkeypatch, **flags):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(), dict(remat=True), SPARSE, dict(lora_rank=4), dict(guidance=1.0)], ids=str)
 def test_a_students_and_a_critics_update_stay_on_the_gpu(folder, gpu, monkeypatch, flags):
     cfg = distill_config(monkeypatch, **flags)
@@ -202,6 +205,7 @@ def test_a_students_and_a_critics_update_stay_on_the_gpu(folder, gpu, monkeypatc
             assert me.counts["updates"] == 1
 
 
+@pytest.mark.slow
 def test_validation_of_a_student_shows_all_three_nets_from_the_gpu(folder, gpu, monkeypatch):
     written = []
     monkeypatch.setattr(distill.codec, "write_clips", lambda stem, x0, *args, **more: written.append(x0))

@@ -129,6 +129,7 @@ def learnt(world, device, precision, compile, window=None, remat=False, rank=0):
     return [[one[name].item() for one in seen] for name in ("loss", "grad_norm")], me
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", WAYS, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_updates_in_bf16_lower_the_loss_as_those_in_fp32_do(device, flags, world):

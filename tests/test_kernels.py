@@ -212,6 +212,7 @@ def succeeds(*commands):
         assert run.returncode == 0, f"{command}\n{text}"
 
 
+@pytest.mark.slow
 def test_interpreted_they_equal_a_dense_mask_in_float64():
     succeeds(("interpret", *SAMPLE))
 
@@ -222,6 +223,7 @@ def test_interpreted_they_do_so_whatever_the_pattern():
     succeeds(("interpret", *rest[::2]), ("interpret", *rest[1::2]))
 
 
+@pytest.mark.slow
 def test_compiled_a_kernel_of_each_gpu_fits_and_uses_its_matrix_units():
     succeeds(("compile", "few"))
 

@@ -47,6 +47,7 @@ def test_calls_for_one_step_make_one_object(tmp_path):
     assert read(tmp_path)[-1] == {"step": 100, "loss": 0.5, "grad_norm": 2, "seconds": 0.1, "val_loss": 1 / 101}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved, died", [(50, 50), (50, 73), (30, 73), (0, 44), (100, 100)])
 def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path, saved, died):
     train(tmp_path / "whole", 0, 100)
@@ -55,6 +56,7 @@ def test_a_resumed_run_has_the_log_of_an_uninterrupted_one(tmp_path, saved, died
     assert (tmp_path / "resumed/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [b'{"step": 60, "lo', b"\0" * 40, b'{"step": 60}\n', b'{"step": 50}'])
 def test_a_line_torn_by_a_crash_is_cut_off(tmp_path, tail):
     train(tmp_path / "whole", 0, 100)

@@ -302,6 +302,7 @@ def test_a_model_that_has_sampled_can_train():
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("ends", (None, 0, 1, 3))
 def test_flops_are_those_that_torch_counts(name, ends):

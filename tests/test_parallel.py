@@ -408,6 +408,7 @@ def one_process():
     parallel.close()
 
 
+@pytest.mark.slow
 def test_five_shapes_compile_to_one_graph_each_for_all_blocks():
     counted = torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
@@ -422,6 +423,7 @@ def test_five_shapes_compile_to_one_graph_each_for_all_blocks():
         assert counted["unique_graphs"] - before == 10
 
 
+@pytest.mark.slow
 def test_a_run_leaves_with_what_it_printed_and_past_what_python_would_tidy_up():
     code = ("import atexit, parallel; parallel.init('cpu'); atexit.register(print, 'tidied'); "
             "print('done'); parallel.leave()")
@@ -622,6 +624,7 @@ def end_of(process):
     return process.returncode, printed
 
 
+@pytest.mark.slow
 def test_ranks_agree_to_stop_when_one_is_asked(tmp_path):
     code = """
 seen = [stopped()]
@@ -638,6 +641,7 @@ parallel.leave()
         assert f"rank {rank} [False, True, True]" in printed
 
 
+@pytest.mark.slow
 def test_a_rank_does_not_outlive_a_dead_one_for_long(tmp_path):
     code = """
 if world.rank == 1:
@@ -649,6 +653,7 @@ wait_in_c()
     assert "rank 0 ends: ranks [1] have given no sign of life for 4 s" in printed, printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, waiting", [(signal.SIGTERM, "wait_in_c()"),
                                              (signal.SIGINT, "while True:\n    time.sleep(0.1)")])
 def test_a_second_signal_ends_a_run_at_once_and_the_first_does_not(tmp_path, number, waiting):
@@ -663,6 +668,7 @@ def test_a_second_signal_ends_a_run_at_once_and_the_first_does_not(tmp_path, num
     assert end_of(process)[0] != 0
 
 
+@pytest.mark.slow
 def test_one_process_is_asked_to_stop(tmp_path):
     code = """
 assert stopped() is False

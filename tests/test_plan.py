@@ -235,6 +235,7 @@ def test_activations_and_the_vae_pass_one_at_a_time():
     assert vae == pytest.approx(1e9 * (weights + each * 16 * 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", (dict(model="wan-1.3b", shapes=[(16, 3, 8, 8)]), dict(vae="x")))
 def test_the_vae_counts_where_it_is_given_and_the_codec_has_one(flags):
     assert len(weighed(train.main, batch=4, **flags).passing) == 1
@@ -270,6 +271,7 @@ def test_a_dry_run_adds_up_and_leaves_nothing_behind(tmp_path, monkeypatch, caps
     assert total(lines, "on disk") == pytest.approx(4 * 4 * NET / 1e9, abs=0.001)
 
 
+@pytest.mark.slow
 def test_gigabytes_are_of_gpus_which_need_not_be_here(capsys):
     base = dict(model="wan-1.3b", data=("nowhere",), device="cuda")
     _, lines, _ = told(train.main, train.Config(**base, dry_run=(1, 80)), capsys)

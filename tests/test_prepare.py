@@ -306,6 +306,7 @@ def test_films_that_come_later_are_added(tmp_path, monkeypatch):
     assert {row[0] for row in stored(run(videos=tmp_path / "films", out=tmp_path / "set"))} == {"a.mp4", "b.mp4"}
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_same_dataset_as_one_and_make_it_again(folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "films")
     cfg = Config(videos=str(root), out=str(tmp_path / "two"))
@@ -744,6 +745,7 @@ def test_another_negative_prompt_is_another_null_text(tmp_path, capsys, work):
     assert opened(tmp_path / "set").content != before.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted_after", [0, 1, 2, 3])
 def test_a_second_run_that_is_interrupted_goes_on(tmp_path, monkeypatch, work, interrupted_after):
     root = tmp_path / "films"
@@ -1017,6 +1019,7 @@ def test_a_dataset_begun_with_other_settings_is_left_alone(tmp_path, capsys):
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_dataset(tmp_path, capsys):
     code = f"import ckpt, time; ckpt.claim({str(tmp_path)!r}); print(flush=True); time.sleep(100)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)

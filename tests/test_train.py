@@ -109,6 +109,7 @@ def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data
         assert (tmp_path / f"run/samples/step_{step:07d}.mp4").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_nothing_leaves_nothing_to_the_log_of_the_next(data, tmp_path):
     cfg = config(data, tmp_path / "run", steps=2, decay_steps=2, samples=0, seed=1)
     run_killed(train, replace(cfg, seed=0), 2, "validate")
@@ -161,6 +162,7 @@ def test_prompts_without_latents_are_refused_at_the_door(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dataset_that_has_changed_is_another_and_one_that_was_compacted_is_the_same(tmp_path, capsys):
     folder = shapes_dataset(tmp_path / "set", 60)
     shapes_dataset(folder, 50)
@@ -173,6 +175,7 @@ def test_a_dataset_that_has_changed_is_another_and_one_that_was_compacted_is_the
     assert "data" in refused(train.main, config(folder, tmp_path / "run", steps=3, decay_steps=2, **QUIET), capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["decode", "load"])
 def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, tmp_path, monkeypatch, capsys, part):
     load, loads = codec.load, []
@@ -223,6 +226,7 @@ def test_a_folder_is_claimed_before_anything_is_built(data, tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_skipped_and_names_the_samples_of_all_ranks(
         data, tmp_path, monkeypatch, capsys):
     """Rank 1 of 2, which itself has half of each batch."""
@@ -243,6 +247,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_names_the_samples_of_all_ra
     assert meta(cfg.out)["counts"] == {"updates": 2, "skipped": 2, "in_a_row": 0}
 
 
+@pytest.mark.slow
 def test_updates_that_are_skipped_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr("step.SKIPS", 3)
     nan_at(monkeypatch, train, "flow_loss", 2, 4, 5, 6)
@@ -253,6 +258,7 @@ def test_updates_that_are_skipped_in_a_row_end_the_run(data, tmp_path, monkeypat
     assert error.value.__notes__ == [f"{path} is the newest checkpoint; 1 steps after it are not saved"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_gradients_are_never_finite_says_what_is_saved_and_draws_no_curves(
         data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("step.SKIPS", 3)
@@ -381,6 +387,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(data, whole, tmp_path
     assert log_of(whole) == before
 
 
+@pytest.mark.slow
 def test_two_datasets_are_mixed_by_share_and_resumed_exactly(data, tmp_path):
     other = shapes_dataset(tmp_path / "data", clips=61)
     cfg = replace(config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0), data=(data, other), mix=(1.0, 3.0))
@@ -421,6 +428,7 @@ def test_a_window_that_covers_the_grid_is_dense(data, whole, tmp_path):
     close(log_of(tmp_path / "run")[:3], log_of(whole)[:3], 1e-4, "loss", "grad_norm")
 
 
+@pytest.mark.slow
 def test_a_window_shrinks_and_each_checkpoint_says_which_it_has_come_to(data, tmp_path):
     cfg = config(data, tmp_path / "run", steps=6, save_every=2, window=(1, 1, 1), tile=(2, 2, 2), window_steps=4,
                  dense_ends=1, **QUIET)
@@ -435,6 +443,7 @@ def test_a_window_shrinks_and_each_checkpoint_says_which_it_has_come_to(data, tm
     assert halfway == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_validation_forwards_no_more_than_a_micro_batch(data, tmp_path, monkeypatch):
     sizes = spied(monkeypatch, DiT, "forward", lambda v, net, x, *rest, **more: (torch.is_grad_enabled(), len(x)))
     run(train.main, config(data, tmp_path / "run", steps=1, micro_batch=2, samples=4))

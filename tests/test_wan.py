@@ -175,6 +175,7 @@ def test_weights_and_films_become_a_model_that_diffusers_samples_alike(wan, trai
     assert not near(other_times, mine.latents, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_student_of_it_is_sampled_alike_by_diffusers_stochastic_sampler(wan, data, trained, tmp_path):
     out = tmp_path / "run"
     run(distill.main, distill.Config(teacher=trained, data=data, out=str(out), vae=wan, student_every=1, samples=1))
@@ -187,6 +188,7 @@ def test_a_student_of_it_is_sampled_alike_by_diffusers_stochastic_sampler(wan, d
     assert not near(undistilled, mine.latents, 1e-2)
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_on_the_pipeline_is_loaded_onto_it_by_diffusers(wan, data, tmp_path):
     pytest.importorskip("peft")
     out = str(tmp_path / "run")
@@ -201,6 +203,7 @@ def test_an_adapter_trained_on_the_pipeline_is_loaded_onto_it_by_diffusers(wan, 
     assert not near(base, mine.latents, 1e-3)
 
 
+@pytest.mark.slow
 def test_prompts_and_the_pipeline_alone_make_a_student_that_is_an_adapter_of_it(wan, tmp_path):
     pytest.importorskip("peft")
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
@@ -217,6 +220,7 @@ def test_prompts_and_the_pipeline_alone_make_a_student_that_is_an_adapter_of_it(
     assert not near(base, mine.latents, 1e-3)
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_sampled_as_it_comes_with_an_adapter_of_diffusers_on_top(wan, tmp_path, monkeypatch):
     from diffusers.training_utils import _collate_lora_metadata
     peft = pytest.importorskip("peft")
