@@ -36,7 +36,7 @@ import flags
 import parallel
 import shapes
 from data import DTYPES, crc32_of, listed, stream, stride
-from store import Journals, Nothing, Writer, check_settings, text_crc32, write_whole
+from store import Journals, Nothing, Writer, check_settings, text_crc32, unit_of, write_whole
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ def main(cfg):
     names = source.names(writer.done)
     mine = names[world.rank::world.size]
     todo = [work for name in mine if (work := work_on(name, source, writer.done, coder.spec))]
+    before = ""
+    if len(todo) < len(mine):
+        before = f", {len(mine) - len(todo):,} of rank 0's {len(mine):,} done before"
     if world.rank == 0:
         todo = gone(names, source, writer.done) + todo
         for name, reason in source.passed.items():
             world.say(f"skipped {Path(cfg.videos) / name}: {reason}")
-    before = ""
-    if len(todo) < len(mine):
-        before = f", {len(mine) - len(todo):,} of rank 0's {len(mine):,} done before"
     world.say(f"{len(names):,} {kind} -> {cfg.out}{before}")
 
     reasons, changed = [], []
@@ -240,7 +240,8 @@ def fingerprint(path, before, head):
 
 def gone(names, source, done):
     """What is stored and not there any more. A folder that could not be listed is no reason to think so."""
-    missing = [name for name in done.others(names) if source.passed.keys().isdisjoint(above(name))]
+    unread = {name for name, why in source.passed.items() if why.startswith("unreadable")}
+    missing = [name for name in done.others(names) if unread.isdisjoint(above(name))]
     return [Work(name, GONE, done.stored(name).edition + 1) for name in missing]
 
 
@@ -496,8 +497,13 @@ def videos(cfg, coder, embed):
     root, sizes = Path(cfg.videos), parse(cfg.sizes)
     captions = films.captions(root)
     found, passed = films.listed(root)
-    # looking at those names them as missing
+    # a file that a list names is one of ours, whatever it is called; looking at those names what is missing
+    passed = {name: why for name, why in passed.items() if films.compose(name) not in captions}
     found += captions.keys() - {films.compose(name) for name in found}
+    for name in found:
+        if unit_of(name) != name:
+            passed[name] = "its name ends as a clip's key does: rename it"
+    found = [name for name in found if name not in passed]
     if not found:
         others = "".join(f"; {name}: {reason}" for name, reason in list(passed.items())[:3])
         raise ValueError(f"no films in {root}: their names would end in "

@@ -687,6 +687,45 @@ def test_what_cannot_be_read_now_is_not_gone(tmp_path, monkeypatch, capsys):
     assert told(capsys) == "1 gone: d.mp4"
 
 
+@pytest.mark.parametrize("becomes, why", [("a.mp4", "the same as a.mp4"), ("nothing", "a link that leads nowhere")])
+def test_a_film_that_is_now_a_link_to_another_or_to_nothing_is_gone(tmp_path, capsys, becomes, why):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    (root / "b.mp4").unlink()
+    (root / "b.mp4").symlink_to(root / becomes)
+    capsys.readouterr()
+    assert [row[0] for row in stored(run(**flags))] == ["a.mp4", "c.mp4", "d.mp4"]
+    said = capsys.readouterr().out
+    assert "1 gone: b.mp4" in said
+    assert f"b.mp4: {why}" in said
+
+
+def test_what_a_list_names_is_used_whatever_it_is_called(tmp_path, capsys):
+    root = tmp_path / "films"
+    for name in ("a.mp4", ".b.mp4", "c.mp4"):
+        tiny_film(root / name)
+    (root / "c.mp4").rename(root / "c.m1v")
+    listed = [json.dumps({"file": name, "caption": name}) for name in ("a.mp4", ".b.mp4", "c.m1v")]
+    (root / "captions.jsonl").write_text("\n".join(listed))
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    assert [row[0] for row in stored(run(**flags))] == [".b.mp4", "a.mp4", "c.m1v"]
+    assert "skipped" not in capsys.readouterr().out
+    (root / "captions.jsonl").write_text(listed[0])
+    assert [row[0] for row in stored(run(**flags))] == ["a.mp4"]
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_name_like_the_key_of_a_clip_is_not_taken_for_one(tmp_path, capsys):
+    root = tmp_path / "films"
+    for name in ("a", "a #1", "a #2"):
+        tiny_film(root / f"{name}.mp4", f"film {name}")
+        (root / f"{name}.mp4").rename(root / name)
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    assert [row[0] for row in stored(run(**flags))] == ["a"]
+    assert "a #1: its name ends as a clip's key does: rename it" in capsys.readouterr().out
+
+
 def test_a_film_that_comes_back_is_made_again(tmp_path):
     root = four_films(tmp_path / "films")
     flags = dict(videos=root, out=tmp_path / "set", **SMALL)
