@@ -44,7 +44,7 @@ class Config:
     """Make a dataset of moving shapes, or of --videos, --prompts or --parquet. Flags left None take their DEFAULTS."""
 
     # what
-    videos: str | None = None           # folder of films; captions in NAME.txt or captions.jsonl
+    videos: str | None = None           # folder of films; captions in NAME.txt, .jsonl or .csv
     prompts: str | None = None          # file with a prompt per line, for a dataset without latents
     parquet: str | None = None          # folder of parquet files from FastVideo's preprocessing
     clips: int = 4000                   # how many moving shapes to draw, without these three
@@ -55,7 +55,7 @@ class Config:
 
     # clips
     sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; films are cropped to the nearest
-    frames: int | tuple[int, ...] | None = None     # frames per clip; of several, the most it fills
+    frames: int | tuple[int, ...] | None = None     # of a clip; several: the most it fills; 1: stills
     fps: float | None = None                        # frames per second of clips, whatever the film's
     cuts: Literal["first", "all"] = "first"         # a film's first clip; all: the longest that fit
     caption: str | None = None                      # caption of films without one; None = skip these
@@ -651,9 +651,9 @@ def foretell(cfg, coder, kind, source):
     names = source.names(done)
     todo = [work for name in names if (work := work_on(name, source, done, coder.spec))]
     lost = gone(names, source, done)
-    found, examples, reasons = Counter(), {}, []
+    found, examples, reasons, what = Counter(), {}, [], Counter({GONE: len(lost)})
     for work in todo:
-        reason = work.reason
+        reason, becomes = work.reason, work.what
         try:
             if work.what in (NEW, BEGUN, REPLACED):
                 source.look(work.name)
@@ -663,12 +663,13 @@ def foretell(cfg, coder, kind, source):
         except (ValueError, OSError) as error:
             reason = str(error)
         if reason:
+            becomes = GONE if becomes in (GONE, REPLACED) else UNREADABLE
             reasons.append(reason)
             print(f"skipped {work.name}: {reason}")
+        what[becomes] += 1
     for name, reason in source.passed.items():
         print(f"skipped {Path(cfg.videos) / name}: {reason}")
 
-    what = Counter(work.what for work in todo + lost)
     print(f"{len(names):,} {kind} -> {cfg.out}: "
           f"{len(names) - len(todo):,} stored as they should be, "
           f"{what[NEW] + what[BEGUN]:,} to make, {what[REPLACED]:,} replaced, "
@@ -729,8 +730,7 @@ def resolve(cfg):
         needed = "--text=PATH" if kind == "prompts" else "--text=PATH and --vae=PATH"
         raise ValueError(f"--codec=wan needs {needed}, "
                          "each a folder or hub id of a diffusers pipeline")
-    if cfg.clips < 1 or cfg.fps is not None and cfg.fps <= 0:
-        raise ValueError(f"--clips={cfg.clips} --fps={cfg.fps}: both are above 0")
+    flags.at_least(cfg, 1, "clips")
 
     path = Path(asdict(cfg)[kind]) if sources else Path("shapes")
     if sources and not (path.is_file() if kind == "prompts" else path.is_dir()):
@@ -739,6 +739,10 @@ def resolve(cfg):
     row = DEFAULTS["shapes" if kind == "shapes" and cfg.codec == "dct" else cfg.codec]
     row = row | {"out": f"data/{path.resolve().stem}"}
     cfg = replace(cfg, **{name: value for name, value in row.items() if asdict(cfg)[name] is None})
+    flags.above(cfg, 0, "fps")
+    flags.at_least(cfg, 1, "text_length")
+    if not cfg.sizes:
+        raise ValueError("--sizes takes one size or several, such as --sizes 64x64 64x96")
     frames = sorted(set(lengths(cfg)))
     if not frames:
         raise ValueError("--frames takes one number or several, such as --frames 1 17")

@@ -1,6 +1,7 @@
 """prepare.py from each of its sources to a dataset that Latents reads. Run: pytest tests/test_prepare.py"""
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -492,7 +493,7 @@ def test_a_dry_run_says_what_would_be_skipped_and_why(folder, tmp_path, capsys):
     for line in real.splitlines():
         if line.startswith("skipped"):
             assert line.split(":")[0] in out, line
-    assert "5 to skip" in out and "1 skipped: too short" in out
+    assert "6 to make" in out and "5 to skip" in out and "1 skipped: too short" in out
 
 
 def test_a_dry_run_of_a_dataset_that_is_there_says_what_would_change(tmp_path, capsys):
@@ -1035,7 +1036,11 @@ def test_fastvideo_parquet_is_converted_as_its_dtype_column_says(pipeline, tmp_p
     (dict(frames=16), "--frames=16: dct takes 1 + a multiple of 4, such as 17"),
     (dict(negative="bad " * 9), "a prompt of 9 words, and this codec takes 7"),
     (dict(fps=0), "--fps=0"),
+    (dict(fps=math.nan), "--fps=nan is not above 0"),
+    (dict(fps=math.inf), "--fps=inf is not above 0"),
     (dict(clips=0), "--clips=0"),
+    (dict(sizes=()), "--sizes takes one size or several, such as --sizes 64x64 64x96"),
+    (dict(text_length=0), "--text_length=0 is not 1 or more"),
     (dict(videos="tests"), "no films in tests: their names would end in .264"),
 ])
 def test_flags_that_cannot_be_are_refused_before_anything_is_written(flags, words, tmp_path, capsys, monkeypatch):
@@ -1051,6 +1056,16 @@ def test_a_dataset_begun_with_other_settings_is_left_alone(tmp_path, capsys):
     assert "frames was 17 and is now 9" in refused(capsys, clips=3, out=tmp_path / "set", frames=9)
     (tmp_path / "set/.owner").unlink()
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+
+
+def test_what_was_done_before_is_counted_without_what_is_gone(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    (root / "a.mp4").unlink()
+    capsys.readouterr()
+    run(**flags)
+    assert "3 of rank 0's 3 done before" in capsys.readouterr().out
 
 
 def test_two_processes_do_not_write_one_dataset(tmp_path, capsys):
