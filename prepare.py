@@ -513,8 +513,8 @@ def videos(cfg, coder, embed):
         beside = (root / name).with_suffix(".txt")
         caption = captions.get(films.compose(name))
         if beside.exists():
-            other, caption = caption, films.read_text(beside).strip()
-            if other and caption not in ("", other):
+            other, caption = caption, films.read_text(beside).strip() or caption
+            if other and caption != other:
                 raise ValueError(f"two captions, {caption!r} in {beside.name} and {other!r} in a list")
         if not caption:
             caption = cfg.caption

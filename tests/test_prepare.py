@@ -29,7 +29,7 @@ from conftest import ROOT
 from data import Latents
 from prepare import Config
 from test_codec import pipeline  # noqa: F401 (a fixture)
-from test_films import film
+from test_films import film, steady
 
 
 
@@ -652,6 +652,28 @@ def test_a_film_that_was_only_touched_is_the_same(tmp_path, capsys, work):
     work["head"].clear()
     run(videos=root, out=tmp_path / "set", **SMALL)
     assert work["head"] == [] and (tmp_path / "set/manifest.json").read_bytes() == before
+
+
+def test_a_film_of_the_same_size_and_beginning_is_known_as_another(tmp_path, capsys):
+    pictures = np.random.default_rng(0).integers(0, 256, (69, 64, 64, 3), dtype=np.uint8)
+    (tmp_path / "films").mkdir()
+    path = steady(tmp_path / "films/a.avi", pictures, "rawvideo")
+    path.with_suffix(".txt").write_text("a film")
+    flags = dict(videos=tmp_path / "films", out=tmp_path / "set", sizes=("16x16",), frames=69)
+    before, size = stored(run(**flags)), path.stat().st_size
+    pictures[55:] = 255 - pictures[55:]
+    steady(path, pictures, "rawvideo")
+    capsys.readouterr()
+    assert path.stat().st_size == size
+    assert not equal(stored(run(**flags)), before)
+    assert "1 film replaced: a.avi" in capsys.readouterr().out
+
+
+def test_an_empty_text_beside_a_film_leaves_it_the_caption_of_a_list(tmp_path):
+    tiny_film(tmp_path / "films/a.mp4")
+    (tmp_path / "films/a.txt").touch()
+    (tmp_path / "films/captions.csv").write_text("file,caption\na.mp4,from a list\n")
+    assert stored(run(videos=tmp_path / "films", out=tmp_path / "set", **SMALL))[0][1] == "from a list"
 
 
 def test_a_film_that_was_replaced_by_one_that_cannot_be_used_is_dropped(tmp_path, capsys):
