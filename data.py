@@ -305,7 +305,8 @@ class Folder:
 class Latents:
     """Datasets in training order: `at(step)` gives this rank's micro-batches, while a thread prepares the next step's.
 
-    path: a folder, or several of one codec, whose ids follow one another; latents of all are normalised as the first's.
+    path: a folder, or several of one codec, whose ids follow one another; latents of all are normalised as the first's
+    that is not of stills alone.
     mix: each one's share of the batches, in any unit; None = by their sizes. batch: samples per update, over all ranks;
     micro_batch: samples per forward, None = a rank's whole share; rank and world: among data ranks; val: samples to
     hold out of training; device: where `at` puts its tensors and where `null` is. All other methods give CPU tensors,
@@ -323,9 +324,13 @@ class Latents:
 
         paths = [path] if isinstance(path, str | Path) else list(path)
         self.folders = [Folder(path) for path in paths]
-        self.manifest = self.folders[0].manifest
-        for other in self.folders[1:]:
+        # channels of motion are constant in stills: divided by their std, clips would be enormous
+        moving = [folder for folder in self.folders if any(shape[1] > 1 for shape in folder.shapes)]
+        self.manifest = (moving + self.folders)[0].manifest
+        for i, other in enumerate(self.folders[1:], 1):
             check_alike(self.folders[0], other)
+            if other.content in [folder.content for folder in self.folders[:i]]:
+                raise ValueError(f"{other.path} is given twice: --mix takes the share of each dataset")
         self.begin = np.cumsum([0] + [folder.count for folder in self.folders]).tolist()
         self.count = self.begin[-1]
         self.shapes = [shape for folder in self.folders for shape in folder.shapes]
@@ -535,10 +540,11 @@ def holds_latents(manifest):
 def check_alike(first, other):
     """Refuses a dataset that cannot be mixed with the first."""
     def described(folder):
-        text = folder.manifest["text"]
-        null = zlib.crc32(raw(folder.null()))
-        return {"codec": folder.manifest["codec"], "text length": text["length"],
-                "null text (--negative)": null, "latents": holds_latents(folder.manifest)}
+        about = {"codec": folder.manifest["codec"], "text length": folder.manifest["text"]["length"],
+                 "null text (--negative)": zlib.crc32(raw(folder.null())), "latents": holds_latents(folder.manifest)}
+        if all(any(frames > 1 for _, frames, _, _ in some.shapes) for some in (first, other)):
+            about["fps"] = folder.manifest["fps"]       # of stills it says nothing
+        return about
 
     wanted, found = described(first), described(other)
     for name, value in found.items():
@@ -642,11 +648,15 @@ def check_crc32(path, name, manifest):
 
 
 def crc32_of(path, most=None):
-    """CRC32 of a file's content, which is not held, or of its first `most` bytes."""
+    """CRC32 of a file's content, which is not held, or of its first `most` bytes and a page from each 16th of it."""
     crc = 0
     with open(path, "rb") as file:
         if most is not None:
-            return zlib.crc32(file.read(most))
+            crc, size = zlib.crc32(file.read(most)), os.fstat(file.fileno()).st_size
+            for i in range(1, 17):      # films of a constant rate may begin alike and be as long
+                file.seek(max(most, (size - PAGE) * i // 16))
+                crc = zlib.crc32(file.read(PAGE), crc)
+            return crc
         while block := file.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc

@@ -62,8 +62,14 @@ def listed(root):
         except UnicodeEncodeError:
             passed[ascii(name)] = "its name is not in UTF-8"
             continue
-        except (OSError, ValueError) as error:
-            passed[name] = getattr(error, "strerror", None) or str(error)
+        except FileNotFoundError:
+            passed[name] = "a link that leads nowhere"
+            continue
+        except OSError as error:
+            passed[name] = f"unreadable: {error.strerror}"      # what lies there may be as it was
+            continue
+        except ValueError as reason:
+            passed[name] = str(reason)
             continue
         films = films_among([entry.name for entry in entries])
         for entry in reversed(entries):

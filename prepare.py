@@ -36,7 +36,7 @@ import flags
 import parallel
 import shapes
 from data import DTYPES, crc32_of, listed, stream, stride
-from store import Journals, Nothing, Writer, check_settings, text_crc32, write_whole
+from store import Journals, Nothing, Writer, check_settings, text_crc32, unit_of, write_whole
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Config:
     """Make a dataset of moving shapes, or of --videos, --prompts or --parquet. Flags left None take their DEFAULTS."""
 
     # what
-    videos: str | None = None           # folder of films; captions in NAME.txt or captions.jsonl
+    videos: str | None = None           # folder of films; captions in NAME.txt, .jsonl or .csv
     prompts: str | None = None          # file with a prompt per line, for a dataset without latents
     parquet: str | None = None          # folder of parquet files from FastVideo's preprocessing
     clips: int = 4000                   # how many moving shapes to draw, without these three
@@ -55,7 +55,7 @@ class Config:
 
     # clips
     sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; films are cropped to the nearest
-    frames: int | tuple[int, ...] | None = None     # frames per clip; of several, the most it fills
+    frames: int | tuple[int, ...] | None = None     # of a clip; several: the most it fills; 1: stills
     fps: float | None = None                        # frames per second of clips, whatever the film's
     cuts: Literal["first", "all"] = "first"         # a film's first clip; all: the longest that fit
     caption: str | None = None                      # caption of films without one; None = skip these
@@ -108,13 +108,13 @@ def main(cfg):
     names = source.names(writer.done)
     mine = names[world.rank::world.size]
     todo = [work for name in mine if (work := work_on(name, source, writer.done, coder.spec))]
+    before = ""
+    if len(todo) < len(mine):
+        before = f", {len(mine) - len(todo):,} of rank 0's {len(mine):,} done before"
     if world.rank == 0:
         todo = gone(names, source, writer.done) + todo
         for name, reason in source.passed.items():
             world.say(f"skipped {Path(cfg.videos) / name}: {reason}")
-    before = ""
-    if len(todo) < len(mine):
-        before = f", {len(mine) - len(todo):,} of rank 0's {len(mine):,} done before"
     world.say(f"{len(names):,} {kind} -> {cfg.out}{before}")
 
     reasons, changed = [], []
@@ -240,7 +240,8 @@ def fingerprint(path, before, head):
 
 def gone(names, source, done):
     """What is stored and not there any more. A folder that could not be listed is no reason to think so."""
-    missing = [name for name in done.others(names) if source.passed.keys().isdisjoint(above(name))]
+    unread = {name for name, why in source.passed.items() if why.startswith("unreadable")}
+    missing = [name for name in done.others(names) if unread.isdisjoint(above(name))]
     return [Work(name, GONE, done.stored(name).edition + 1) for name in missing]
 
 
@@ -496,8 +497,13 @@ def videos(cfg, coder, embed):
     root, sizes = Path(cfg.videos), parse(cfg.sizes)
     captions = films.captions(root)
     found, passed = films.listed(root)
-    # looking at those names them as missing
+    # a file that a list names is one of ours, whatever it is called; looking at those names what is missing
+    passed = {name: why for name, why in passed.items() if films.compose(name) not in captions}
     found += captions.keys() - {films.compose(name) for name in found}
+    for name in found:
+        if unit_of(name) != name:
+            passed[name] = "its name ends as a clip's key does: rename it"
+    found = [name for name in found if name not in passed]
     if not found:
         others = "".join(f"; {name}: {reason}" for name, reason in list(passed.items())[:3])
         raise ValueError(f"no films in {root}: their names would end in "
@@ -507,8 +513,8 @@ def videos(cfg, coder, embed):
         beside = (root / name).with_suffix(".txt")
         caption = captions.get(films.compose(name))
         if beside.exists():
-            other, caption = caption, films.read_text(beside).strip()
-            if other and caption not in ("", other):
+            other, caption = caption, films.read_text(beside).strip() or caption
+            if other and caption != other:
                 raise ValueError(f"two captions, {caption!r} in {beside.name} and {other!r} in a list")
         if not caption:
             caption = cfg.caption
@@ -645,9 +651,9 @@ def foretell(cfg, coder, kind, source):
     names = source.names(done)
     todo = [work for name in names if (work := work_on(name, source, done, coder.spec))]
     lost = gone(names, source, done)
-    found, examples, reasons = Counter(), {}, []
+    found, examples, reasons, what = Counter(), {}, [], Counter({GONE: len(lost)})
     for work in todo:
-        reason = work.reason
+        reason, becomes = work.reason, work.what
         try:
             if work.what in (NEW, BEGUN, REPLACED):
                 source.look(work.name)
@@ -657,12 +663,13 @@ def foretell(cfg, coder, kind, source):
         except (ValueError, OSError) as error:
             reason = str(error)
         if reason:
+            becomes = GONE if becomes in (GONE, REPLACED) else UNREADABLE
             reasons.append(reason)
             print(f"skipped {work.name}: {reason}")
+        what[becomes] += 1
     for name, reason in source.passed.items():
         print(f"skipped {Path(cfg.videos) / name}: {reason}")
 
-    what = Counter(work.what for work in todo + lost)
     print(f"{len(names):,} {kind} -> {cfg.out}: "
           f"{len(names) - len(todo):,} stored as they should be, "
           f"{what[NEW] + what[BEGUN]:,} to make, {what[REPLACED]:,} replaced, "
@@ -723,8 +730,7 @@ def resolve(cfg):
         needed = "--text=PATH" if kind == "prompts" else "--text=PATH and --vae=PATH"
         raise ValueError(f"--codec=wan needs {needed}, "
                          "each a folder or hub id of a diffusers pipeline")
-    if cfg.clips < 1 or cfg.fps is not None and cfg.fps <= 0:
-        raise ValueError(f"--clips={cfg.clips} --fps={cfg.fps}: both are above 0")
+    flags.at_least(cfg, 1, "clips")
 
     path = Path(asdict(cfg)[kind]) if sources else Path("shapes")
     if sources and not (path.is_file() if kind == "prompts" else path.is_dir()):
@@ -733,6 +739,10 @@ def resolve(cfg):
     row = DEFAULTS["shapes" if kind == "shapes" and cfg.codec == "dct" else cfg.codec]
     row = row | {"out": f"data/{path.resolve().stem}"}
     cfg = replace(cfg, **{name: value for name, value in row.items() if asdict(cfg)[name] is None})
+    flags.above(cfg, 0, "fps")
+    flags.at_least(cfg, 1, "text_length")
+    if not cfg.sizes:
+        raise ValueError("--sizes takes one size or several, such as --sizes 64x64 64x96")
     frames = sorted(set(lengths(cfg)))
     if not frames:
         raise ValueError("--frames takes one number or several, such as --frames 1 17")
@@ -775,6 +785,8 @@ def spec_of(cfg, coder):
     for name in ("videos", "prompts", "parquet", "shape"):
         if asdict(cfg)[name]:
             spec[name] = asdict(cfg)[name]
+    for name in {"videos", "prompts", "parquet"} & spec.keys():
+        spec[name] = str(Path(spec[name]))              # a slash at the end changes nothing
     if not cfg.prompts and not cfg.parquet:
         spec |= {"sizes": cfg.sizes, "frames": cfg.frames, "cuts": cfg.cuts, "seed": cfg.seed}
     return spec

@@ -355,7 +355,7 @@ def resolve(cfg):
     flags.at_least(cfg, 1, "steps", "batch", "keep")
     flags.above(cfg, 0, "shift")
     flags.check_run(cfg)
-    if cfg.mix and len(cfg.mix) != len(cfg.data) or min(cfg.mix, default=1) <= 0:
+    if cfg.mix and (len(cfg.mix) != len(cfg.data) or not all(0 < share < math.inf for share in cfg.mix)):
         raise ValueError(f"--mix {' '.join(map(str, cfg.mix))}: each of --data {' '.join(cfg.data)} gets one above 0")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")

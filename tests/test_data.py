@@ -233,6 +233,18 @@ def test_ids_of_several_datasets_follow_one_another_and_are_normalised_as_the_fi
     assert both.shape_of(60) == STILL
 
 
+def test_clips_are_not_normalised_as_stills_whichever_dataset_comes_first(two):
+    turned, clips = opened(two[::-1]), opened(two[0])
+    assert torch.equal(turned.sample([300])[0], clips.sample([0])[0])
+    assert turned.manifest == clips.manifest
+
+
+def test_a_dataset_that_is_given_twice_is_refused(two, tmp_path):
+    copy = shutil.copytree(two[0], tmp_path / "copy")
+    with pytest.raises(ValueError, match="copy is given twice: --mix"):
+        opened([*two, copy])
+
+
 def test_each_of_several_datasets_gets_its_share_of_the_batches(two):
     stills = [opened(two, mix=mix).batch_ids(step)[1][0] >= 60 for mix in (None, (3, 1)) for step in range(200)]
     assert sum(stills[:200]) / 200 == pytest.approx(300 / 360, abs=0.02)
@@ -267,6 +279,7 @@ def test_what_a_run_knows_several_datasets_by_changes_with_each_and_with_their_o
 @pytest.mark.parametrize("change, said", [
     (dict(codec=CODEC | {"name": "other"}), "the codec of one"),
     (dict(codec=CODEC | {"text_length": 6}), "the codec of one"),
+    (dict(fps=16), "the fps of one is 16"),
     (dict(shape=[4, 3, 2, 2]), "the latents of one is False"),
 ])
 def test_datasets_that_do_not_go_together_are_named(dataset, tmp_path, change, said):

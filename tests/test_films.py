@@ -714,7 +714,7 @@ def test_links_are_followed_and_nothing_is_listed_twice(tmp_path):
     assert passed.pop("z/loop") == f"the same as {root}"
     assert passed.pop("again.mp4") == "the same as z/b.mp4"
     assert passed.pop("z/hard.mp4") == "the same as a.mp4"
-    assert passed.pop("gone.mp4") == "No such file or directory"
+    assert passed.pop("gone.mp4") == "a link that leads nowhere"
     assert "symbolic links" in passed.pop("itself.mp4")
     assert passed.pop("pipe.mp4") == "neither a file nor a folder"
     assert passed == {"one.mp4": "the same as far/c.mp4"}
@@ -742,7 +742,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    assert films.listed(tmp_path) == (["a.mp4"], {"below": "Permission denied"})
+    assert films.listed(tmp_path) == (["a.mp4"], {"below": "unreadable: Permission denied"})
 
 
 # ------------------------------------------------------------------------------------------------------------ captions

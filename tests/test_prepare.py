@@ -1,6 +1,7 @@
 """prepare.py from each of its sources to a dataset that Latents reads. Run: pytest tests/test_prepare.py"""
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from conftest import ROOT
 from data import Latents
 from prepare import Config
 from test_codec import pipeline  # noqa: F401 (a fixture)
-from test_films import film
+from test_films import film, steady
 
 
 
@@ -493,7 +494,7 @@ def test_a_dry_run_says_what_would_be_skipped_and_why(folder, tmp_path, capsys):
     for line in real.splitlines():
         if line.startswith("skipped"):
             assert line.split(":")[0] in out, line
-    assert "5 to skip" in out and "1 skipped: too short" in out
+    assert "6 to make" in out and "5 to skip" in out and "1 skipped: too short" in out
 
 
 def test_a_dry_run_of_a_dataset_that_is_there_says_what_would_change(tmp_path, capsys):
@@ -654,6 +655,28 @@ def test_a_film_that_was_only_touched_is_the_same(tmp_path, capsys, work):
     assert work["head"] == [] and (tmp_path / "set/manifest.json").read_bytes() == before
 
 
+def test_a_film_of_the_same_size_and_beginning_is_known_as_another(tmp_path, capsys):
+    pictures = np.random.default_rng(0).integers(0, 256, (69, 64, 64, 3), dtype=np.uint8)
+    (tmp_path / "films").mkdir()
+    path = steady(tmp_path / "films/a.avi", pictures, "rawvideo")
+    path.with_suffix(".txt").write_text("a film")
+    flags = dict(videos=tmp_path / "films", out=tmp_path / "set", sizes=("16x16",), frames=69)
+    before, size = stored(run(**flags)), path.stat().st_size
+    pictures[55:] = 255 - pictures[55:]
+    steady(path, pictures, "rawvideo")
+    capsys.readouterr()
+    assert path.stat().st_size == size
+    assert not equal(stored(run(**flags)), before)
+    assert "1 film replaced: a.avi" in capsys.readouterr().out
+
+
+def test_an_empty_text_beside_a_film_leaves_it_the_caption_of_a_list(tmp_path):
+    tiny_film(tmp_path / "films/a.mp4")
+    (tmp_path / "films/a.txt").touch()
+    (tmp_path / "films/captions.csv").write_text("file,caption\na.mp4,from a list\n")
+    assert stored(run(videos=tmp_path / "films", out=tmp_path / "set", **SMALL))[0][1] == "from a list"
+
+
 def test_a_film_that_was_replaced_by_one_that_cannot_be_used_is_dropped(tmp_path, capsys):
     root = four_films(tmp_path / "films")
     flags = dict(videos=root, out=tmp_path / "set", **SMALL)
@@ -686,6 +709,45 @@ def test_what_cannot_be_read_now_is_not_gone(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert [row[0] for row in stored(run(**flags))] == ["a.mp4", "b.mp4", "below/e.mp4", "c.mp4"]
     assert told(capsys) == "1 gone: d.mp4"
+
+
+@pytest.mark.parametrize("becomes, why", [("a.mp4", "the same as a.mp4"), ("nothing", "a link that leads nowhere")])
+def test_a_film_that_is_now_a_link_to_another_or_to_nothing_is_gone(tmp_path, capsys, becomes, why):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    (root / "b.mp4").unlink()
+    (root / "b.mp4").symlink_to(root / becomes)
+    capsys.readouterr()
+    assert [row[0] for row in stored(run(**flags))] == ["a.mp4", "c.mp4", "d.mp4"]
+    said = capsys.readouterr().out
+    assert "1 gone: b.mp4" in said
+    assert f"b.mp4: {why}" in said
+
+
+def test_what_a_list_names_is_used_whatever_it_is_called(tmp_path, capsys):
+    root = tmp_path / "films"
+    for name in ("a.mp4", ".b.mp4", "c.mp4"):
+        tiny_film(root / name)
+    (root / "c.mp4").rename(root / "c.m1v")
+    listed = [json.dumps({"file": name, "caption": name}) for name in ("a.mp4", ".b.mp4", "c.m1v")]
+    (root / "captions.jsonl").write_text("\n".join(listed))
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    assert [row[0] for row in stored(run(**flags))] == [".b.mp4", "a.mp4", "c.m1v"]
+    assert "skipped" not in capsys.readouterr().out
+    (root / "captions.jsonl").write_text(listed[0])
+    assert [row[0] for row in stored(run(**flags))] == ["a.mp4"]
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_name_like_the_key_of_a_clip_is_not_taken_for_one(tmp_path, capsys):
+    root = tmp_path / "films"
+    for name in ("a", "a #1", "a #2"):
+        tiny_film(root / f"{name}.mp4", f"film {name}")
+        (root / f"{name}.mp4").rename(root / name)
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    assert [row[0] for row in stored(run(**flags))] == ["a"]
+    assert "a #1: its name ends as a clip's key does: rename it" in capsys.readouterr().out
 
 
 def test_a_film_that_comes_back_is_made_again(tmp_path):
@@ -1001,7 +1063,11 @@ def test_fastvideo_parquet_is_converted_as_its_dtype_column_says(pipeline, tmp_p
     (dict(frames=16), "--frames=16: dct takes 1 + a multiple of 4, such as 17"),
     (dict(negative="bad " * 9), "a prompt of 9 words, and this codec takes 7"),
     (dict(fps=0), "--fps=0"),
+    (dict(fps=math.nan), "--fps=nan is not above 0"),
+    (dict(fps=math.inf), "--fps=inf is not above 0"),
     (dict(clips=0), "--clips=0"),
+    (dict(sizes=()), "--sizes takes one size or several, such as --sizes 64x64 64x96"),
+    (dict(text_length=0), "--text_length=0 is not 1 or more"),
     (dict(videos="tests"), "no films in tests: their names would end in .264"),
 ])
 def test_flags_that_cannot_be_are_refused_before_anything_is_written(flags, words, tmp_path, capsys, monkeypatch):
@@ -1017,6 +1083,16 @@ def test_a_dataset_begun_with_other_settings_is_left_alone(tmp_path, capsys):
     assert "frames was 17 and is now 9" in refused(capsys, clips=3, out=tmp_path / "set", frames=9)
     (tmp_path / "set/.owner").unlink()
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()}
+
+
+def test_what_was_done_before_is_counted_without_what_is_gone(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    (root / "a.mp4").unlink()
+    capsys.readouterr()
+    run(**flags)
+    assert "3 of rank 0's 3 done before" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -637,6 +637,8 @@ REFUSED = [  # flags, what the message says
     (dict(data=("nowhere",)), "prepare.py"),
     (dict(mix=(1.0, 2.0)), "each of --data"),
     (dict(mix=(0.0,)), "each of --data"),
+    (dict(mix=(math.nan,)), "each of --data"),
+    (dict(mix=(math.inf,)), "each of --data"),
     (dict(model="wan-1.3b"), "tiny"),
     (dict(text_dropout=1.5), "text_dropout"),
     (dict(steps=0), "--steps=0 is not 1 or more"),
