@@ -192,8 +192,7 @@ def main(cfg):
             ckpt.load(origin.path, state, **world.ranks)
             student.counts, critic.counts = origin.counts
         elif cfg.lora_rank:
-            values = new_values(parallel.local_rows(teacher_net), cfg.seed)
-            ckpt.fill(student.rows | critic.rows, values, **world.ranks)
+            ckpt.fill(student.rows | critic.rows, new_values(parallel.local_rows(critic_net), cfg.seed), **world.ranks)
             start_average(student)
         else:
             ckpt.fill(student.rows, origin.weights, **world.ranks)

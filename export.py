@@ -161,8 +161,8 @@ def lora_file(saved, alpha, format):
 def export(out, source, dtype, shard, stem, beside, null):
     """Writes a source's tensors to the folder out, as safetensors of at most `shard` bytes, and checks what it wrote.
 
-    Several files get the index that diffusers and Wan have. beside: {name: JSON} of further files; null: the null text. out must not exist
-    or be empty (FileExistsError) and appears only when complete and read back bit for bit.
+    Several files get the index that diffusers and Wan have. beside: {name: JSON} of further files; null: the null text.
+    out must not exist or be empty (FileExistsError) and appears only when complete and read back bit for bit.
     """
     out = Path(out)
     part = out.with_name(f"{out.name}.tmp")
