@@ -45,6 +45,10 @@ except ImportError:     # Windows
     fcntl = None
 
 VERSION = 2
+# what a run says of how to sample
+SAMPLING = {"model", "codec", "mean", "std", "fps", "shapes", "text", "window", "tile",
+            "dense_ends", "sampler", "shift", "guidance"}
+NULL = "null_text.pt"   # an export's null text: guidance leads away from it
 TEMPORARY = ".tmp"  # ends the name of a folder that is being written or removed: it is never read
 
 
@@ -209,8 +213,28 @@ def flags_of(out, resume=None):
 
 
 def sampling_of(path):
-    """How to sample from a run's newest checkpoint, or from a checkpoint; None of other weights. See meta_of."""
-    return meta_of(path, path).get("sampling")
+    """How to sample from a run's newest checkpoint, a checkpoint (see meta_of), or what export.py wrote of one.
+
+    None of other weights. ValueError where the file that an export has for it does not say it.
+    """
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent) / "nanovideo.json"
+    if is_ours(path) or not beside.is_file():
+        return meta_of(path, path).get("sampling")
+    told = read_json(beside)
+    sampling = told.get("sampling") if isinstance(told, dict) else None
+    if not isinstance(sampling, dict) or not sampling.keys() >= SAMPLING:
+        raise ValueError(f"{beside} is not what export.py writes: it lacks how to sample")
+    return sampling
+
+
+def null_of(path, **ranks):
+    """The null text that a run or an export of it was trained with, None of other weights."""
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent) / NULL
+    if is_ours(path):
+        return stored(path, ["null"], **ranks).tensor("null")
+    return torch.load(beside, weights_only=True) if beside.is_file() else None
 
 
 def meta_of(out, other=None):
@@ -269,22 +293,24 @@ def read_manifest(path):
 
 
 @torch.no_grad()
-def fill(rows, source):
+def fill(rows, source, *, rank=0, world=1, agree=identity):
     """Fills the tensors of rows in place, one at a time, cast to their dtype.
 
     source(name, shape, first, last) -> rows [first, last) of that tensor: a Source, which must hold just these names
-    and shapes (ValueError lists the differences), or any function, an initial value say.
+    and shapes (ValueError lists the differences), or any function, an initial value say. Where ranks fill rows of their
+    own, what one cannot read is an error on all.
     """
-    if isinstance(source, Source):
-        wanted = {name: tuple(shape) for name, (_, _, shape) in rows.items()}
-        match(wanted, source.shapes, source.origin)
-    for name, (tensor, first, shape) in rows.items():
-        if tensor.numel():
-            value = source(name, tuple(shape), first, first + count(tensor.shape))
-            if value.shape != tensor.shape:
-                raise ValueError(f"{name}: got rows of shape {tuple(value.shape)}, "
-                                 f"wanted {tuple(tensor.shape)}")
-            tensor.copy_(value)
+    with together(agree, "the weights"):
+        if isinstance(source, Source):
+            wanted = {name: tuple(shape) for name, (_, _, shape) in rows.items()}
+            match(wanted, source.shapes, source.origin)
+        for name, (tensor, first, shape) in rows.items():
+            if tensor.numel():
+                value = source(name, tuple(shape), first, first + count(tensor.shape))
+                if value.shape != tensor.shape:
+                    raise ValueError(f"{name}: got rows of shape {tuple(value.shape)}, "
+                                     f"wanted {tuple(tensor.shape)}")
+                tensor.copy_(value)
 
 
 @contextmanager
@@ -1263,6 +1289,9 @@ def foreign_lora(path):
             continue
         module = f"blocks.{block[1]}.{LINEARS[block[2]]}"
         if part[3]:
+            if math.prod(source.shapes[key]) != 1:
+                raise ValueError(f"{source.origin}: {key} is of shape {source.shapes[key]}, "
+                                 "an alpha is a number")
             alphas[module] = source.tensor(key).item()
         else:
             names[key] = f"{module}.{dict(down='A', up='B').get(part[2], part[2])}"
@@ -1281,7 +1310,7 @@ def foreign_lora(path):
     scales = {}
     for module in modules:
         A, B = source.shapes[f"{module}.A"], source.shapes[f"{module}.B"]
-        if A[0] != B[1]:
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or A[0] == 0:
             raise ValueError(f"{source.origin}: {module} has A of shape {A}, B of shape {B}")
         usual = settings.get("lora_alpha", A[0])
         if settings.get("use_rslora"):
@@ -1294,12 +1323,19 @@ def lora_settings(path):
     """What PEFT says of an adapter, in adapter_config.json or, as diffusers writes it, in the file's own header."""
     parts = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     config = parts[0].with_name("adapter_config.json")
-    if parts[0].name == "adapter_model.safetensors" and config.is_file():
-        told = read_json(config)
-    else:
-        header = opened_file(parts[0]).metadata() or {}
-        told = json.loads(header.get("lora_adapter_metadata", "{}"))
+    alone = len(list(parts[0].parent.glob("*.safetensors"))) == 1      # under whatever name
+    header = opened_file(parts[0]).metadata() or {}
+    where = f"lora_adapter_metadata of {parts[0]}"
+    text = header.get("lora_adapter_metadata", "{}")
+    if config.is_file() and (alone or parts[0].name == "adapter_model.safetensors"):
+        where, text = config, config.read_text(encoding="utf-8-sig")
+    try:
+        told = json.loads(text)
         told = {name.removeprefix("transformer."): value for name, value in told.items()}
+        float(told.get("lora_alpha", 1))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{where} is damaged, it is not the JSON of PEFT's settings: "
+                         f"{error}") from error
     for name in ("alpha_pattern", "use_dora"):
         if told.get(name):
             raise ValueError(f"{path} has {name} {told[name]}, which is not read here")

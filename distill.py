@@ -187,16 +187,16 @@ def main(cfg):
 
     # 3) values: the teacher's; student's and critic's of this run's checkpoint, new adapters', or the teacher's too
     with flags.door(__file__):
-        ckpt.fill(parallel.local_rows(teacher_net, trained=False), origin.weights)
+        ckpt.fill(parallel.local_rows(teacher_net, trained=False), origin.weights, **world.ranks)
         if origin.path:
             ckpt.load(origin.path, state, **world.ranks)
             student.counts, critic.counts = origin.counts
         elif cfg.lora_rank:
-            ckpt.fill(student.rows | critic.rows, new_values(parallel.local_rows(teacher_net), cfg.seed))
+            ckpt.fill(student.rows | critic.rows, new_values(parallel.local_rows(critic_net), cfg.seed), **world.ranks)
             start_average(student)
         else:
-            ckpt.fill(student.rows, origin.weights)
-            ckpt.fill(critic.rows, origin.weights)
+            ckpt.fill(student.rows, origin.weights, **world.ranks)
+            ckpt.fill(critic.rows, origin.weights, **world.ranks)
             start_average(student)
     origin = origin._replace(weights=None)      # closes their files
 
@@ -488,7 +488,7 @@ def samplings(cfg, data, weights):
     made = data.manifest
     width = made["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
-    teacher = weights.sampling
+    teacher = weights.sampling or ckpt.sampling_of(cfg.teacher)
     if teacher is None:
         teacher = made | {"steps": 50, "shift": cfg.shift, "window": None, "tile": cfg.tile, "dense_ends": 0}
     if teacher["text"]["length"] != made["text"]["length"]:

@@ -200,7 +200,7 @@ def sampled(system, coder, captions, cfg, world):
     net = blank(sampling["model"])
     parallel.prepare(net, world, trainable=False)
     with flags.door(__file__):      # weights are read here
-        ckpt.fill(parallel.local_rows(net), source)
+        ckpt.fill(parallel.local_rows(net), source, **world.ranks)
     shape = tuple(sampling["shapes"][0])
     net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
     text = padded(coder.embed(captions), sampling["text"])

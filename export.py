@@ -6,7 +6,8 @@
     wan          Wan's own code, whose names are ours       (it has no LoRA)
 
 Runs on one process, one tensor at a time, whatever number of ranks wrote the checkpoint. The folder appears once it has
-been read back bit for bit; nanovideo.json in it says how to sample. Imports model, ckpt, flags.
+been read back bit for bit; nanovideo.json in it says how to sample, null_text.pt holds the null text, which guidance
+leads away from. Imports model, ckpt, flags.
 """
 import json
 import math
@@ -44,7 +45,8 @@ def main(cfg):
     with flags.door(__file__):
         if cfg.shard_gb <= 0:
             raise ValueError(f"--shard_gb={cfg.shard_gb}: above 0")
-        saved = ckpt.role_of(ckpt.stored(cfg.ckpt, {cfg.weights}), cfg.weights)
+        whole = ckpt.stored(cfg.ckpt, {cfg.weights, "null"})
+        saved = ckpt.role_of(whole, cfg.weights)
         check(saved, cfg)
         meta, step = saved.manifest["meta"], saved.manifest["step"]
         told = {"checkpoint": saved.origin, "step": step, "sampling": saved.sampling}
@@ -65,7 +67,7 @@ def main(cfg):
             source = ckpt.renamed(source, NAMES[cfg.format])
             if cfg.format in CONFIG:
                 beside["config.json"] = CONFIG[cfg.format](config, saved.sampling)
-        export(cfg.out, source, DTYPES[cfg.dtype], shard, stem, beside)
+        export(cfg.out, source, DTYPES[cfg.dtype], shard, stem, beside, whole.tensor("null"))
 
     print(f"{saved.origin}, step {step}: {len(source.shapes)} tensors, read back bit for bit, in")
     for file in sorted(Path(cfg.out).iterdir()):
@@ -156,11 +158,11 @@ def lora_file(saved, alpha, format):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-def export(out, source, dtype, shard, stem, beside):
+def export(out, source, dtype, shard, stem, beside, null):
     """Writes a source's tensors to the folder out, as safetensors of at most `shard` bytes, and checks what it wrote.
 
-    Several files get the index that diffusers and Wan have. beside: {name: JSON} of further files. out must not exist
-    or be empty (FileExistsError) and appears only when complete and read back bit for bit.
+    Several files get the index that diffusers and Wan have. beside: {name: JSON} of further files; null: the null text.
+    out must not exist or be empty (FileExistsError) and appears only when complete and read back bit for bit.
     """
     out = Path(out)
     part = out.with_name(f"{out.name}.tmp")
@@ -177,6 +179,7 @@ def export(out, source, dtype, shard, stem, beside):
                 raise OSError(f"{part}: {name} reads back otherwise than written")
         for name, value in beside.items():
             (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        torch.save(null.clone(), part / ckpt.NULL)
         if out.exists():
             out.rmdir()
         part.rename(out)

@@ -333,6 +333,8 @@ def bind(net, shape, world, window=None, tile=(4, 4, 8), dense_ends=0, lora=None
 
 def blank(name, remat=False, lora={}):
     """The model called `name` on meta: parameters without values. lora {adapter: (rank, alpha)}: see add_lora."""
+    if name not in MODELS:
+        raise ValueError(f"no model is called {name!r}: there are {', '.join(MODELS)}")
     with torch.device("meta"):
         net = DiT(MODELS[name], remat)
         for adapter, (rank, alpha) in lora.items():

@@ -92,7 +92,7 @@ def main(cfg):
             raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
         net = blank(sampling["model"])
         parallel.prepare(net, world, trainable=False)
-        ckpt.fill(parallel.local_rows(net), source)
+        ckpt.fill(parallel.local_rows(net), source, **world.ranks)
 
     net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
 
@@ -127,7 +127,10 @@ def main(cfg):
 
 
 def found(cfg, world):
-    """What is sampled: the Source of its weights, the null text, None where that is the empty prompt, and how."""
+    """What is sampled: the Source of its weights, the null text, None where that is the empty prompt, and how.
+
+    An adapter of ours is sampled as its run was, whatever the weights under it say.
+    """
     null = None
     if ckpt.is_ours(cfg.ckpt) or not Path(cfg.ckpt).exists() and cfg.model is None:
         saved = ckpt.stored(cfg.ckpt, [cfg.weights, "null"], **world.ranks)
@@ -136,11 +139,17 @@ def found(cfg, world):
         if cfg.weights != "ema":
             raise ValueError(f"--weights={cfg.weights}: {cfg.ckpt} is no run of ours, it holds one net")
         source, sampling = ckpt.weights(cfg.ckpt, **world.ranks), told(cfg)
+        null = ckpt.null_of(cfg.ckpt, **world.ranks)
     if cfg.model not in (None, sampling["model"]):
         raise ValueError(f"--model={cfg.model}, but {cfg.ckpt} is {sampling['model']}")
     ckpt.match(shapes_of(sampling["model"]), source.shapes, source.origin)
     if cfg.lora:
+        if not math.isfinite(cfg.lora_scale):
+            raise ValueError(f"--lora_scale={cfg.lora_scale}: a finite number")
         source = ckpt.folded(source, ckpt.lora(cfg.lora, **world.ranks), cfg.lora_scale)
+        own = ckpt.sampling_of(cfg.lora)
+        if own and "times" not in sampling:     # a student's adapter makes it a student; a student stays one
+            sampling, null = own, ckpt.null_of(cfg.lora, **world.ranks)
     elif cfg.lora_scale != 1:
         raise ValueError(f"--lora_scale={cfg.lora_scale} needs --lora")
     return source, null, sampling
@@ -148,12 +157,8 @@ def found(cfg, world):
 
 def told(cfg):
     """How to sample weights that are in no checkpoint: as export.py wrote beside them, else by the model's row."""
-    path = Path(cfg.ckpt)
-    beside = (path if path.is_dir() else path.parent) / "nanovideo.json"
-    if beside.is_file():
-        sampling = ckpt.read_json(beside).get("sampling")
-        if sampling is None:
-            raise ValueError(f"{beside} is not what export.py writes: it lacks how to sample")
+    sampling = ckpt.sampling_of(cfg.ckpt)
+    if sampling is not None:
         return sampling
     if cfg.model not in DEFAULTS:
         raise ValueError(f"{cfg.ckpt} does not say what it is, as checkpoints do and what export.py writes with its "

@@ -163,15 +163,15 @@ def main(cfg):
     # 3) values: of this run's checkpoint, of --init, or new; what adapters adapt is always --init's
     with flags.door(__file__):
         if cfg.lora_rank:
-            ckpt.fill(parallel.local_rows(net, trained=False), origin.weights)
+            ckpt.fill(parallel.local_rows(net, trained=False), origin.weights, **world.ranks)
         if origin.path:
             ckpt.load(origin.path, state, **world.ranks)
             me.counts = origin.counts
         elif cfg.init and not cfg.lora_rank:
-            ckpt.fill(me.rows, origin.weights)
+            ckpt.fill(me.rows, origin.weights, **world.ranks)
             start_average(me)
         else:
-            ckpt.fill(me.rows, new_values(me.rows, cfg, origin.lora))
+            ckpt.fill(me.rows, new_values(me.rows, cfg, origin.lora), **world.ranks)
             start_average(me)
     origin = origin._replace(weights=None, lora=None)       # closes their files
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt
+from conftest import ROOT
 from helpers import V1, V1_PATH, as_version_1
 
 
@@ -1234,6 +1235,18 @@ def test_a_value_that_is_not_finite_is_refused_by_file_and_tensor_as_it_passes(t
         ckpt.fill(blank(shard(wan())), source)
 
 
+def test_what_one_rank_cannot_read_fails_on_all():
+    rows = {"w": (torch.zeros(2), 0, (2,))}
+    with pytest.raises(OSError, match="the weights: failed on another rank"):
+        ckpt.fill(rows, ckpt.in_memory({"w": torch.ones(2)}, "memory"), rank=0, world=2, agree=lambda fine: False)
+
+
+@pytest.mark.parametrize("root", ["train", "distill", "sample", "evaluate"])
+def test_the_roots_fill_nets_on_all_ranks_together(root):
+    calls = re.findall(r"ckpt\.fill\(.*", (ROOT / f"{root}.py").read_text())
+    assert calls and all("**world.ranks)" in call for call in calls)
+
+
 def test_a_value_of_fp8_that_is_not_a_number_is_refused(tmp_path):
     ours = wan() | {"blocks.0.ffn.0.weight": torch.full((12, 8), math.nan).to(torch.float8_e4m3fn)}
     save_file(ours, tmp_path / "a.safetensors")
@@ -1582,6 +1595,15 @@ def test_adapters_that_are_none_or_not_whole_are_refused(tmp_path):
     save_file({name: x[:, :3].clone() for name, x in held.items()}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"adapter of another model: blocks.0.ffn.0 \(12, 3\) where \(12, 8\) is"):
         ckpt.folded(ckpt.weights(tmp_path / "model.safetensors"), ckpt.lora(tmp_path / "other.safetensors"))
+    A, B = held.values()
+    down, up = held
+    for odd, says in (({down: A, up: B[:, 0]}, "B of shape .12,"), ({down: A[:0], up: B[:, :0]}, "A of shape .0, 8"),
+                      ({down: A[..., None], up: B[..., None]}, "A of shape .3, 8, 1"),
+                      (held | {"blocks.0.ffn.0.alpha": torch.ones(2)}, "alpha is of shape .2,.*an alpha is a number")):
+        save_file({name: x.clone(memory_format=torch.contiguous_format) for name, x in odd.items()},
+                  tmp_path / "odd.safetensors")
+        with pytest.raises(ValueError, match=says):
+            ckpt.lora(tmp_path / "odd.safetensors")
     held["blocks.0.ffn.0.lora_A.weight"][0, 0] = math.nan
     save_file(held, tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match="nan.safetensors: blocks.0.ffn.0.lora_A.weight holds NaN"):
@@ -1594,6 +1616,27 @@ def test_settings_of_an_adapter_that_are_not_read_are_refused(tmp_path, told):
     (tmp_path / "l" / "adapter_config.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=f"has {next(iter(told))} .*not read"):
         ckpt.lora(tmp_path / "l")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"lora_alpha": null}', '{"lora_alpha": "x"}'])
+def test_damaged_settings_of_an_adapter_are_named(tmp_path, text):
+    lora_file(tmp_path / "l" / "adapter_model.safetensors", "peft")
+    (tmp_path / "l" / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="adapter_config.json is damaged, it is not the JSON of PEFT's settings"):
+        ckpt.lora(tmp_path / "l")
+    held = {OTHERS["diffusers"](m, f): x for m, both in factors().items() for f, x in zip("AB", both)}
+    save_file(held, tmp_path / "x.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match="lora_adapter_metadata of .*x.safetensors is damaged"):
+        ckpt.lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("asked", ["folder", "file"])
+def test_settings_beside_the_only_file_of_a_folder_count_under_any_name(tmp_path, asked):
+    path = lora_file(tmp_path / "l" / "my style.safetensors", "peft")
+    (path.parent / "adapter_config.json").write_text('{"lora_alpha": 6, "r": 3}')
+    assert set(ckpt.lora(path.parent if asked == "folder" else path).scales.values()) == {2.0}
+    lora_file(path.with_name("another.safetensors"), "peft")
+    assert set(ckpt.lora(path).scales.values()) == {1.0}
 
 
 def test_training_goes_on_from_an_adapter_at_another_scale_with_equal_weights(tmp_path):

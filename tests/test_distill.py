@@ -288,6 +288,19 @@ def test_a_teacher_is_known_by_its_content_and_no_student_is_one(data, teacher, 
     assert "data (is not what" in refused(distill.main, config(clips, teacher, whole), capsys)
     student = config(data, str(whole), tmp_path / "run")
     assert "itself a few-step student" in refused(distill.main, student, capsys)
+    export.main(export.Config(ckpt=str(whole), out=str(tmp_path / "exported")))
+    student = replace(student, teacher=str(tmp_path / "exported"), model="tiny")
+    assert "itself a few-step student" in refused(distill.main, student, capsys)
+
+
+def test_an_exported_teacher_attends_as_it_was_trained_and_so_does_its_student(data, tmp_path):
+    run(train.main, train.Config(data=(data,), out=str(tmp_path / "t"), steps=1, batch=4, window=(1, 1, 1),
+                                 tile=(1, 2, 2), **QUIET))
+    export.main(export.Config(ckpt=str(tmp_path / "t"), out=str(tmp_path / "e")))
+    for name in "te":
+        run(distill.main, config(data, str(tmp_path / name), tmp_path / f"of {name}", steps=2, **QUIET))
+    assert same(state(tmp_path / "of e"), state(tmp_path / "of t"))
+    assert ckpt.sampling_of(tmp_path / "of e") == ckpt.sampling_of(tmp_path / "of t")
 
 
 # ---- several ranks --------------------------------------------------------------------------------------------------

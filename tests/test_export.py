@@ -34,7 +34,8 @@ def network(seed=0, lora=False):
 
 def run(out, net, ema=None, only="", base=None):
     """A run's folder with one checkpoint of net and its average, or of their adapters alone."""
-    state = ckpt.roles(net=parts(net, only), ema=parts(ema or net, only))
+    null = torch.zeros(7, 16)
+    state = ckpt.roles(net=parts(net, only), ema=parts(ema or net, only), null=(null, 0, tuple(null.shape)))
     if base:
         base = ckpt.base_of(base, ckpt.weights(base))
     elif only:
@@ -130,7 +131,7 @@ def test_every_format_comes_back_bit_for_bit(tmp_path, format, dtype):
         x = source.tensor(name)
         assert x.dtype == getattr(torch, dtype) and torch.equal(x, p.detach().to(x.dtype))
     if format == "comfy":
-        assert [f.name for f in sorted(out.iterdir())] == ["mine.safetensors", "nanovideo.json"]
+        assert [f.name for f in sorted(out.iterdir())] == ["mine.safetensors", "nanovideo.json", "null_text.pt"]
         assert all(key.startswith("model.diffusion_model.") for key in tensors(out))
     if format == "wan":
         assert set(tensors(out)) == set(dict(net.named_parameters()))
@@ -186,7 +187,7 @@ def test_only_what_is_exported_is_verified_and_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "load", spy)
     export.main(export.Config(ckpt=path, out=str(tmp_path / "out"), format="wan"))
-    assert opened == ["rank_00000.ema.pt"]
+    assert opened == ["rank_00000.null.pt", "rank_00000.ema.pt"]
     assert all(torch.equal(tensors(tmp_path / "out")[n], p) for n, p in ema.named_parameters())
     with pytest.raises(SystemExit):
         export.main(export.Config(ckpt=path, out=str(tmp_path / "net"), weights="net"))

@@ -287,7 +287,7 @@ def exported(teacher, tmp_path_factory):
 
 
 def test_an_export_is_sampled_like_its_checkpoint(teacher, exported, tmp_path):
-    flags = dict(prompts=PROMPTS[:2], negative="a blue circle")
+    flags = dict(prompts=PROMPTS[:2], steps=1)      # away from the null text, which is no prompt's here
     run(sample.main, config(teacher, tmp_path / "run", **flags))
     run(sample.main, config(str(exported), tmp_path / "folder", **flags))
     run(sample.main, config(str(exported / "e.safetensors"), tmp_path / "file", model="tiny", **flags))
@@ -296,7 +296,9 @@ def test_an_export_is_sampled_like_its_checkpoint(teacher, exported, tmp_path):
 
 
 def test_weights_without_a_null_text_are_guided_away_from_the_empty_prompt(exported, tmp_path, asked):
-    run(sample.main, config(str(exported), tmp_path / "s", prompts=PROMPTS[:1], steps=1))
+    copy = shutil.copytree(exported, tmp_path / "e")
+    (copy / "null_text.pt").unlink()
+    run(sample.main, config(str(copy), tmp_path / "s", prompts=PROMPTS[:1], steps=1))
     (_, _, _, uncond, sampling), = asked
     empty, = codec.load("dct").embed([""])
     assert torch.equal(uncond.text[0, :len(empty)], empty)
@@ -318,6 +320,38 @@ def test_an_adapter_is_added_at_its_scale_times_the_one_asked_for(teacher, expor
         assert torch.allclose(net.net.blocks[0].self_attn.q.weight, plain + 3 / 2 * B @ A, atol=1e-6)
 
 
+def adapter_run(out, base, sampling):
+    """A run's folder with one checkpoint of an adapter alone, over the weights at base."""
+    rng, role = torch.Generator().manual_seed(9), {}
+    for factor, shape in (("A", (2, 128)), ("B", (128, 2))):
+        x = torch.randn(shape, generator=rng) / 9
+        role[f"blocks.0.self_attn.q.lora.main.{factor}"] = parallel.Part(x, 0, shape)
+    null = torch.randn(8, 64, generator=rng)
+    rows = ckpt.roles(net=role, ema=role, null=parallel.Part(null, 0, (8, 64)))
+    meta = {"sampling": sampling, "config": {"lora_alpha": 3.0, "lora_rank": 2},
+            "base": ckpt.base_of(base, ckpt.weights(base))}
+    ckpt.save(out, 1, rows, meta)
+    return str(out)
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+@pytest.mark.parametrize("how", [STUDENT, SAMPLING | dict(window=[1, 1, 1], tile=[1, 1, 2])])
+def test_an_adapter_of_ours_over_weights_is_sampled_as_its_run_is(teacher, tmp_path, kind, how):
+    path = lora = adapter_run(tmp_path / "a", teacher, json.loads(json.dumps(how)))
+    if kind == "export":
+        lora = str(tmp_path / "e")
+        export.main(export.Config(ckpt=path, lora=True, out=lora))
+    run(sample.main, config(path, tmp_path / "own", prompts=PROMPTS[:1]))
+    run(sample.main, config(teacher, tmp_path / "over", prompts=PROMPTS[:1], lora=lora))
+    assert videos(tmp_path / "over") == videos(tmp_path / "own")
+
+
+def test_an_adapter_on_a_student_leaves_its_times(student, teacher, tmp_path, asked):
+    run(sample.main, config(student, tmp_path / "s", prompts=PROMPTS[:1],
+                            lora=adapter_run(tmp_path / "a", teacher, SAMPLING)))
+    assert asked[0][-1]["times"] == STUDENT["times"]
+
+
 @pytest.fixture(scope="module")
 def bare(exported, tmp_path_factory):
     """The same weights, and nothing that says how to sample them."""
@@ -330,6 +364,8 @@ BAD_WEIGHTS = [  # flags, B for bare weights and E for exported ones; what the m
     (dict(ckpt="E", model="wan-14b"), "--model=wan-14b, but .* is tiny"),
     (dict(ckpt="E", weights="net"), "--weights=net: .* is no run of ours"),
     (dict(ckpt="E", lora_scale=2.0), "--lora_scale=2.0 needs --lora"),
+    (dict(ckpt="E", lora="nowhere", lora_scale=math.nan), "--lora_scale=nan: a finite number"),
+    (dict(ckpt="E", lora="nowhere", lora_scale=math.inf), "--lora_scale=inf: a finite number"),
     (dict(ckpt="E", lora="B"), "is no LoRA file: it holds"),
     (dict(ckpt="E", lora="nowhere"), "no weights at nowhere"),
     (dict(ckpt="nowhere/at/all"), "no checkpoint at nowhere"),
@@ -354,7 +390,11 @@ def test_an_adapter_alone_a_dataset_and_a_damaged_description_are_refused_by_the
     data = shapes_dataset(tmp_path / "data", 20)
     assert f"{data} is a dataset, which --data= takes" in refused(sample.main, replace(out, ckpt=data), capsys)
     shutil.copytree(exported, tmp_path / "e")
-    for content, said in (("{", "nanovideo.json is damaged, it is not JSON"), ("{}", "lacks how to sample")):
+    model = json.dumps({"sampling": SAMPLING | {"model": "huge"}})
+    for content, said in (("{", "nanovideo.json is damaged, it is not JSON"), ("{}", "lacks how to sample"),
+                          ("[]", "lacks how to sample"), ('{"sampling": []}', "lacks how to sample"),
+                          ('{"sampling": {"model": "tiny"}}', "lacks how to sample"),
+                          (model, "no model is called 'huge': there are tiny")):
         (tmp_path / "e" / "nanovideo.json").write_text(content)
         assert said in refused(sample.main, replace(out, ckpt=str(tmp_path / "e")), capsys)
 
