@@ -926,19 +926,26 @@ def renamed(source, names):
                            rows=lambda name, first, last: source.rows(old[name], first, last))
 
 
-def match(want, have, origin):
-    """ValueError that lists every name which is missing, too many, or otherwise than wanted."""
+def match(want, have, origin, models_of=None):
+    """ValueError that lists what is missing, too many, or otherwise than wanted, {name: shape}.
+
+    models_of: function from shapes to the names of the models that have them.
+    """
     wrong = {"missing": [name for name in want if name not in have],
              "not wanted": [name for name in have if name not in want],
              "other than wanted": [f"{name} {have[name]} (wanted {want[name]})" for name in want
                                    if name in have and have[name] != want[name]]}
-    lines = []
+    parts = []
     for what, names in wrong.items():
         if names:
-            more = " …" if len(names) > 30 else ""
-            lines.append(f"\n  {len(names)} {what}: {', '.join(names[:30])}{more}")
-    if lines:
-        raise ValueError(f"{origin} does not fit:" + "".join(lines))
+            more = " …" if len(names) > 5 else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:5])}{more}")
+    if not parts:
+        return
+    if models_of:
+        fitting = " or ".join(f"--model={name}" for name in models_of(have))
+        parts.append(f"{fitting or 'no --model'} would fit")
+    raise ValueError(f"{origin} does not fit: {'; '.join(parts)}")
 
 
 # ---- weight formats -------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import parallel
 import plan
 from data import Ahead, Latents, noise, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import MODELS, Cond, bind, blank, fits, initial, shapes_of
+from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, euler, flow_loss, grid, guided_x0, lr_at,
                   numbers, rollout, sample_t, start_average, to_x0, train_step)
 
@@ -417,7 +417,7 @@ def begin(cfg):
     told(cfg.out)       # damaged, it fails here
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
-    ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
+    ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin, models_of)
     base = ckpt.base_of(cfg.teacher, weights)
     inputs = {"data": data.content, "teacher": base["crc32"]}
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)

@@ -347,6 +347,11 @@ def shapes_of(name):
     return {key: tuple(p.shape) for key, p in blank(name).named_parameters()}
 
 
+def models_of(shapes):
+    """The models, by name, whose parameters have these shapes."""
+    return [name for name in MODELS if shapes_of(name) == shapes]
+
+
 def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
     """ValueError unless the model called `name` takes latents of these shapes (C, F, H, W) and texts of this width."""
     config = MODELS[name]

@@ -23,7 +23,7 @@ import flags
 import parallel
 import step
 from data import noise, padded
-from model import MODELS, USUAL, Cond, bind, blank, shapes_of, token_grid
+from model import MODELS, USUAL, Cond, bind, blank, models_of, shapes_of, token_grid
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def found(cfg, world):
         null = ckpt.null_of(cfg.ckpt, **world.ranks)
     if cfg.model not in (None, sampling["model"]):
         raise ValueError(f"--model={cfg.model}, but {cfg.ckpt} is {sampling['model']}")
-    ckpt.match(shapes_of(sampling["model"]), source.shapes, source.origin)
+    ckpt.match(shapes_of(sampling["model"]), source.shapes, source.origin, models_of)
     if cfg.lora:
         if not math.isfinite(cfg.lora_scale):
             raise ValueError(f"--lora_scale={cfg.lora_scale}: a finite number")

@@ -23,7 +23,7 @@ import parallel
 import plan
 from data import Latents, holds_latents, noise, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import MODELS, Cond, bind, blank, fits, initial, shapes_of, token_grid
+from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of, token_grid
 from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, numbers, sample_t,
                   start_average, train_step)
 
@@ -312,7 +312,7 @@ def begin(cfg):
     # A full finetune needs --init for its first start alone: later it may be gone.
     if cfg.init and (cfg.lora_rank or not path or parallel.agree(Path(cfg.init).exists(), world)):
         weights = ckpt.weights(cfg.init, **world.ranks)
-        ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
+        ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin, models_of)
         inputs["init"] = ckpt.fingerprint(weights)
     base = ckpt.base_of(cfg.init, weights) if cfg.lora_rank else None
     lora = None

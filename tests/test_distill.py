@@ -157,8 +157,8 @@ def test_no_file_of_the_teacher_is_open_while_the_student_learns(data, teacher, 
     files = str(Path(teacher).resolve())
     began, fill = [], ckpt.fill
 
-    def filling(rows, source):
-        fill(rows, source)
+    def filling(rows, source, **ranks):
+        fill(rows, source, **ranks)
         began.append(files in Path("/proc/self/maps").read_text())
 
     monkeypatch.setattr(ckpt, "fill", filling)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import parallel
 from attention import attention, build_metadata, reference
 from model import (LOCAL, MODELS, USUAL, Bound, Cond, DiT, ModelConfig, Seq, add_lora, bind, blank, fits, flops,
-                   initial, rope_table)
+                   initial, models_of, rope_table, shapes_of)
 
 ops = torch.ops
 SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=6, text_dim=20)
@@ -396,6 +396,13 @@ def test_a_new_adapter_changes_nothing():
     net, inputs = adapted(), batch()
     for name in (None, "student", "critic"):
         assert torch.equal(net(*inputs, lora=name), build()(*inputs))
+
+
+@pytest.mark.parametrize("name", ["tiny", "wan-1.3b"])
+def test_a_model_is_known_by_its_parameters(name):
+    shapes = shapes_of(name)
+    assert models_of(shapes) == [name]
+    assert models_of(shapes | {"more": (1,)}) == []
 
 
 def test_each_adapter_is_the_merged_model_and_learns_alone():
