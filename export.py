@@ -28,8 +28,8 @@ from model import MODELS, shapes_of
 class Config:
     """Export the weights of a run, verified, under the names that another program reads."""
 
-    ckpt: str = "out/train"                         # a run's folder (its newest checkpoint), or one
-    weights: Literal["ema", "net"] = "ema"          # averaged weights, or those of the last update
+    ckpt: str = "out/train"                         # a run's folder (its newest checkpoint), or a checkpoint
+    weights: Literal["ema", "net"] = "ema"          # ema: averaged weights, net: those of the last update
     format: Literal["wan", "diffusers", "comfy"] = "diffusers"      # program whose names to write
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"    # dtype of every tensor
     shard_gb: float = 5.0                           # largest file, in GB; comfy is always one file

@@ -121,6 +121,8 @@ MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",      # UT
 
 def read_text(path):
     """A text file in UTF-8 -> str without byte order marks, its lines ending in "\n": split it by that alone."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file: a text file is wanted")
     content = Path(path).read_bytes()
     for mark, name in MARKS.items():
         if content.startswith(mark):

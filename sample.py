@@ -30,10 +30,10 @@ from model import MODELS, USUAL, Cond, bind, blank, models_of, shapes_of, token_
 class Config:
     """Sample videos from a checkpoint. A sampling flag that is None takes the checkpoint's own value."""
 
-    ckpt: str = "out/train"                             # run folder, checkpoint, or weights as --init of train.py
+    ckpt: str = "out/train"                             # a run, a checkpoint, an export, or weights of others
     weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
     model: Literal[tuple(MODELS)] | None = None         # model size, of weights that are not ours
-    lora: str | None = None                             # adapter to add: a file of others' or of export.py, or a run
+    lora: str | None = None                             # adapter to add: a run of ours, or a file of any trainer
     lora_scale: float = 1.0                             # strength of --lora
     prompts: tuple[str, ...] = ()                       # prompts, each in quotes
     file: str | None = None                             # text file with more prompts, one per line

@@ -793,6 +793,11 @@ def test_a_film_in_two_lists_is_named_with_both(tmp_path):
         films.captions(tmp_path)
 
 
+def test_a_folder_is_no_text_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a text file is wanted"):
+        films.read_text(tmp_path)
+
+
 def test_text_has_no_mark_and_only_line_feeds_end_its_lines(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\u2028still one\x85\x0b\x0c\r\n\ufefftwo é\r\n".encode())
     assert films.read_text(tmp_path / "a.txt").split("\n") == ["one\u2028still one\x85\x0b\x0c", "two é", ""]
