@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 import ckpt
@@ -360,5 +359,5 @@ def interval(values):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config))
     parallel.leave()

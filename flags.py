@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from opcode import opmap
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import tyro
@@ -39,15 +40,19 @@ def raised_by_us(error):
     return here and code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
-def read(Config, defaults):
+def read(Config, defaults=MappingProxyType({})):
     """The command line as a Config; its --help says what a flag that is left None is in each row of `defaults`."""
     for field in fields(Config):
         rows = {}       # {value: names of the rows that have it}
         for name, row in defaults.items():
             if field.name in row:
                 rows.setdefault(row[field.name], []).append(name)
+        hint = None
+        if field.default == ():
+            hint = "none"
         if field.default is None and rows:
             hint = "; ".join(f"{', '.join(names)} {value}" for value, names in rows.items())
+        if hint:
             shown = tyro.conf.arg(help_behavior_hint=f"(default: {hint})")
             Config.__annotations__[field.name] = Annotated[field.type, shown]
     return tyro.cli(Config)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import ckpt
@@ -189,5 +188,5 @@ def contact_sheet(path, files, captions, shape, stride, fps):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(flags.read(Config))
     parallel.leave()

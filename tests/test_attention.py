@@ -34,7 +34,8 @@ def compare(metadata, q, k, v, grad, rtol=1e-10):
     ours = ours, *torch.autograd.grad(ours, (q, k, v), grad)
     theirs = theirs, *torch.autograd.grad(theirs, (q, k, v), grad.double())
     for name, a, b in zip(("out", "dq", "dk", "dv"), ours, theirs):
-        assert a.shape == b.shape and (a - b).abs().max() <= rtol * b.abs().max(), f"{name} on {metadata}"
+        assert a.shape == b.shape, f"{name} on {metadata}"
+        assert (a - b).abs().max() <= rtol * b.abs().max(), f"{name} on {metadata}"
 
 
 def visible(metadata):
@@ -89,7 +90,8 @@ def test_both_neighbourhoods_are_the_definition_seen_from_either_side(seed):
                 assert not built[own0:own1].any(), "a token is in two boxes"
                 built[own0:own1, other0:other1] = True
             assert torch.equal(built, sees.T if transposed else sees)
-        assert len(forward) == n - w + 1 and len(reverse) == n
+        assert len(forward) == n - w + 1
+        assert len(reverse) == n
 
 
 def test_tile_order_keeps_a_tile_together_and_inverse_undoes_it():
@@ -98,7 +100,8 @@ def test_tile_order_keeps_a_tile_together_and_inverse_undoes_it():
     assert torch.equal(x[:, metadata.order][:, metadata.inverse], x)
     tile = [(f // 2, h // 4, w // 4) for f, h, w in product(range(3), range(5), range(9))]
     assert [tile[i] for i in metadata.order] == sorted(tile)
-    assert metadata.order[:4].tolist() == [0, 1, 2, 3] and metadata.order[4] == 9  # columns fastest within a tile
+    assert metadata.order[:4].tolist() == [0, 1, 2, 3]
+    assert metadata.order[4] == 9  # columns fastest within a tile
 
 
 def test_windows_are_rounded_as_the_paper_does():
@@ -127,7 +130,8 @@ def test_errors_name_the_value(wrong):
     with pytest.raises(ValueError) as error:
         build_metadata(**dict(grid=(4, 4, 4)) | wrong)
     (name, value), = wrong.items()
-    assert name in str(error.value) and str(value) in str(error.value)
+    assert name in str(error.value)
+    assert str(value) in str(error.value)
 
 
 def test_shapes_that_do_not_fit_are_refused_with_their_sizes():
@@ -167,7 +171,8 @@ def test_dense_and_cross_attention_go_through_the_same_door():
 def test_a_window_that_covers_the_grid_is_dense():
     metadata = build_metadata((5, 6, 7), (2, 2, 2), (9, 9, 9))
     q, k, v, _ = inputs(metadata)
-    assert metadata.sparsity == 0 and torch.equal(attention(q, k, v, metadata), attention(q, k, v))
+    assert metadata.sparsity == 0
+    assert torch.equal(attention(q, k, v, metadata), attention(q, k, v))
 
 
 def test_tensors_may_be_strided_views():
@@ -325,15 +330,20 @@ def softmax_backward(kernel, query, key, value, out, logsumexp, philox_seed, phi
                      attn_bias=None, max_q=None, max_k=None, grad_input_mask=None, **rest):
     """What their backward kernels return, from the numbers that they are given."""
     grad = rest.pop("grad_out_" if kernel == "efficient" else "grad_out")
-    assert dropout_p == 0 and is_causal is False and attn_bias is None and set(rest.values()) <= {None}
+    assert dropout_p == 0
+    assert is_causal is False
+    assert attn_bias is None
+    assert set(rest.values()) <= {None}
     assert all(x.dtype == torch.long and x.numel() == 1 for x in (philox_seed, philox_offset))
     (B, N, L, K), S = query.shape, key.shape[2]
     if kernel == "efficient":
         assert grad_input_mask == [True, True, True, False]
-        assert logsumexp.shape == (B, N, L + -L % 32) and (logsumexp[..., L:] == torch.inf).all()
+        assert logsumexp.shape == (B, N, L + -L % 32)
+        assert (logsumexp[..., L:] == torch.inf).all()
         logsumexp = logsumexp[..., :L]
     else:
-        assert (max_q, max_k) == (L, S) and logsumexp.shape == ((B, N, L) if kernel == "flash" else (B, N, L, 1))
+        assert (max_q, max_k) == (L, S)
+        assert logsumexp.shape == ((B, N, L) if kernel == "flash" else (B, N, L, 1))
         assert kernel == "flash" or grad.transpose(1, 2).is_contiguous()
         logsumexp = logsumexp.view(B, N, L)
     assert logsumexp.dtype == torch.float32
@@ -407,7 +417,8 @@ def test_each_card_attends_by_its_own_kernel(gpu, name, dtype, L, S, determinist
     assert calls == [f"{kernel}_attention", f"{kernel}_attention_backward"]
     rtol = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     for what, a, b in zip(("out", "dq", "dk", "dv"), ours, dense(q, k, v, grad)):
-        assert a.dtype == dtype and (a - b).abs().max() <= rtol * b.abs().max().clamp_min(1e-3), what
+        assert a.dtype == dtype, what
+        assert (a - b).abs().max() <= rtol * b.abs().max().clamp_min(1e-3), what
 
 
 def test_the_log_sum_exp_of_every_kernel_is_the_same(gpu):
@@ -426,7 +437,10 @@ def test_a_card_below_ampere_is_refused_by_name(gpu, name, dtype, K, tiles):
     with pytest.raises(ValueError) as error:
         attention(x, x, x, build_metadata((4, 4, 4), (2, 2, 2), (1, 1, 1)) if tiles else None)
     text = str(error.value)
-    assert CARDS[name].name in text and "sm_80" in text and "\n" not in text and not calls
+    assert CARDS[name].name in text
+    assert "sm_80" in text
+    assert "\n" not in text
+    assert not calls
     assert "sliding tiles" in text if tiles else str(dtype) in text
 
 

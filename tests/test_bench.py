@@ -32,7 +32,9 @@ def test_bench_data_measures_every_reader_and_writes_what_it_printed(tmp_path, c
                            out=str(tmp_path / "out/data.json"))
     bench.main(cfg)
     written, printed = json.loads((tmp_path / "out/data.json").read_text()), capsys.readouterr().out
-    assert list(written["warm"])[0] == "Latents" and len(written["warm"]) == 5 and len(written["apart"]) == 5
+    assert list(written["warm"])[0] == "Latents"
+    assert len(written["warm"]) == 5
+    assert len(written["apart"]) == 5
     for table in (written["warm"], written["apart"]):
         assert all(name in printed and rate > 0 and cpu >= 0 for name, (rate, cpu) in table.items())
     assert written["config"]["samples"] == 16
@@ -60,16 +62,21 @@ def test_bench_step_has_a_row_per_update_whose_numbers_agree(flags, tmp_path, ca
     assert [row["window"] for row in written["updates"][:len(windows)]] == windows
     for row in written["updates"]:
         ours, waits, bare = zip(*row["rounds"])
-        assert row["ms"] == pytest.approx(1000 * median(ours)) and row["bare_ms"] == pytest.approx(1000 * median(bare))
+        assert row["ms"] == pytest.approx(1000 * median(ours))
+        assert row["bare_ms"] == pytest.approx(1000 * median(bare))
         assert row["overhead"] == pytest.approx(median(a / b for a, b in zip(ours, bare)) - 1)
-        assert 0 <= row["data_wait_ms"] <= row["ms"] and row["memory_gb"] > 0 and row["first_s"] > 0
+        assert 0 <= row["data_wait_ms"] <= row["ms"]
+        assert row["memory_gb"] > 0
+        assert row["first_s"] > 0
         assert row["tokens_per_s"] == pytest.approx(2 * 2 * 2 * 2 / row["ms"] * 1000)
-        assert row["mfu"] is row["hfu"] is None and f"{row['ms']:.2f}" in printed
+        assert row["mfu"] is row["hfu"] is None
+        assert f"{row['ms']:.2f}" in printed
     forward = flops(MODELS["tiny"], SMALL["shape"], 4)
     train = written["updates"][0]
     assert train["tflops"] * train["ms"] * 1e9 == pytest.approx((2 if "lora_rank" in flags else 3) * 2 * forward)
     for save in written["saves"].values():
-        assert save["gb_per_s"] == pytest.approx(save["gb"] / save["seconds"]) and save["gb"] > 0
+        assert save["gb_per_s"] == pytest.approx(save["gb"] / save["seconds"])
+        assert save["gb"] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["step.json"], "dataset or saves were left behind"
 
 
@@ -122,15 +129,18 @@ def test_bench_attention_checks_then_writes_what_it_printed(tmp_path, capsys, mo
     assert 0 < written["worst error / plain PyTorch's"] < 2
     case, = written["cases"]
     metadata = build_metadata((4, 8, 8), (2, 4, 4), (1, 1, 1))
-    assert case["sparsity"] == metadata.sparsity and case["methods"].keys() == {"nanovideo", "dense SDPA"}
+    assert case["sparsity"] == metadata.sparsity
+    assert case["methods"].keys() == {"nanovideo", "dense SDPA"}
     ours, theirs = case["methods"].values()
     for name, row, pairs in (("nanovideo", ours, metadata.pairs), ("dense SDPA", theirs, 256 * 256)):
         for which, operations in (("forward", 4), ("backward", 10)):
             assert row[which]["tflops"] == pytest.approx(operations * pairs * 32 / row[which]["ms"] / 1e9)
-            assert row[which]["x"] == pytest.approx(row[which]["ms"] / ours[which]["ms"]) and row[which]["mfu"] is None
+            assert row[which]["x"] == pytest.approx(row[which]["ms"] / ours[which]["ms"])
+            assert row[which]["mfu"] is None
         both = [row[which]["ms"] for which in ("forward", "backward")]
         assert row["x"] == pytest.approx(sum(both) / sum(ours[which]["ms"] for which in ("forward", "backward")))
-        assert row["of the ideal"] == pytest.approx(row["x"] * metadata.pairs / pairs) and name in printed
+        assert row["of the ideal"] == pytest.approx(row["x"] * metadata.pairs / pairs)
+        assert name in printed
 
 
 def test_bench_attention_refuses_errors_of_twice_plain_pytorchs(monkeypatch):
@@ -183,11 +193,14 @@ def test_without_a_gpu_every_part_says_so_and_nothing_fails(report):
     code, printed = gpu_sh()
     assert code == 0, printed
     written = json.loads((report / "report.json").read_text())
-    assert written["device"] == "no GPU" and set(written["parts"]) == {"tests", "attention", "step", "run", "wan"}
+    assert written["device"] == "no GPU"
+    assert set(written["parts"]) == {"tests", "attention", "step", "run", "wan"}
     assert all(part["state"].startswith("no GPU") for part in written["parts"].values())
-    assert (report / "report.txt").read_text().count("no GPU") == 6 and "no GPU" in printed
+    assert (report / "report.txt").read_text().count("no GPU") == 6
+    assert "no GPU" in printed
     code, printed = gpu_sh("step", "nonsense")
-    assert code == 1 and "the parts are attention, tests" in printed
+    assert code == 1
+    assert "the parts are attention, tests" in printed
 
 
 def test_a_part_stops_at_nothing_and_reports_the_first_traceback(tmp_path, monkeypatch):
@@ -199,9 +212,14 @@ def test_a_part_stops_at_nothing_and_reports_the_first_traceback(tmp_path, monke
     (tmp_path / "long.py").write_text("import time\nprint('so far', flush=True)\ntime.sleep(600)")
     part = gpu.run(["bad.py", "good.py --out=good.json", "long.py", "good.py --out=late.json"], 10)
     bad, good, long, late = part["commands"]
-    assert part["state"] == "failed" and bad["code"] == 1 and good["results"] == {"ms": 7}
-    assert long["code"] == late["code"] == "time is up" and "so far" in long["printed"]
+    assert part["state"] == "failed"
+    assert bad["code"] == 1
+    assert good["results"] == {"ms": 7}
+    assert long["code"] == late["code"] == "time is up"
+    assert "so far" in long["printed"]
     gpu.write({"device": "a GPU", "python": "3", "parts": {"some": part, "other": {"state": "no av"}}})
     text = (tmp_path / "report.txt").read_text()
-    assert "RuntimeError: the first" in text.split("The first failure: python bad.py")[1] and "other      no av" in text
-    assert gpu.error_in("a\n=== FAILURES ===\nb").endswith("= FAILURES ===\nb") and gpu.error_in("abc") == "abc"
+    assert "RuntimeError: the first" in text.split("The first failure: python bad.py")[1]
+    assert "other      no av" in text
+    assert gpu.error_in("a\n=== FAILURES ===\nb").endswith("= FAILURES ===\nb")
+    assert gpu.error_in("abc") == "abc"

@@ -2,8 +2,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from math import comb
 
@@ -21,7 +23,7 @@ from conftest import ROOT
 from data import noise
 from evaluate import (Clips, distances, energy, figures, interval, mcnemar, paired, recall, variety, vendi,
                       verdict)
-from helpers import run
+from helpers import as_flags, run
 
 
 def points(n, seed, shift=0.0, D=3):
@@ -243,26 +245,25 @@ def test_what_is_asked_undistilled_has_the_students_sampler_and_the_teachers_win
 
 
 @pytest.mark.slow
-def test_two_ranks_print_and_write_the_figures_of_one(runs, tmp_path):
+def test_two_ranks_print_and_write_the_figures_of_one(runs, few, tmp_path):
     code = "import evaluate, sys, tyro; evaluate.PROMPTS = evaluate.SEEDS = 2; "
     code += "evaluate.main(tyro.cli(evaluate.Config)); evaluate.parallel.leave()"
     (tmp_path / "few.py").write_text(code)
-    tables = {}
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)      # without the clips that others have sampled
-        (folder / "ckpt").mkdir(parents=True)
-        newest = ckpt.latest(runs[0])
-        subprocess.run(["cp", "-r", str(newest), str(folder / "ckpt" / newest.name)], check=True)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
-        flags = [f"--ckpt={folder}", "--steps=2", "--n=11", "--device=cpu"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*launch, str(tmp_path / "few.py"), *flags], env=env, text=True,
-                              capture_output=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("11 clips each") == 1
-        tables[ranks] = json.loads((folder / "evaluate.json").read_text())["table"]
-    for system, row in tables[1].items():
-        assert tables[2][system] == pytest.approx(row, rel=1e-5)
+    newest = ckpt.latest(runs[0])
+    for folder in ("one", "two"):           # without the clips that others have sampled
+        shutil.copytree(newest, tmp_path / folder / "ckpt" / newest.name)
+    one = evaluate.Config(ckpt=str(tmp_path / "one"), steps=(2,), n=11, device="cpu")
+    run(evaluate.main, one)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    flags = as_flags(replace(one, ckpt=str(tmp_path / "two")))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, str(tmp_path / "few.py"), *flags], env=env, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("11 clips each") == 1
+    first, second = (json.loads((tmp_path / folder / "evaluate.json").read_text())["table"] for folder in ("one", "two"))
+    for system, row in first.items():
+        assert second[system] == pytest.approx(row, rel=1e-5)
 
 
 def test_only_the_files_of_the_weights_and_the_null_text_are_read(runs, few, tmp_path):

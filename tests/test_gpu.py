@@ -1,6 +1,6 @@
 """What only a GPU can show; the same code runs on the CPU at its size. Run: pytest tests/test_gpu.py [-k cuda]"""
-import subprocess
-import sys
+import os
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,12 +12,14 @@ import attention as module
 import bench
 import ckpt
 import parallel
+import train
 from attention import attention, build_metadata
-from conftest import ROOT
 from data import Latents
+from helpers import run, same, shapes_dataset, state
 from model import bind
 from step import copies, train_step
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS reads it once, for --deterministic
 NONE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that PyTorch can use")
 DEVICES = [pytest.param("cuda", marks=NONE), "cpu"]
 PAIRS = [*(("cuda", pair) for pair in ("cudnn", "flash", "efficient", "triton")), ("cpu", "cpu_dense")]
@@ -91,7 +93,9 @@ def test_the_door_takes_views_and_expanded_gradients_and_gives_contiguous_tensor
         out = attention(q, k, v, pattern)
         grads = torch.autograd.grad(out.sum(), (q, k, v))
         for x in (out, *grads):
-            assert x.is_contiguous() and x.isfinite().all() and x.dtype == dtype
+            assert x.is_contiguous()
+            assert x.isfinite().all()
+            assert x.dtype == dtype
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -131,8 +135,10 @@ def test_updates_in_bf16_lower_the_loss_as_those_in_fp32_do(device, flags, world
     exact, _ = learnt(world, device, "fp32", False, **flags)
     dist.destroy_process_group()
     (losses, norms), me = learnt(world, device, "bf16", False, **flags)
-    assert losses[2] < losses[0] and me.counts == {"updates": 3, "skipped": 0, "in_a_row": 0}
-    assert losses == pytest.approx(exact[0], rel=2e-2) and norms == pytest.approx(exact[1], rel=0.2)
+    assert losses[2] < losses[0]
+    assert me.counts == {"updates": 3, "skipped": 0, "in_a_row": 0}
+    assert losses == pytest.approx(exact[0], rel=2e-2)
+    assert norms == pytest.approx(exact[1], rel=0.2)
 
 
 @NONE
@@ -155,7 +161,8 @@ def test_batches_on_the_device_are_those_of_the_cpu(device, tmp_path):
     for step in (0, 1, 2, 7):
         for a, b in zip(there.at(step), here.at(step)):
             assert a.x0.device.type == a.null.device.type == device
-            assert all(torch.equal(x.cpu(), y) for x, y in zip(a[:6], b[:6])) and a.ids == b.ids
+            assert all(torch.equal(x.cpu(), y) for x, y in zip(a[:6], b[:6]))
+            assert a.ids == b.ids
 
 
 # ---- a run
@@ -164,20 +171,16 @@ def test_batches_on_the_device_are_those_of_the_cpu(device, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_deterministic_run_in_bf16_resumes_to_the_bit(device, tmp_path):
-    def python(*command):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    def trained(out, steps):
+        run(train.main, replace(cfg, out=str(tmp_path / out), steps=steps))
+        return state(tmp_path / out)
 
-    def train(out, steps):
-        python("train.py", f"--device={device}", f"--data={tmp_path}/data", f"--out={tmp_path}/{out}",
-               f"--steps={steps}", *"--precision=bf16 --deterministic --batch=4 --warmup=1 --val=1 --samples=0"
-               " --val_every=0 --compile=False --schedule=constant --window 1 1 1 --tile 2 2 2".split())
-        source = ckpt.stored(tmp_path / out)
-        return {name: source.tensor(name).clone() for name in source.shapes}
-
-    python("prepare.py", "--clips=20", f"--out={tmp_path}/data")
-    whole = train("whole", 4)
-    train("parts", 2)
-    parts = train("parts", 4)
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    cfg = train.Config(data=shapes_dataset(tmp_path / "data", 20), device=device, precision="bf16", deterministic=True,
+                       batch=2, warmup=1, val=1, samples=0, val_every=0, compile=False, schedule="constant",
+                       window=(1, 1, 1), tile=(2, 2, 2))
+    try:
+        whole = trained("whole", 2)
+        trained("parts", 1)
+        assert same(whole, trained("parts", 2))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -80,12 +80,15 @@ def test_a_log_knows_which_numbers_it_holds(tmp_path):
     train(tmp_path, 0, 55, killed=True)
     with open(tmp_path / "log.jsonl", "ab") as file:
         file.write(b'{"step": 60, "loss": 1.0}')    # torn: its end of line is missing
-    assert holds(tmp_path, 25, "val_loss") and holds(tmp_path, 50, "val_loss") and holds(tmp_path, 50, "loss")
+    assert holds(tmp_path, 25, "val_loss")
+    assert holds(tmp_path, 50, "val_loss")
+    assert holds(tmp_path, 50, "loss")
     assert not holds(tmp_path, 25, "loss")          # another number of that step
     assert not holds(tmp_path, 30, "val_loss")      # that number of another step
     assert not holds(tmp_path, 60, "loss")
     log = Log(tmp_path, {}, step=30, steps=100)
-    assert holds(tmp_path, 25, "val_loss") and not holds(tmp_path, 30, "val_loss")
+    assert holds(tmp_path, 25, "val_loss")
+    assert not holds(tmp_path, 30, "val_loss")
     assert not holds(tmp_path, 50, "loss")          # cut back
     log(50, loss=math.nan)
     assert holds(tmp_path, 50, "loss")              # measured, though not finite
@@ -136,7 +139,8 @@ def test_config_says_what_it_takes_to_run_again(tmp_path):
     Log(tmp_path, {"lr": 1e-3, "window": (3, 3, 3), "init": None}, steps=1).close()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["flags"] == {"lr": 1e-3, "window": [3, 3, 3], "init": None}
-    assert torch.__version__.startswith(config["versions"]["torch"]) and config["threads"] == torch.get_num_threads()
+    assert torch.__version__.startswith(config["versions"]["torch"])
+    assert config["threads"] == torch.get_num_threads()
     assert config["commit"] is None or len(config["commit"].removesuffix("-dirty")) == 40
 
 
@@ -148,7 +152,8 @@ def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     log.draw()
     log.close()
     assert log.speed(1e12, torch.device("cpu"), "fp32")["tflops"] == 1
-    assert not (tmp_path / "run").exists() and capsys.readouterr() == ("", "")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_pipe_gets_plain_lines_with_progress_and_the_time_left(tmp_path, capsys):
@@ -160,8 +165,12 @@ def test_a_pipe_gets_plain_lines_with_progress_and_the_time_left(tmp_path, capsy
     out, err = capsys.readouterr()
     opening, first, second, third, fourth = out.splitlines()
     assert opening == f"{tmp_path}, on from step 20: lr 0.1"
-    assert first.startswith("step  50/100  loss 0.1235  eta 0:0") and "\r" not in out and err == ""
-    assert second == "step 100/100  val_loss not finite" and third == "done" and fourth.endswith("likeness 0.5")
+    assert first.startswith("step  50/100  loss 0.1235  eta 0:0")
+    assert "\r" not in out
+    assert err == ""
+    assert second == "step 100/100  val_loss not finite"
+    assert third == "done"
+    assert fourth.endswith("likeness 0.5")
 
 
 def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch, capsys):
@@ -175,8 +184,10 @@ def test_a_terminal_gets_one_live_line(tmp_path, monkeypatch, capsys):
     log(100, loss=0.25)
     log.close()
     out, err = capsys.readouterr()
-    assert out.splitlines()[1:] == ["a video"] and "step" not in err
-    assert all(part in err for part in ("20/100", "50/100", "loss 0.5  lr 0.001", "100/100")) and err.count("\n") == 1
+    assert out.splitlines()[1:] == ["a video"]
+    assert "step" not in err
+    assert all(part in err for part in ("20/100", "50/100", "loss 0.5  lr 0.001", "100/100"))
+    assert err.count("\n") == 1
 
 
 def test_curves_show_every_series_related_ones_together(tmp_path):
@@ -188,7 +199,8 @@ def test_curves_show_every_series_related_ones_together(tmp_path):
             log(step, val_loss=1 / step, skipped=0)
     log.close()
     picture = (tmp_path / "curves.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
     assert panel("val_loss") == panel("train_set_loss") == panel("loss") == "loss" != panel("student_loss")
     assert panel("loss_by_t0") == panel("loss_by_t4") == "loss by t" != panel("val_loss_by_t0")
 
@@ -232,7 +244,8 @@ def test_mfu_is_given_for_bf16_on_known_devices_only(monkeypatch):
 
 def test_a_file_of_a_step_sorts_by_step(tmp_path):
     log = Log(tmp_path, {}, steps=10)
-    assert log.file("samples", 500) == tmp_path / "samples/step_0000500" and (tmp_path / "samples").is_dir()
+    assert log.file("samples", 500) == tmp_path / "samples/step_0000500"
+    assert (tmp_path / "samples").is_dir()
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -271,7 +284,8 @@ def test_the_page_escapes_all_text_and_its_links_are_relative_and_exist(tmp_path
     validate(log, 10, captions=[EVIL, "a \ud800 half"], rows=[EVIL], kind="<b>")
     log.close()
     page = Links(log.out / "index.html")
-    assert page.tags.count("script") == 0 and page.tags.count("b") == 0
+    assert page.tags.count("script") == 0
+    assert page.tags.count("b") == 0
     assert page.text.count(EVIL) == 6       # the flag, the note, the caption, the row; the device on top and below
     assert page.titles == [EVIL, "a ? half"]
     assert "4 4 8" in page.text
@@ -304,7 +318,8 @@ def test_the_page_of_a_resumed_run_keeps_the_validations_before_it(tmp_path):
     again.draw()
     page = Links(tmp_path / "index.html")
     assert page.links == ["samples/step_0000050.mp4", "samples/step_0000025.mp4", "curves.png"]    # 75 comes again
-    assert "clip of 25" in page.text and "clip of 75" not in page.text
+    assert "clip of 25" in page.text
+    assert "clip of 75" not in page.text
     validate(again, 75, captions=["another"])
     page = Links(tmp_path / "index.html")
     assert page.links[0] == "samples/step_0000075.mp4"
@@ -327,7 +342,8 @@ def test_the_page_says_where_latents_are_that_were_not_decoded(tmp_path, capsys)
     assert [list(seen) for seen in sent] == [["step", "val_loss", "val_loss_by_t0"]]    # wandb gets no latents
     log.wandb = None
     page = Links(tmp_path / "index.html")
-    assert page.links == ["samples/step_0000010.npy"] and "video" not in page.tags
+    assert page.links == ["samples/step_0000010.npy"]
+    assert "video" not in page.tags
     assert "latents, not decoded: samples/step_0000010.npy" in page.text
     assert "step_0000010.npy" not in capsys.readouterr().out        # codec.write_clips has said so, and why
     validate(log, 10)       # a resumed run that has the decoder
