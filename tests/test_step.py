@@ -338,10 +338,10 @@ def test_rollout_is_the_sampler_up_to_its_exit_where_alone_it_keeps_a_graph():
 def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many():
     noises, times = [randn(*SHAPE, seed=s) for s in range(3)], [1.0, 0.9, 0.5]
     cond, uncond = torch.tensor(0.3), torch.tensor(-0.2)
-    few = sample(wave, noises, cond, uncond, {"sampler": "rollout", "times": times, "guidance": 1.0})
+    few = sample(wave, noises.__getitem__, cond, uncond, {"sampler": "rollout", "times": times, "guidance": 1.0})
     assert torch.equal(few, rollout(wave, noises[0], cond, times, noises[1:], 2))
     how = {"sampler": "euler", "steps": 5, "shift": 3.0, "guidance": 2.0}
-    many = sample(wave, noises[:1], cond, uncond, how)
+    many = sample(wave, noises.__getitem__, cond, uncond, how)
     assert torch.equal(many, euler(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0))
 
 
