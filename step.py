@@ -92,13 +92,22 @@ def grid(steps, shift):
 
 
 @torch.no_grad()
-def euler(net, z, cond, times, uncond=None, scale=1.0):
-    """x0 from noise z (B, C, F, H, W) by Euler steps of the ODE dx = v dt over descending times, guided by scale."""
-    x = z
+def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler"):
+    """x0 from noise z (B, C, F, H, W) along dx = v dt over descending times, guided by scale; a net's call a step.
+
+    solver "euler", of first order, or "ab2", of second: Adams-Bashforth, which carries v on from the step before by a
+    straight line; its first step is Euler's.
+    """
+    x, before = z, None                                 # before: v and length of the last step
     s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
     for t, t_next in pairwise([*times, 0.0]):
         v, _ = guided(net, x, x.new_full((len(x),), t, dtype=torch.float32), cond, uncond, s)
-        x = x + (t_next - t) * v
+        h, mean_v = t_next - t, v
+        if solver == "ab2" and before:
+            v_before, h_before = before
+            mean_v = v + h / (2 * h_before) * (v - v_before)
+        x = x + h * mean_v
+        before = v, h
     return x
 
 
@@ -120,7 +129,7 @@ def rollout(net, z, cond, times, noises, exit):
 
 
 def sample(net, draw, cond, uncond, sampling):
-    """x0 by a checkpoint's own sampler: a teacher's guided Euler steps, or a student's few, each with fresh noise.
+    """x0 by a checkpoint's own sampler: a teacher's guided steps, or a student's few, each with fresh noise.
 
     sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W).
     """
@@ -129,7 +138,8 @@ def sample(net, draw, cond, uncond, sampling):
         z, *noises = [draw(k) for k in range(len(times))]
         return rollout(net, z, cond, times, noises, len(times) - 1)
     times = grid(sampling["steps"], sampling["shift"])
-    return euler(net, draw(0), cond, times, uncond, sampling["guidance"])
+    solver = sampling.get("solver", "euler")            # of old checkpoints
+    return ode(net, draw(0), cond, times, uncond, sampling["guidance"], solver)
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------

@@ -25,7 +25,7 @@ import plan
 from data import Latents, noise, stream
 from log import Clock, Log, check_wandb, holds
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of, token_grid
-from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, muon, numbers, sample_t,
+from step import (BINS, Learner, adamw, averaged, copies, flow_loss, grid, lr_at, muon, numbers, ode, sample_t,
                   start_average, train_step)
 
 
@@ -495,7 +495,7 @@ def show(net, step, data, cfg, world, log):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
         text = data.text([ids[i] for i in places]).to(world.device)
         null = data.null.to(world.device).expand_as(text)
-        return euler(bound, z, Cond(text), times, Cond(null), cfg.guidance)
+        return ode(bound, z, Cond(text), times, Cond(null), cfg.guidance)
 
     x0 = parallel.spread(make, len(ids), cfg.micro_batch or CHUNK, world)
     if world.main:

@@ -6,8 +6,8 @@ import torch
 
 import step
 from parallel import Part
-from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, euler, flow_loss,
-                  grid, guided, guided_x0, lr_at, muon, numbers, rollout, sample, sample_t, shifted, start_average, tensors,
+from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, flow_loss,
+                  grid, guided, guided_x0, lr_at, muon, numbers, ode, rollout, sample, sample_t, shifted, start_average, tensors,
                   to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
@@ -276,13 +276,35 @@ def test_rescale_takes_back_the_contrast_that_guidance_adds_sample_by_sample(res
 # ---- samplers -------------------------------------------------------------------------------------------------------
 
 
+def gaussian(x, t, cond):
+    """v of data N(0, 0.3²), whose flow map takes z to 0.3 z."""
+    t = over(t)
+    return (t - 0.09 * (1 - t)) / (0.09 * (1 - t)**2 + t**2) * x
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("ab2", 2)])
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_a_solvers_error_falls_with_the_step_to_its_order(solver, order, shift):
+    z = randn(*SHAPE, dtype=torch.float64)
+    few, many = ((ode(gaussian, z, None, grid(n, shift), solver=solver) - 0.3 * z).abs().max() for n in (160, 320))
+    assert few / many == pytest.approx(2**order, rel=0.1)
+
+
+def test_ab2_is_exact_where_v_is_a_straight_line_in_time_from_its_second_step_on():
+    times, z = [1.0, 0.7, 0.2], randn(*SHAPE, dtype=torch.float64)
+    x0 = ode(lambda x, t, cond: over(t.double()).expand_as(x), z, None, times, solver="ab2")
+    first = -0.3 * 1.0                                  # Euler's, with v at t = 1
+    rest = -0.7**2 / 2                                  # the integral of t from 0.7 to 0
+    assert torch.allclose(x0, z + first + rest, atol=1e-6)
+
+
 def test_euler_follows_the_straight_path_exactly():
     x0, e, _ = example(torch.float64)
 
     def straight(x, t, cond):
         return e - x0
 
-    assert torch.allclose(euler(straight, e, None, grid(7, 3)), x0, atol=1e-12)
+    assert torch.allclose(ode(straight, e, None, grid(7, 3)), x0, atol=1e-12)
 
 
 def test_euler_is_guided_by_its_scale_and_asks_once_a_step_where_that_is_1():
@@ -292,10 +314,10 @@ def test_euler_is_guided_by_its_scale_and_asks_once_a_step_where_that_is_1():
         asked.append(cond)
         return torch.full_like(x, cond)
 
-    assert torch.allclose(euler(net, z, 3.0, [1.0, 0.5], 1.0, 4.0), z - 9)
+    assert torch.allclose(ode(net, z, 3.0, [1.0, 0.5], 1.0, 4.0), z - 9)
     assert asked == [3.0, 1.0] * 2
     asked.clear()
-    assert torch.allclose(euler(net, z, 3.0, [1.0, 0.5], 1.0, 1.0), z - 3)
+    assert torch.allclose(ode(net, z, 3.0, [1.0, 0.5], 1.0, 1.0), z - 3)
     assert asked == [3.0] * 2
 
 
@@ -342,7 +364,7 @@ def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many
     assert torch.equal(few, rollout(wave, noises[0], cond, times, noises[1:], 2))
     how = {"sampler": "euler", "steps": 5, "shift": 3.0, "guidance": 2.0}
     many = sample(wave, noises.__getitem__, cond, uncond, how)
-    assert torch.equal(many, euler(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0))
+    assert torch.equal(many, ode(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0))
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
