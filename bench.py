@@ -42,10 +42,11 @@ import attention as sliding
 import ckpt
 import parallel
 from attention import attention, build_metadata, reference
-from data import Ahead, Latents, Writer, ceil_div, noise, normal, send, stratified, stream
+from data import Ahead, Latents, ceil_div, noise, normal, send, stratified, stream
 from log import Clock, Log, peak
 from model import MODELS, USUAL, Cond, bind, blank, fits, flops, initial, token_grid
 from step import (Learner, adamw, copies, dmd_loss, flow_loss, grid, numbers, rollout, sample_t, train_step)
+from store import Writer
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def bench_data(cfg):
         readers = loader = None                 # pages of files that are mapped stay in memory
         evict(folder)
         loader = Latents(folder / "latents", seed=0, batch=cfg.batch)
-        loader.pages, loader.checked[:] = pages, True       # reading alone: no new memory, no checksums
+        loader.pages, loader.folders[0].checked[:] = pages, True    # reading alone: no new memory, no checksums
 
         def read_cold(ids):
             loader.will_need(ids)
@@ -117,7 +118,8 @@ def bench_data(cfg):
 
 PROBE = """
 import json, re, sys, time
-from data import Latents, Writer
+from data import Latents
+from store import Writer
 import torch
 
 def peak():     # MB; what the system's getrusage says would count the parent's

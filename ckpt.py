@@ -257,6 +257,9 @@ def read_manifest(path):
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; {contents(path)}")
     manifest = read_json(file)
+    if isinstance(manifest, dict) and "buckets" in manifest:
+        raise ValueError(f"{path} is a dataset, which --data= takes: a checkpoint or a run is "
+                         "wanted")
     if not isinstance(manifest, dict) or manifest.get("crc32") != digest(manifest):
         raise ValueError(f"{file} is not what was saved: its CRC32 differs")
     if manifest["version"] not in range(1, VERSION + 1):
@@ -282,6 +285,20 @@ def fill(rows, source):
                 raise ValueError(f"{name}: got rows of shape {tuple(value.shape)}, "
                                  f"wanted {tuple(tensor.shape)}")
             tensor.copy_(value)
+
+
+@contextmanager
+def ending(out, step):
+    """Adds to an error that ends a run in update `step` what of it is saved in its folder, and what is not."""
+    try:
+        yield
+    except RuntimeError as error:
+        last, path = max(steps(out).items(), default=(0, None))
+        kept = f"nothing of the run is saved in {out}"
+        if path:
+            kept = f"{path} is the newest checkpoint; {step - last} steps after it are not saved"
+        error.add_note(kept)
+        raise
 
 
 # ---- how a checkpoint comes to be -----------------------------------------------------------------------------------
@@ -523,7 +540,8 @@ def nearest(path):
 
 def contents(path):
     names = sorted(p.name for p in nearest(path).iterdir())
-    return f"{nearest(path)} holds {', '.join(names) or 'nothing'}"
+    more = f", ... {len(names)} in all" if len(names) > 20 else ""
+    return f"{nearest(path)} holds {', '.join(names[:20]) or 'nothing'}{more}"
 
 
 @lru_cache(maxsize=None)    # `latest`, then `load`: a file that was not touched is not read twice
@@ -544,7 +562,10 @@ def crc_of(value):
 
 
 def read_json(file):
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, it is not JSON: {error}") from error
 
 
 def write_json(file, value):
@@ -733,8 +754,10 @@ def stored(path, roles=None, *, rank=0, world=1, agree=identity):
         pieces = []
         for writer, a, b in tensors[name]["rows"]:
             if a < last and first < b:
-                x = opened(file_of(version, writer, role_in(name)))[name]
-                pieces.append(x[max(first, a) - a:min(last, b) - a] if x.ndim else x)
+                file = file_of(version, writer, role_in(name))
+                x = opened(file)[name]
+                x = x[max(first, a) - a:min(last, b) - a] if x.ndim else x
+                pieces.append(finite(x, path / file, name))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     shapes = {name: tuple(t["shape"]) for name, t in tensors.items()
@@ -751,38 +774,120 @@ def in_memory(tensors, origin):
 
 
 def files(path):
-    """The Source of a .safetensors file, or of a folder of them with its index if it has one, under their own keys."""
+    """The Source of a .safetensors file, or of a folder of them with its index if it has one, under their own keys.
+
+    FileNotFoundError or ValueError says why there is none, and what to do.
+    """
     path, listed = Path(path), None
     # prefer the index without a variant suffix
     index = sorted(path.glob("*.safetensors.index.json"), key=lambda p: len(p.name))
+    if path.name.endswith(".index.json"):
+        index = [path]
     if index:
-        listed = read_json(index[0])["weight_map"]
-        parts = sorted({path / name for name in listed.values()})
+        listed = weight_map(index[0])
+        parts = sorted(set(listed.values()))
+        lost = [part.name for part in parts if not part.is_file()]
+        if lost:
+            raise FileNotFoundError(f"no weights at {path}: {index[0].name} names {some_of(lost)}, "
+                                    f"which is missing: download it too; {contents(path)}")
     else:
         parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    lost = [p.name for p in parts if p.suffix != ".safetensors" or not p.is_file()]
-    if lost or not parts:
-        raise FileNotFoundError(f"no weights at {path}: {', '.join(lost) or '*.safetensors'} is "
-                                f"missing, pickles are not read; {contents(path)}")
+        check_parts(path, parts)
     where = {}
     for part in parts:
-        try:
-            f = safe_open(part, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{part} is damaged: {error}") from error
+        f = opened_file(part)
         twice = [key for key in f.keys() if key in where]
         if twice:
-            raise ValueError(f"{path} holds {twice[0]} twice, in {part.name} too: several models? "
-                             "Name one file")
-        where.update(dict.fromkeys(f.keys(), f))
+            raise ValueError(f"{path} holds {twice[0]} twice, in {where[twice[0]][1].name} and in "
+                             f"{part.name}: several models, or Wan 2.2's two experts, of which a "
+                             "run takes one. Name one file")
+        where.update(dict.fromkeys(f.keys(), (f, part)))
     if listed is not None:
         match(dict.fromkeys(listed), dict.fromkeys(where), index[0])
-    shapes = {key: tuple(f.get_slice(key).get_shape()) for key, f in where.items()}
+    shapes = {key: tuple(f.get_slice(key).get_shape()) for key, (f, _) in where.items()}
 
     def rows(key, first, last):
-        return where[key].get_slice(key)[first:last] if shapes[key] else where[key].get_tensor(key)
+        f, part = where[key]
+        x = f.get_slice(key)[first:last] if shapes[key] else f.get_tensor(key)
+        return finite(x, part, key)
 
     return Source(str(path), shapes, rows, None)
+
+
+def weight_map(index):
+    """{key: file} of an index of safetensors; a file is looked for under its path there, else beside the index."""
+    told = read_json(index)
+    named = told.get("weight_map") if isinstance(told, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index} has no weight_map {{tensor: file}}: download it again; without "
+                         "it, all of the .safetensors beside it are read")
+    where = {}
+    for key, name in named.items():
+        file = index.parent / name.replace("\\", "/")
+        where[key] = file if file.is_file() else index.parent / file.name
+    return where
+
+
+# what is often named where weights are wanted, by its ending, and what to do
+QUANTIZED = "take the .safetensors in bf16, fp16 or fp8"
+CONVERT = ('python -c "import sys, torch, safetensors.torch as s; '
+           's.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" OLD NEW.safetensors')
+PICKLE = f"a pickle, which can run any code and is not opened. Convert one that you trust: {CONVERT}"
+UNREAD = {".gguf": f"quantized for inference (GGUF) and is not read: {QUANTIZED}",
+          **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), PICKLE)}
+
+
+def check_parts(path, parts):
+    """Raises where a path without an index is not one or several whole files of safetensors."""
+    if not parts or not all(part.suffix == ".safetensors" and part.is_file() for part in parts):
+        beside = [path]
+        if path.is_dir():
+            beside = sorted(path.iterdir())
+        for file in beside:
+            if file.is_file() and file.suffix.lower() in UNREAD:
+                raise FileNotFoundError(f"no weights at {path}: {file.name} is "
+                                        f"{UNREAD[file.suffix.lower()]}")
+        raise FileNotFoundError(f"no weights at {path}: a .safetensors file or a folder of them is "
+                                f"wanted; {contents(path)}")
+    for part in parts:
+        cut = re.fullmatch(r"(.*)-\d+-of-(\d+)", part.stem)
+        if cut and sum(other.stem.startswith(f"{cut[1]}-") for other in parts) < int(cut[2]):
+            raise FileNotFoundError(f"{part} is one of {int(cut[2])} files of a model, and not all "
+                                    "of them are named: name their folder, and download all; "
+                                    f"{contents(part.parent)}")
+
+
+def opened_file(part):
+    """An open file of safetensors; ValueError says what it is instead."""
+    try:
+        return safe_open(part, framework="pt")
+    except (SafetensorError, OSError) as error:
+        with open(part, "rb") as f:
+            head = f.read(64)
+        what = f"damaged: download it again ({error})"
+        if head.startswith(b"version https://git-lfs"):
+            what = "a pointer of Git LFS, not the weights themselves: git lfs pull"
+        elif head.lstrip().startswith(b"<"):
+            what = "a web page, not weights: the download was refused, perhaps for want of a login"
+        elif head.startswith((b"PK\3\4", b"\x80\2\x8a")):
+            what = PICKLE
+        elif head.startswith(b"GGUF"):
+            what = UNREAD[".gguf"]
+        raise ValueError(f"{part} is {what}") from error
+
+
+def finite(x, file, name):
+    """The tensor itself; ValueError where it holds NaN or infinity, which would spread to all that is computed."""
+    if x.is_floating_point() and not is_finite(x):
+        raise ValueError(f"{file}: {name} holds NaN or infinity, so the run or the conversion that "
+                         "wrote it had failed: take an earlier checkpoint, or other weights")
+    return x
+
+
+def is_finite(x):
+    """Whether all of a tensor's values are finite; in a tenth of the time that isfinite takes on a CPU."""
+    x = x.float() if x.dtype.itemsize == 1 else x
+    return x.numel() == 0 or torch.stack(x.aminmax()).isfinite().all().item()
 
 
 def renamed(source, names):
@@ -848,30 +953,159 @@ def rename(name, ours, theirs):
 def weights(path, role="ema", **ranks):
     """The Source of one model's weights under our names; detects the format.
 
-    path: a .safetensors file; a folder of them, sharded or not; the diffusers pipeline's folder around it (of Wan2.2's
-    two transformers name the second one yourself); in Wan's, diffusers' or ComfyUI's names. Or a checkpoint of ours, or
-    a run's folder (its newest valid one), of which role is read, an adapter folded into the weights under it.
-    FileNotFoundError or ValueError names what is there.
+    path: a .safetensors file; a folder of them, sharded or not; the diffusers pipeline's folder around it, or its id on
+    the Hugging Face hub; in Wan's, diffusers' or ComfyUI's names, with what trainers put before and between them; in
+    fp8 too, with scales or without. Or a checkpoint of ours, or a run's folder (its newest valid one), of which role is
+    read, an adapter folded into the weights under it.
+    FileNotFoundError or ValueError names what is there. Of Wan2.2's two experts name one folder yourself.
     """
-    path = Path(path)
-    if (path / "ckpt").is_dir() or (path / "manifest.json").is_file():
+    if is_ours(path):
         return model_of(stored(path, {role}, **ranks), role, **ranks)
     with together(ranks.get("agree", identity), path):
         return imported(path)
 
 
+def is_ours(path):
+    """Whether a path is a run's folder or a checkpoint, not other weights."""
+    return (Path(path) / "ckpt").is_dir() or (Path(path) / "manifest.json").is_file()
+
+
 def imported(path):
     """The Source of a Wan transformer's safetensors under our names."""
-    source = files(path / "transformer" if (path / "transformer").is_dir() else path)
-    # without ComfyUI's prefixes
-    source = renamed(source, lambda key: re.sub(r"^(model\.)?diffusion_model\.", "", key))
+    folder = fetched(path)
+    one_expert(folder)
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    source = dequantized(unwrapped(files(folder)))
     if any(re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name) for name in source.shapes):
         return renamed(source, from_diffusers)
     if any(re.fullmatch(r"blocks\.\d+\.self_attn\.q\.weight", name) for name in source.shapes):
         return source
-    some = ", ".join(sorted(source.shapes)[:5])
+    some = some_of(sorted(source.shapes))
+    if any("lora" in name for name in source.shapes):
+        raise ValueError(f"{source.origin} is a LoRA file, not a model: it holds {some}. train.py "
+                         "takes it as --lora_init=, sample.py as --lora=, beside the weights that "
+                         "it changes")
     raise ValueError(f"{source.origin} is no Wan transformer under Wan's, diffusers' or ComfyUI's "
-                     f"names: it holds {len(source.shapes)} tensors such as {some}")
+                     f"names: it holds {some}")
+
+
+def fetched(path):
+    """A path that is there; of an id on the Hugging Face hub the folder to which its transformer is downloaded."""
+    folder = Path(path)
+    if folder.exists():
+        return folder
+    missing = f"no weights at {path}; {contents(folder)}"
+    parts = folder.parts
+    if len(parts) != 2 or folder.is_absolute() or Path(parts[0]).exists():
+        raise FileNotFoundError(missing)
+    missing += ". If it is a name on the Hugging Face hub"
+    try:
+        from huggingface_hub import snapshot_download
+        small = ["model_index.json", "*config.json"]    # their * takes a / as well
+        folder = Path(snapshot_download(str(path), allow_patterns=small))
+        one_expert(folder)
+        wanted = dict(allow_patterns="*.safetensors*", ignore_patterns="*/*")
+        if (folder / "transformer").is_dir():
+            wanted = dict(allow_patterns="transformer/*")
+        return Path(snapshot_download(str(path), **wanted))
+    except ImportError as error:
+        raise FileNotFoundError(f"{missing}, pip install -r requirements-wan.txt, or download it "
+                                f"first and name its folder ({error})") from error
+    except OSError as error:
+        why = " ".join(str(error).split())
+        raise FileNotFoundError(f"{missing}, download it first and name its folder: it could not "
+                                f"be fetched now ({why})") from error
+
+
+def one_expert(folder):
+    """ValueError for a folder of Wan 2.2's two experts, for high noise and for low, of which a net can be one."""
+    listed = {}
+    if (folder / "model_index.json").is_file():
+        listed = read_json(folder / "model_index.json")
+    for pair in ("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"):
+        there = [(folder / name).is_dir() or any(listed.get(name) or ()) for name in pair]
+        if all(there):      # a part that a pipeline lacks is [null, null] in its index
+            first, second = (folder / name for name in pair)
+            raise ValueError(f"{folder} holds two experts, {first.name} for high noise and "
+                             f"{second.name} for low. One net at all noise levels would be "
+                             f"neither: name one, {first} or {second}")
+
+
+WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"    # of PyTorch's
+WRAPPED = re.compile(rf"(?<![^.])(?:{WRAPPERS})\.")
+
+
+def unwrapped(source):
+    """The tensors of a source without what programs put before their names, and without wrappers anywhere in them."""
+    names = {key: WRAPPED.sub("", key) for key in source.shapes}
+    first = re.compile(r"(.*\.)?patch_embedding\.weight")  # what stands before it stands before all
+    fronts = {found[1] or "" for found in map(first.fullmatch, names.values()) if found}
+    if len(fronts) > 1:
+        raise ValueError(f"{source.origin} holds several models, under {', '.join(sorted(fronts))}"
+                         ": write the one that is wanted to a file of its own")
+    front = "".join(fronts)
+    return renamed(source, lambda key: names[key].removeprefix(front))
+
+
+# what quantizers write beside weights: bitsandbytes; GPTQ, AWQ and nunchaku; quanto; nvfp4, blocks
+QUANTIZERS = re.compile(r".*\.(absmax|quant_map|nested_\w+|quant_state\..*|SCB|weight_format"
+                        r"|qweight|qzeros|g_idx|wscales|wzeros|smooth\w*"
+                        r"|_data|_scale|weight_scale_2|weight_scale_inv)")
+SCALE = re.compile(r"(.*)\.(?:scale_weight|weight_scale)")     # ComfyUI's names, older and newer
+BESIDE_SCALES = re.compile(r"scaled_fp8|.*\.(?:scale_input|input_scale|comfy_quant)")
+
+
+def dequantized(source):
+    """The tensors of a source in fp8 as fp32, times the scales that ComfyUI and musubi-tuner keep beside them.
+
+    ValueError for what is quantized in other ways.
+    """
+    found = {name: SCALE.fullmatch(name) for name in source.shapes}
+    scales = {f"{stem[1]}.weight": name for name, stem in found.items() if stem}
+    scales = {name: scale for name, scale in scales.items() if name in source.shapes}
+    beside = {*scales.values(), *filter(BESIDE_SCALES.fullmatch, source.shapes)}
+    shapes = {name: shape for name, shape in source.shapes.items() if name not in beside}
+    dtypes = {name: source.rows(name, 0, 1).dtype for name in source.shapes}
+    unread = f"{source.origin} is quantized in a way that is not read"
+
+    strange = [f"{name} in {dtypes[name]}" for name in shapes
+               if QUANTIZERS.fullmatch(name) or not dtypes[name].is_floating_point]
+    if strange:
+        raise ValueError(f"{unread} ({some_of(strange)}): {QUANTIZED}")
+    bare = [name for name in shapes if dtypes[name].itemsize == 1 and name not in scales]
+    if beside and bare:
+        raise ValueError(f"{source.origin} is in scaled fp8, and the scale of {some_of(bare)} is "
+                         "missing: get the file again")
+    for name, scale in scales.items():
+        shape = source.shapes[scale]
+        if dtypes[scale].itemsize == 1 or not scales_rows(shape, shapes[name]):
+            raise ValueError(f"{unread} ({scale} is of shape {shape}, {name} of {shapes[name]}): "
+                             f"{QUANTIZED}")
+
+    def rows(name, first, last):
+        x = source.rows(name, first, last)
+        if name in scales:
+            return scaled(x.float(), source.tensor(scales[name]).float(), first, last)
+        return x.float() if x.dtype.itemsize == 1 else x
+
+    return source._replace(shapes=shapes, rows=rows)
+
+
+def scales_rows(scale, shape):
+    """Whether a scale of one shape fits a weight of another: a number, or for each row one or one for equal parts."""
+    if math.prod(scale) == 1:
+        return True
+    parts = math.prod(scale[1:])
+    return scale[0] == shape[0] and math.prod(shape[1:]) % parts == 0 and math.prod(scale[2:]) == 1
+
+
+def scaled(x, scale, first, last):
+    """Rows [first, last) of a weight times its scale, see scales_rows."""
+    if scale.numel() == 1:
+        return x * scale.reshape(())
+    scale = scale.flatten(1) if scale.ndim > 1 else scale[:, None]
+    return (x.unflatten(1, (scale.shape[1], -1)) * scale[first:last, :, None]).flatten(1)
 
 
 def role_of(source, role):
@@ -893,11 +1127,24 @@ def no_role(origin, role, manifest):
 
 # ---- LoRA: an adapter of module M is M.lora.NAME.A (r, inputs) and .B (outputs, r); meta names what it adapts -----
 
+class Lora(NamedTuple):
+    """An adapter by itself: it adds scales[M] · B A to M.weight, where source holds A and B as M.A and M.B."""
+    source: Source
+    scales: dict
+
+    @property
+    def ranks(self):
+        """The ranks that its modules have."""
+        return sorted({self.source.shapes[f"{module}.A"][0] for module in self.scales})
+
+
 def base_of(path, source):
     """What a run that trains adapters keeps in its meta as "base": where the weights under them are, and which."""
     if (Path(path) / "ckpt").is_dir():      # the newest may be another one by now
         path = step_folder(path, source.manifest["step"])
-    return {"path": str(Path(path).resolve()), "crc32": fingerprint(source)}
+    if Path(path).exists():     # else a name on the hub, whose files are links to others without .safetensors
+        path = os.path.abspath(path)
+    return {"path": str(path), "crc32": fingerprint(source)}
 
 
 def fingerprint(source):
@@ -927,26 +1174,145 @@ def merged(adapter, base=None, **ranks):
     path = base
     if path is None:
         path = meta["base"]["path"]
-    if not Path(path).exists():
+    try:
+        below = weights(path, **ranks)
+    except FileNotFoundError as error:
         raise FileNotFoundError(f"{adapter.origin} is an adapter of weights that are not at "
-                                f"{path}: put or link them there")
-    below = weights(path, **ranks)
+                                f"{path}: put or link them there ({error})") from error
     if fingerprint(below) != meta["base"]["crc32"]:
         raise ValueError(f"{below.origin} is not what {adapter.origin} was trained on")
-    factors = {re.sub(r"\.lora\.\w+\.A$", ".weight", A): (A, A.removesuffix("A") + "B")
-               for A in adapter.shapes if A.endswith(".A")}
+    whole = folded(below, own_lora(adapter))
+    return whole._replace(origin=adapter.origin, manifest=adapter.manifest)
+
+
+def folded(below, lora, strength=1.0):
+    """Weights with an adapter folded in as they are read, W + strength · α / r · B A."""
+    check_lora(lora, below.shapes)
+    scales = {f"{module}.weight": strength * scale for module, scale in lora.scales.items()}
 
     def rows(name, first, last):
         weight = below.rows(name, first, last)
-        if name not in factors:
+        if name not in scales:
             return weight
-        A, B = factors[name]
-        alpha = meta["config"]["lora_alpha"]
-        return merge(weight.float(), adapter.tensor(A), adapter.rows(B, first, last), alpha)
+        module = name.removesuffix(".weight")
+        A, B = lora.source.tensor(f"{module}.A"), lora.source.rows(f"{module}.B", first, last)
+        return weight.float() + scales[name] * (B.float() @ A.float())
 
-    return adapter._replace(shapes=below.shapes, rows=rows)
+    return below._replace(origin=f"{below.origin} with {lora.source.origin}", rows=rows)
 
 
-def merge(weight, A, B, alpha):
-    """The weight with its adapter folded in, W + α / r · B A."""
-    return weight + alpha / len(A) * (B @ A)
+def check_lora(lora, shapes):
+    """ValueError unless an adapter changes just weights that are there, {name: shape}."""
+    wrong = []
+    for module in lora.scales:
+        (_, inputs) = lora.source.shapes[f"{module}.A"]
+        (outputs, _) = lora.source.shapes[f"{module}.B"]
+        there = shapes.get(f"{module}.weight")
+        if there != (outputs, inputs):
+            wrong.append(f"{module} {(outputs, inputs)} where {there} is")
+    if wrong:
+        raise ValueError(f"{lora.source.origin} is an adapter of another model: {some_of(wrong)}")
+
+
+def some_of(names):
+    """The first of many names, and how many there are."""
+    more = f", ... {len(names)} in all" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def lora(path, **ranks):
+    """The Lora in a file of diffusers', PEFT's, ComfyUI's or kohya's names, a folder that holds one, or a run of ours.
+
+    FileNotFoundError or ValueError says what is wrong, and names what is changed that is no Linear of our blocks.
+    """
+    if is_ours(path):
+        source = role_of(stored(path, {"ema"}, **ranks), "ema")
+        if not adapts(source):
+            raise ValueError(f"{source.origin} holds whole weights, not an adapter")
+        return own_lora(source)
+    with together(ranks.get("agree", identity), path):
+        return foreign_lora(path)
+
+
+def own_lora(source):
+    """The Lora that a run of ours holds."""
+    source = renamed(source, lambda name: re.sub(r"\.lora\.\w+\.", ".", name))
+    alpha = source.manifest["meta"]["config"]["lora_alpha"]
+    ranks = {name[:-2]: shape[0] for name, shape in source.shapes.items() if name.endswith(".A")}
+    return Lora(source, {module: alpha / rank for module, rank in ranks.items()})
+
+
+# {a block's Linear as diffusers or Wan call it, with dots or kohya's underscores: ours}
+LINEARS = {written: ours for ours, theirs in IN_BLOCK if re.search(r"\.[qkvo02]$", ours)
+           for name in (ours, theirs) for written in (name, name.replace(".", "_"))}
+FRONTS = (r"(?:base_model|model|diffusion_model|transformer|unet|pipe|dit|net)\."
+          r"|(?:lora_unet|lycoris)_")
+IN_A_BLOCK = re.compile(rf"(?:{FRONTS})*blocks[._](\d+)[._](.+)")
+FACTOR = re.compile(r"(.+)\.(?:lora[._](A|B|down|up)(?:\.[\w-]+?)??(?:\.weight)?|(alpha))")
+
+
+def foreign_lora(path):
+    """The Lora in files of others."""
+    source, settings = files(path), lora_settings(Path(path))
+    names, alphas, strange = {}, {}, []
+    for key in source.shapes:
+        part = FACTOR.fullmatch(WRAPPED.sub("", key))
+        block = part and IN_A_BLOCK.fullmatch(part[1])
+        if not block or block[2] not in LINEARS:
+            strange.append(key)
+            continue
+        module = f"blocks.{block[1]}.{LINEARS[block[2]]}"
+        if part[3]:
+            alphas[module] = source.tensor(key).item()
+        else:
+            names[key] = f"{module}.{dict(down='A', up='B').get(part[2], part[2])}"
+    if not names:
+        raise ValueError(f"{source.origin} is no LoRA file: it holds "
+                         f"{some_of(strange) or 'nothing'}")
+    if strange:
+        raise ValueError(f"{source.origin} changes what is no Linear of a block's attention or "
+                         f"feed-forward here: {some_of(strange)}")
+
+    source = source._replace(shapes={key: source.shapes[key] for key in names})
+    source = renamed(source, names.get)
+    modules = sorted({name[:-2] for name in source.shapes})
+    both = [f"{module}.{factor}" for module in modules for factor in "AB"]
+    match(dict.fromkeys(both), dict.fromkeys(source.shapes), source.origin)
+    scales = {}
+    for module in modules:
+        A, B = source.shapes[f"{module}.A"], source.shapes[f"{module}.B"]
+        if A[0] != B[1]:
+            raise ValueError(f"{source.origin}: {module} has A of shape {A}, B of shape {B}")
+        usual = settings.get("lora_alpha", A[0])
+        if settings.get("use_rslora"):
+            usual *= A[0] ** 0.5
+        scales[module] = alphas.get(module, usual) / A[0]
+    return Lora(source, scales)
+
+
+def lora_settings(path):
+    """What PEFT says of an adapter, in adapter_config.json or, as diffusers writes it, in the file's own header."""
+    parts = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    config = parts[0].with_name("adapter_config.json")
+    if parts[0].name == "adapter_model.safetensors" and config.is_file():
+        told = read_json(config)
+    else:
+        header = opened_file(parts[0]).metadata() or {}
+        told = json.loads(header.get("lora_adapter_metadata", "{}"))
+        told = {name.removeprefix("transformer."): value for name, value in told.items()}
+    for name in ("alpha_pattern", "use_dora"):
+        if told.get(name):
+            raise ValueError(f"{path} has {name} {told[name]}, which is not read here")
+    return told
+
+
+def continued(lora, scale, values):
+    """-> function for fill: an adapter's values, for training at another scale; `values` gives those that it lacks."""
+    def value(name, shape, first, last):
+        module, factor = re.split(r"\.lora\.\w+\.", name)
+        if module not in lora.scales:
+            return values(name, shape, first, last)
+        x = lora.source.rows(f"{module}.{factor}", first, last)
+        return x.float() * (lora.scales[module] / scale) if factor == "B" else x
+
+    return value

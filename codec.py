@@ -1,8 +1,8 @@
 """Pixels and words to latents and text embeddings, and back to an mp4: the only file that knows any of the three.
 
 `load` gives a Codec, a handful of plain functions: "dct" is built in and needs no weights; "wan" is Wan's VAE and UMT5,
-from a folder or the Hugging Face hub. `read_video` cuts any film into training clips; `write_video`, `write_clips` and
-`contact_sheet` show clips to people. Imports nothing of ours.
+from a folder or the Hugging Face hub. `write_video`, `write_clips` and `contact_sheet` show clips to people. Imports
+nothing of ours.
 
 C F H W latent channels, frames, rows, columns · f h w the same in pixels · S text tokens · E text width
 A video is uint8 (f, h, w, 3) in numpy; latents z are fp32 (C, F, H, W), not normalised.
@@ -25,7 +25,7 @@ from typing import Callable, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import Interpolation
 
 import torch
 from einops import rearrange
@@ -249,6 +249,9 @@ def part_of(path, part):
             folder = Path(need("huggingface_hub").snapshot_download(str(path), allow_patterns=[f"{part}/*"]))
         except OSError as error:
             raise FileNotFoundError(f"{missing} ({error})") from error
+    if folder.is_file():
+        raise ValueError(f"{path} is a file; wanted is the folder of {PIPELINE}. Wan's own .pth files are pickles, "
+                         "which are not read: the pipeline has the same weights")
     return folder / part if (folder / part).is_dir() else folder
 
 
@@ -257,7 +260,10 @@ def check_family(folder, key, wanted):
     if not (folder / "config.json").exists():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"{folder} has no config.json but {found}; wanted is {PIPELINE}")
-    config = json.loads((folder / "config.json").read_text())
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged, it is not JSON: {error}") from error
     if config.get(key) != wanted:
         found = config.get("_class_name") or config.get("architectures") or config.get("model_type")
         raise ValueError(f"{folder} holds {found}; wanted is {wanted}, as in {PIPELINE}")
@@ -300,84 +306,6 @@ def agree(spec, found, source):
 # video files
 
 SHARP = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-
-
-def read_video(path, *, sizes, frames, fps, cuts="first"):
-    """Clips of a film -> yields (video uint8 (frames, H, W, 3), (H, W)); the size is that of `sizes` nearest in shape.
-
-    sizes: [(H, W)] in pixels; frames: of a clip; fps: of a clip, whatever the film's rate is and if it varies too;
-    cuts: "first" = the clip at the beginning, reading no further, "all" = consecutive clips, dropping the rest.
-    A picture is turned as the file says, scaled with square pixels to cover the size, and cropped at the centre.
-    Raises ValueError with the bare reason, for the caller to name the file: unreadable, empty, too short for one clip.
-    """
-    if Path(path).stat().st_size == 0:
-        raise ValueError("empty")
-    seen, clip, fit = 0, [], None
-    try:
-        with av.open(path) as film:
-            stream = film.streams.best("video")
-            if stream is None:
-                raise ValueError("no video in it")
-            stream.thread_type = "AUTO"
-            for picture in at_rate(film.decode(stream), fps):
-                if fit is None:
-                    size, fit = framing(picture, float(stream.sample_aspect_ratio or 1), sizes)
-                clip.append(fit(picture))
-                seen += 1
-                if len(clip) == frames:
-                    yield np.stack(clip), size
-                    clip = []
-                    if cuts == "first":
-                        return
-    except av.FFmpegError as error:
-        raise ValueError(f"unreadable: {error.strerror}") from error
-    if seen < frames:
-        raise ValueError(f"too short: {seen} frames at {fps:g} per second, {frames} are wanted")
-
-
-def at_rate(pictures, fps):
-    """The picture on show at 0, 1/fps, 2/fps ... seconds after the first, by timestamp, until the last one's end."""
-    slack = 2e-3                            # s; files round timestamps, webm to 1 ms
-    shown, count, lasts = None, 0, 1 / fps
-    for picture in pictures:
-        if picture.time is None:
-            raise ValueError("pictures without timestamps")
-        if shown is None:
-            start = picture.time
-        else:
-            lasts = picture.time - shown.time
-            while start + count / fps + slack < picture.time:
-                yield shown
-                count += 1
-        shown = picture
-    if shown is not None:
-        end = shown.time + max(float(shown.duration * shown.time_base) or lasts, 2 * slack)
-        while start + count / fps + slack < end:
-            yield shown
-            count += 1
-
-
-def framing(picture, pixel_aspect, sizes):
-    """A film's first picture -> the size nearest in log aspect, and the function picture -> uint8 (H, W, 3).
-
-    pixel_aspect: how many times as wide as high a stored pixel is.
-    """
-    turns = round(picture.rotation / 90) % 4                    # quarter turns, counter-clockwise
-    h, w = picture.height, picture.width * pixel_aspect
-    if turns % 2:
-        h, w = w, h
-    H, W = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
-    cover = max(H / h, W / w)
-    h, w = max(H, round(h * cover)), max(W, round(w * cover))   # as shown
-    top, left = (h - H) // 2, (w - W) // 2
-    width, height = (h, w) if turns % 2 else (w, h)             # as stored
-    scaler = VideoReformatter()
-
-    def fit(picture):
-        rgb = scaler.reformat(picture, width, height, "rgb24", interpolation=SHARP, threads=1)
-        return np.rot90(rgb.to_ndarray(), turns)[top:top + H, left:left + W]
-
-    return (H, W), fit
 
 
 def write_video(path, videos, fps, columns=None):

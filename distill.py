@@ -13,7 +13,7 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 """
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,7 +26,7 @@ import flags
 import parallel
 import plan
 from data import Ahead, Latents, noise, stratified, stream
-from log import Clock, Log, check_wandb, holds
+from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, guided_x0, lr_at,
                   numbers, ode, rollout, sample_t, start_average, to_x0, train_step)
@@ -219,13 +219,13 @@ def main(cfg):
             with averaged(student):
                 validate(step, nets, goal, data, origin, cfg, log, world)
         if last or stop:
-            log.say(ended(step, cfg))
+            log.say(ended(step, student.counts, cfg))
             break
 
         # the student follows the teacher, now and then
         seen = {}
         if due(step + 1, cfg.student_every):
-            with clock("seconds"):
+            with clock("seconds"), ckpt.ending(cfg.out, step):
                 exit = student.counts["updates"] % K        # the same on all ranks, and each as often
                 with clock("data_wait"):
                     micros = draws("student", step)
@@ -235,7 +235,7 @@ def main(cfg):
             clock.add("flops", cfg.batch * student_flops(nets, micros[0], exit, cfg))
 
         # the critic follows the student, always
-        with clock("seconds"):
+        with clock("seconds"), ckpt.ending(cfg.out, step):
             exit = critic.counts["updates"] % K
             with clock("data_wait"):
                 micros = draws("critic", step)
@@ -414,11 +414,12 @@ def begin(cfg):
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
     codec.load(teacher_sampling["codec"], vae=cfg.vae if world.main else None)  # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
+    told(cfg.out)       # damaged, it fails here
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
     base = ckpt.base_of(cfg.teacher, weights)
-    inputs = {"data": data.manifest["crc32"], "teacher": base["crc32"]}
+    inputs = {"data": data.content, "teacher": base["crc32"]}
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     step, counts = 0, None
     if path:
@@ -568,8 +569,10 @@ def validated(cfg, step, world):
     return parallel.agree(done, world)
 
 
-def ended(step, cfg):
+def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    if step and not counts["updates"]:
+        saved += ", but no update was finite: the weights are those that the run began with"
     return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 
@@ -613,8 +616,8 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
     The last: critic and guided teacher amid the guided noise levels, the two x0 whose difference the student follows.
     """
-    shape = data.shape_of(0)
-    ids = list(islice((i for i in range(data.count) if data.shape_of(i) == shape), cfg.samples))
+    ids = data.for_videos(cfg.samples)
+    shape = data.shape_of(ids[0])
     student, critic, teacher = nets(shape)
     times = grid(origin.teacher_sampling["steps"], origin.teacher_sampling["shift"])
 
@@ -682,8 +685,10 @@ def likeness(student, teacher):
     def motion(x):
         return x.diff(dim=2).abs().mean()
 
-    return {"val_diversity": diversity(student) / diversity(teacher), "val_motion": motion(student) / motion(teacher),
-            "val_std": student.std() / teacher.std()}
+    seen = {"val_diversity": diversity(student) / diversity(teacher), "val_std": student.std() / teacher.std()}
+    if student.shape[2] > 1:        # stills do not move
+        seen["val_motion"] = motion(student) / motion(teacher)
+    return seen
 
 
 def show_first(micro, origin, cfg, world, log):

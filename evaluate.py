@@ -199,7 +199,8 @@ def sampled(system, coder, captions, cfg, world):
 
     net = blank(sampling["model"])
     parallel.prepare(net, world, trainable=False)
-    ckpt.fill(parallel.local_rows(net), source)
+    with flags.door(__file__):      # weights are read here
+        ckpt.fill(parallel.local_rows(net), source)
     shape = tuple(sampling["shapes"][0])
     net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
     text = padded(coder.embed(captions), sampling["text"])

@@ -48,6 +48,8 @@ def main(cfg):
         check(saved, cfg)
         meta, step = saved.manifest["meta"], saved.manifest["step"]
         told = {"checkpoint": saved.origin, "step": step, "sampling": saved.sampling}
+        if ckpt.adapts(saved):
+            told["base"] = meta["base"]     # what the adapter is for, or is folded into
         beside = {"nanovideo.json": told}
         stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
         if cfg.format == "comfy":
@@ -68,6 +70,8 @@ def main(cfg):
     print(f"{saved.origin}, step {step}: {len(source.shapes)} tensors, read back bit for bit, in")
     for file in sorted(Path(cfg.out).iterdir()):
         print(f"  {file}  {file.stat().st_size / 1e6:,.1f} MB")
+    if cfg.lora:
+        print(f"It adapts {needed(meta['base'])}")
 
 
 # ---- formats --------------------------------------------------------------------------------------------------------
@@ -123,6 +127,15 @@ def check(saved, cfg):
         raise ValueError("--base is for --merge: the adapter alone needs no weights under it")
     if cfg.lora and cfg.format == "wan":
         raise ValueError("--format=wan: Wan has no LoRA files, choose diffusers or comfy")
+
+
+def needed(base):
+    """What an adapter by itself is loaded over, in words."""
+    path = base["path"]
+    if not ckpt.flags_of(path, path).get("lora_rank"):
+        return f"the weights of {path}"
+    return (f"the weights of {path} with its own adapter folded in, not those under it: "
+            f"python export.py --ckpt={path} --merge --out=NEW writes them")
 
 
 def lora_file(saved, alpha, format):
@@ -207,7 +220,12 @@ def write_file(file, source, names, dtype):
     with open(file, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            f.write(cast(source.tensor(name), dtype).flatten().view(torch.uint8).numpy())
+            whole = source.tensor(name)
+            x = cast(whole, dtype)
+            if not ckpt.is_finite(x):
+                raise ValueError(f"{name} reaches {whole.abs().max():.3g}, which {dtype} cannot hold: "
+                                 "--dtype=bfloat16 or --dtype=float32 can")
+            f.write(x.flatten().view(torch.uint8).numpy())
 
 
 def cast(tensor, dtype):

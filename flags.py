@@ -16,6 +16,7 @@ from typing import Annotated
 import tyro
 
 REFUSALS = ValueError, OSError, RuntimeError, ImportError
+FIXED = {"model", "lora_rank"}      # flags that give a run's tensors their shapes
 
 
 @contextmanager
@@ -93,9 +94,13 @@ def lora_alpha(cfg):
 
 
 def check_run(cfg):
-    """ValueError for names in --allow that are no flags, and for a --dry_run that is no number of ranks."""
+    """ValueError for names in --allow that are no flags or cannot change, and for a --dry_run of no ranks."""
     unknown = set(cfg.allow) - {field.name for field in fields(cfg)}
     if unknown:
         raise ValueError(f"--allow {' '.join(sorted(unknown))}: no such flag")
+    fixed = FIXED & set(cfg.allow)
+    if fixed:
+        raise ValueError(f"--allow {' '.join(sorted(fixed))}: the run's tensors have its shapes, so it cannot change: "
+                         "--out= starts another run")
     if len(cfg.dry_run) > 2 or min(cfg.dry_run, default=1) < 1:
         raise ValueError(f"--dry_run {' '.join(map(str, cfg.dry_run))}: takes a number of ranks, perhaps GB of each")

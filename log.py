@@ -60,8 +60,7 @@ class Log:
         if not main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        file = self.out / "config.json"
-        before = json.loads(file.read_text()) if file.exists() else {}
+        file, before = self.out / "config.json", told(self.out)
         self.wandb, wandb_id = None, before.get("wandb")
         if wandb != "off":
             self.wandb = start_wandb(self.out, config, wandb, wandb_id)
@@ -246,6 +245,20 @@ class Clock:
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
+def told(out):
+    """What config.json of a run says, {} where there is none; ValueError where it is damaged."""
+    file = Path(out) / "config.json"
+    if not file.exists():
+        return {}
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if said.keys() >= {"flags", "sources", "versions", "threads", "device"}:
+            return said
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{file} is damaged: remove it, and the run goes on; only the id of its run in wandb is lost")
+
+
 def circumstances():
     """Commit, CRC32 of the sources, versions, threads and command of this process; None for what cannot be read."""
     sources = {path.name: checksum(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
@@ -398,7 +411,7 @@ def curves(path, entries):
     series = {}
     for entry in entries:
         for name, value in entry.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+            if name != "step" and isinstance(value, (int, float)) and abs(value) < 1e100:     # matplotlib adds some
                 series.setdefault(name, []).append((entry["step"], value))
     if not series:
         return

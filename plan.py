@@ -51,10 +51,14 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False):
     world = parallel.imagine(ranks, cfg.shard, cfg.sp, precision)
     shape, length = USUAL[cfg.model]
     shapes, width = [shape], MODELS[cfg.model].text_dim
-    if Path(cfg.data).exists():
-        manifest = read_manifest(cfg.data)
-        shapes = [tuple(bucket["shape"]) for bucket in manifest["buckets"]]
-        length, width = manifest["text"]["length"], manifest["text"]["width"]
+    paths = cfg.data
+    if isinstance(paths, str):
+        paths = [paths]
+    if all(Path(path).exists() for path in paths):
+        manifests = [read_manifest(path) for path in paths]
+        shapes = [tuple(bucket["shape"]) for manifest in manifests for bucket in manifest["buckets"]]
+        text = manifests[0]["text"]
+        length, width = text["length"], text["width"]
     fits(cfg.model, shapes[0][0], width, shapes, cfg.sp, cfg.window, cfg.tile)
     weight = weigh(cfg, world, lora, shapes, length, optimizer=optimizer, learners=learners, teacher=teacher)
 

@@ -6,22 +6,24 @@
     python prepare.py --parquet=DIR --codec=wan --vae=WAN --text=WAN        latents that FastVideo made
     python prepare.py --prompts=FILE --shape 24 5 8 8                       prompts alone, to distil from
 
-Under torchrun each rank encodes its share. Interrupted, the same command goes on where it was, and where the folder has
-got more films since, it adds them. Imports ckpt, codec, data, flags, parallel, shapes.
+Under torchrun each rank encodes its share. Interrupted, the same command goes on where it was. Given again later, it
+makes again what has changed, adds what is new and drops what is gone; of a caption that has changed, the embedding
+alone. Nothing that a running training reads is touched. Imports store and leaves.
 
 C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
 import json
 import math
-import os
 import re
 import sys
 import time
-import unicodedata
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +31,12 @@ from tqdm import tqdm
 
 import ckpt
 import codec
+import films
 import flags
 import parallel
 import shapes
-from data import Writer, stream, write_whole
+from data import DTYPES, crc32_of, listed, stream, stride
+from store import Journals, Nothing, Writer, check_settings, text_crc32, write_whole
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Config:
     clips: int = 4000                   # how many moving shapes to draw, without these three
     seed: int = 0                       # random seed of the moving shapes
     out: str | None = None              # the dataset's folder; None = data/ and the source's name
+    compact: bool = False               # at the end, free the disk of what was replaced or dropped
+    dry_run: bool = False               # print what would be made, by the files' headers, then exit
 
     # clips
     sizes: tuple[str, ...] | None = None            # HEIGHTxWIDTH; films are cropped to the nearest
-    frames: int | None = None                       # frames per clip
+    frames: int | tuple[int, ...] | None = None     # frames per clip; of several, the most it fills
     fps: float | None = None                        # frames per second of clips, whatever the film's
-    cuts: Literal["first", "all"] = "first"         # take a film's first clip, or all, one by one
+    cuts: Literal["first", "all"] = "first"         # a film's first clip; all: the longest that fit
     caption: str | None = None                      # caption of films without one; None = skip these
     shape: tuple[int, int, int, int] | None = None  # C F H W of latents to distil from --prompts
 
@@ -75,7 +81,6 @@ ONLY = {  # flags that do something for these sources only
     "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
     "cuts": {"videos"}, "caption": {"videos"}, "shape": {"prompts"},
 }
-FILMS = set(".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .mts .3gp .ogv .gif".split())
 
 
 def main(cfg):
@@ -87,78 +92,333 @@ def main(cfg):
         check_fit(cfg, coder)
         embed = lru_cache(256)(lambda caption: coder.embed([caption])[0])
         null = embed(cfg.negative)
-        kind, source = source_of(cfg)
         fidelity = []
         encoder = coder._replace(encode=partial(measured, coder, fidelity))
-        names, samples = source(cfg, encoder, embed)
-        # shard the full list, so that ranks agree although each has finished other names
-        count, names = len(names), names[world.rank::world.size]
+        kind, source = source_of(cfg)
+        source = source(cfg, encoder, embed)
+        if cfg.dry_run:
+            if world.rank == 0:
+                foretell(cfg, coder, kind, source)
+            return
         ckpt.claim(cfg.out, **world.ranks)
         writer = Writer(cfg.out, spec_of(cfg, coder), world.rank)
-    todo = [name for name in names if name not in writer.done]
     clear(cfg.out, world)
 
+    # shard the full list, so that ranks agree although each has finished other names
+    names = source.names(writer.done)
+    mine = names[world.rank::world.size]
+    todo = [work for name in mine if (work := work_on(name, source, writer.done, coder.spec))]
+    if world.rank == 0:
+        todo = gone(names, source, writer.done) + todo
+        for name, reason in source.passed.items():
+            world.say(f"skipped {Path(cfg.videos) / name}: {reason}")
     before = ""
-    if len(todo) < len(names):
-        before = f", {len(names) - len(todo):,} of rank 0's {len(names):,} done before"
-    world.say(f"{count:,} {kind} -> {cfg.out}{before}")
+    if len(todo) < len(mine):
+        before = f", {len(mine) - len(todo):,} of rank 0's {len(mine):,} done before"
+    world.say(f"{len(names):,} {kind} -> {cfg.out}{before}")
 
-    skipped = 0
-    with tqdm(total=len(names), initial=len(names) - len(todo), unit=f" {kind}",
+    reasons, changed = [], []
+    with tqdm(total=len(mine), initial=max(len(mine) - len(todo), 0), unit=f" {kind}",
               disable=world.rank > 0, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-        for name in todo:
-            key = None
-            try:
-                for sample in readable(samples(name, writer.done)):
-                    writer.add(**sample)
-                    key = sample["key"]
-            except ValueError as reason:
-                bar.write(f"skipped {name}: {reason}")
-                skipped += 1
-            else:
-                if key != name:         # its samples have keys of their own
-                    writer.mark(name)
+        for work in todo:
+            became, reason = carry_out(work, source, embed, writer)
+            if became:
+                changed.append((became, work.name))
+            if reason:
+                bar.write(f"skipped {work.name}: {reason}")
+                reasons.append(reason)
             bar.update()
     writer.save()
 
-    skipped = wait_for_all(cfg.out, skipped, world)
-    if world.rank == 0:
-        mean, std = coder.spec.get("mean"), coder.spec.get("std")
-        manifest = writer.finish(null, mean, std, half_power=cfg.codec == "dct")
-        buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}"
-                            for b in manifest["buckets"])
-        size = sum(file["size"] for file in manifest["files"].values())
-        missing = f"; {skipped} {kind} skipped, named above" if skipped else ""
-        world.say(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB{missing}")
-        if fidelity:
-            world.say(f"the codec gives back a clip's frames at {np.median(fidelity):.1f} dB PSNR, "
-                      f"the first {len(fidelity)} clips' median")
+    reports = wait_for_all(cfg.out, {"reasons": reasons, "changed": changed}, world)
+    with flags.door(__file__):
+        if world.rank == 0:
+            reasons = [reason for report in reports for reason in report["reasons"]]
+            changed = [change for report in reports for change in report["changed"]]
+            way = way_out(reasons, len(names), cfg, coder, kind)
+            finish(writer, null, cfg, coder, changed, len(reasons), kind, way)
+            if fidelity:
+                world.say("the codec gives back a clip's frames at "
+                          f"{np.median(fidelity):.1f} dB PSNR, the first {len(fidelity)} clips' median")
+            if way:
+                world.say(way)
     clear(cfg.out, world)
 
 
-def readable(samples):
-    """The samples of a film; where the system cannot read it, ValueError: a reason to skip it, and go on.
+def finish(writer, null, cfg, coder, changed, skipped, kind, way):
+    """Makes a dataset of what is stored, and says what it holds and what has changed since it was made last."""
+    before = writer.done.manifest
+    mean, std = coder.spec.get("mean"), coder.spec.get("std")
+    try:
+        manifest = writer.finish(null, mean, std, half_power=cfg.codec == "dct")
+    except Nothing as error:
+        if not before:
+            writer.remove()
+            abandon(Path(cfg.out))
+        if not way:
+            way = "the reasons are named above"
+        raise ValueError(f"none of the {kind} can be used: {way}") from error
+    if news := summary(changed, before, manifest, kind):
+        print(f"{cfg.out}: {news}")
+    if cfg.compact:
+        freed = writer.compact() / 1e6
+        print(f"{cfg.out}: {freed:,.0f} MB of what was replaced or dropped are free again")
+        manifest = writer.done.manifest
+    buckets = ", ".join(f"{b['count']:,} of {'x'.join(map(str, b['shape']))}"
+                        for b in manifest["buckets"])
+    size = sum(file["size"] for file in manifest["files"].values())
+    missing = f"; {skipped} {kind} skipped, named above" if skipped else ""
+    print(f"{cfg.out}: {buckets}, {size / 1e6:,.0f} MB{missing}")
+
+
+def abandon(out):
+    """Removes a folder that holds no more than what says who works in it."""
+    for file in (out / ".owner", out / ".lock", *out.glob("finished.*")):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):     # it holds other things
+        out.rmdir()
+
+
+# ---- what there is to do, and what has changed ----------------------------------------------------------------------
+
+class Work(NamedTuple):
+    """What is to be done for a name."""
+    name: str
+    what: str
+    edition: int = 0    # of the lines that this will write
+    reason: str = ""    # why nothing can be made
+
+
+NEW, BEGUN, CAPTION, REPLACED, GONE = "new", "begun", "caption", "replaced", "gone"
+# stored, and as it should be for all we know
+TOUCHED, UNKNOWN, UNREADABLE = "touched", "unknown", "unreadable"
+CHANGES = NEW, CAPTION, REPLACED, GONE, UNKNOWN
+HEAD = 1 << 16          # bytes of a film by which it is known again
+
+
+class Seen(NamedTuple):
+    """What a name stands for now."""
+    caption: str | None     # None = its samples have captions of their own
+    source: str
+    path: Path | None       # the file that it is made from
+
+
+def work_on(name, source, done, spec):
+    """What is to be done for a name, None where all that is stored is as it should be. Reads no more than it must."""
+    here = done.stored(name)
+    after = here.edition + 1
+    if not here.live:
+        return Work(name, NEW, after)
+    try:
+        seen = source.look(name)
+        film = fingerprint(seen.path, here.film, source.head)
+    except ValueError as reason:
+        return Work(name, GONE, after, str(reason))
+    except OSError as reason:
+        return Work(name, UNREADABLE, after, str(reason))
+    same_text = seen.caption is None or text_crc32(seen.caption, spec) == here.text
+    if here.film and film[::2] != here.film[::2]:           # its size, its head
+        return Work(name, REPLACED, after)
+    if not here.whole:
+        return Work(name, BEGUN, here.edition) if same_text else Work(name, REPLACED, after)
+    if not same_text:
+        return Work(name, CAPTION, after)
+    if film != here.film:
+        return Work(name, TOUCHED if here.film else UNKNOWN, after)
+    return None
+
+
+def fingerprint(path, before, head):
+    """A file's size, time and the CRC32 of its head, which is as `before` where size and time are; None of no file."""
+    if path is None:
+        return None
+    found = path.stat()
+    if before and before[:2] == [found.st_size, found.st_mtime_ns]:
+        return before
+    return [found.st_size, found.st_mtime_ns, crc32_of(path, head)]
+
+
+def gone(names, source, done):
+    """What is stored and not there any more. A folder that could not be listed is no reason to think so."""
+    missing = [name for name in done.others(names) if source.passed.keys().isdisjoint(above(name))]
+    return [Work(name, GONE, done.stored(name).edition + 1) for name in missing]
+
+
+def above(name):
+    """A name and the folders that it lies in."""
+    return {name, "", *(folder.as_posix() for folder in Path(name).parents)}
+
+
+def carry_out(work, source, embed, writer):
+    """Does one piece of work -> (what of it has become, None where no one need know; why nothing was made, or "")."""
+    name, what, edition, reason = work
+    if what == GONE:
+        writer.drop(name, edition)
+        return GONE, reason
+    if what == UNREADABLE:
+        return None, reason
+    stored, key = what == BEGUN, name
+    try:
+        seen, film = looked_at(name, source, writer.done.stored(name).film)
+        for sample in readable(pieces(work, seen, source, embed, writer.done)):
+            writer.add(**sample, edition=edition, film=film)
+            stored, key = True, sample["key"]
+    except ValueError as error:
+        if not stored and what in (CAPTION, REPLACED):      # nothing that is stale stays
+            writer.drop(name, edition)
+            return GONE, str(error)
+        if not stored or isinstance(error, Unreadable):     # tried again next time
+            return None, str(error)
+        reason = str(error)
+    if key != name or what in (TOUCHED, UNKNOWN):           # its samples have keys of their own
+        text = None if seen.caption is None else writer.text_crc32(seen.caption)
+        writer.mark(name, edition, text, film)
+    return what if what in CHANGES else None, reason
+
+
+def pieces(work, seen, source, embed, done):
+    """The samples that a piece of work adds; where the caption alone has changed, its embedding."""
+    if work.what == CAPTION:
+        yield dict(latent=None, text=embed(seen.caption), caption=seen.caption,
+                   source=seen.source, key=work.name)
+    elif work.what in (NEW, BEGUN, REPLACED):
+        def is_stored(key):
+            line = done.find(key)
+            return line is not None and line.edition == work.edition
+
+        yield from source.samples(work.name, seen.caption, is_stored)
+
+
+class Unreadable(ValueError):
+    """The system cannot read a film: a reason to skip it, and go on.
 
     What fails in writing (a full disk) is raised elsewhere, and ends the run.
     """
+
+
+def readable(samples):
+    """The samples of a film, or Unreadable."""
     try:
         yield from samples
     except OSError as error:
-        raise ValueError(str(error)) from error
+        raise Unreadable(str(error)) from error
 
 
-def wait_for_all(out, skipped, world):
-    """Waits, for hours if need be, until each rank has stored its share -> names skipped on all of them.
+def looked_at(name, source, before):
+    """-> Seen and fingerprint of a name, or Unreadable."""
+    try:
+        seen = source.look(name)
+        return seen, fingerprint(seen.path, before, source.head)
+    except OSError as error:
+        raise Unreadable(str(error)) from error
+
+
+def summary(changed, before, manifest, kind):
+    """What a dataset that was there before has become, in one line; "" where it is as it was."""
+    names = {}
+    for what, name in changed:
+        names.setdefault(what, []).append(name)
+    n = Counter(what for what, _ in changed)
+    if kind == "prompts":                                   # a line that was corrected
+        n[CAPTION] += min(n[NEW], n[GONE])
+        n.subtract({what: min(n[NEW], n[GONE]) for what in (NEW, GONE)})
+    texts = count_of(n[CAPTION], f"{'prompt' if kind == 'prompts' else 'caption'}") + " changed"
+    if before and before["codec"].get("text_sha256") != manifest["codec"].get("text_sha256"):
+        texts = f"{count_of(n[CAPTION], 'caption')} embedded by other weights"
+    parts = {
+        CAPTION: texts,
+        REPLACED: f"{count_of(n[REPLACED], kind[:-1])} replaced",
+        GONE: f"{n[GONE]:,} gone",
+        NEW: f"{n[NEW]:,} new",
+        UNKNOWN: f"{n[UNKNOWN]:,} taken as they are, for an earlier version did not write down "
+                 "what they were made from",
+    }
+    if not before:
+        n[NEW] = 0                                          # all of them
+    said = [part for what, part in parts.items() if n[what]]
+    if before and null_of(before) != null_of(manifest):
+        said.append("another null text")
+    first = []
+    for what in (CAPTION, REPLACED, GONE, NEW):
+        if n[what]:
+            first += names.get(what, [])
+    more = ", …" if len(first) > 8 else ""
+    return ", ".join(said) + (f": {', '.join(first[:8])}{more}" if first else "")
+
+
+def count_of(n, thing):
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def null_of(manifest):
+    """The checksum of the null text's file."""
+    return manifest["files"][listed(manifest, "text.null.bin")]["crc32"]
+
+
+def way_out(reasons, total, cfg, coder, kind):
+    """Where most names were skipped for one reason: that, and which flag would take how many of them; else ""."""
+    if not reasons:
+        return ""
+    why, n = Counter(map(gist, reasons)).most_common(1)[0]
+    if 2 * n <= total:
+        return ""
+    alike = [re.search(r"\d+", reason) for reason in reasons if gist(reason) == why]
+    numbers = sorted(int(found[0]) for found in alike if found)     # each reason's first
+    ways = {}
+    if why == "too short":
+        least, few = min(lengths(cfg)), numbers[n // 10]            # nine in ten have as many
+        why = f"shorter than {least} frames at {cfg.fps:g} fps"
+        fps = math.ceil((least - 1) * cfg.fps / max(few - 1, 0.1))
+        frames = (few - 1) // coder.stride[0] * coder.stride[0] + 1
+        if fps <= 60:
+            enough = (least - 1) * cfg.fps
+            ways[f"--fps={fps}"] = sum((seen - 1) * fps >= enough for seen in numbers)
+        way = f"--frames={frames}" if frames > 1 else with_stills(cfg)
+        ways[way] = sum(seen >= frames for seen in numbers)
+    elif why == "a still picture":
+        why = "still pictures"
+        ways[with_stills(cfg)] = n
+    elif why == "no caption":
+        why = "without a caption"
+        ways["--caption=TEXT"] = n
+    elif why == "a prompt of":
+        why = f"longer in their captions than --text_length={cfg.text_length}"
+        begin = 1 if cfg.codec == "dct" else 0
+        ways[f"--text_length={numbers[-1] + begin}"] = n
+    else:
+        return f"{n:,} of {total:,} {kind} are skipped for one reason: {why}"
+    if all(taken == n for taken in ways.values()):
+        said = f"{' or '.join(ways)} would take them"
+    else:
+        said = " and ".join(f"{way} would take {taken:,} of them" for way, taken in ways.items())
+    return f"{n:,} of {total:,} {kind} are {why}: {said}"
+
+
+def with_stills(cfg):
+    """The flag that takes stills beside the clips that are taken."""
+    return f"--frames 1 {' '.join(map(str, lengths(cfg)))}"
+
+
+def gist(reason):
+    """What reasons to skip have in common."""
+    for why in ("too short", "a still picture", "no caption", "a prompt of"):
+        if reason.startswith(why):
+            return why
+    return re.sub(r"\d+", "N", reason.partition(":")[0])
+
+
+def wait_for_all(out, report, world):
+    """Waits, for hours if need be, until each rank has stored its share -> what each of them reports.
 
     Each rank says so in a file: ranks that wait for one another in a collective give up after an hour.
     """
     files = [Path(out) / f"finished.{rank}" for rank in range(world.size)]
     with write_whole(files[world.rank]) as file:
-        file.write(str(skipped).encode())
+        file.write(json.dumps(report).encode())
     for file in files:
         while not file.exists():
             time.sleep(1)
-    return sum(int(file.read_text()) for file in files)
+    return [json.loads(file.read_text()) for file in files]
 
 
 def clear(out, world):
@@ -178,12 +438,22 @@ def measured(coder, fidelity, video):
     return z
 
 
-# ---- sources: each gives a list of names, and a function from a name to the samples of it that are not done ----------
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+class Source(NamedTuple):
+    """Where samples come from. A name may give many: those have keys name#0, name#1, …"""
+    names: Callable         # Journals -> [name]
+    look: Callable          # name -> Seen; ValueError: it cannot be used; OSError: nobody can tell
+    samples: Callable       # name, caption, (key -> whether it is stored) -> samples that are not
+    clips: Callable         # name -> latent shapes of its samples, by headers alone
+    passed: dict = {}       # {name: why it is not among the names}
+    head: int | None = HEAD # bytes of a file by which it is known again, None = all
+
 
 def source_of(cfg):
     """What the names stand for, and their source."""
     if cfg.videos:
-        return "films", films
+        return "films", videos
     if cfg.prompts:
         return "prompts", prompts
     if cfg.parquet:
@@ -193,61 +463,114 @@ def source_of(cfg):
 
 def moving_shapes(cfg, coder, embed):
     """The built-in clips; each is a function of its number."""
-    sizes = parse(cfg.sizes)
+    sizes, frames = parse(cfg.sizes), lengths(cfg)
 
-    def samples(name, done):
+    def kind(name):
         i = int(name)
-        rng, size = stream(cfg.seed, "clip", i), sizes[i % len(sizes)]
-        video, caption = shapes.clip(rng, size=size, frames=cfg.frames)
+        return sizes[i % len(sizes)], frames[i // len(sizes) % len(frames)]
+
+    def look(name):
+        _, caption = begin(name)
+        return Seen(caption, f"clip {name}", None)
+
+    def begin(name):
+        """The generator of a clip, after it has drawn the caption; a whole clip takes a hundred times as long."""
+        rng = stream(cfg.seed, "clip", int(name))
+        return rng, shapes.CAPTIONS[rng.integers(len(shapes.CAPTIONS))]
+
+    def samples(name, caption, stored):
+        size, length = kind(name)
+        video, _ = shapes.clip(begin(name)[0], size=size, frames=length, caption=caption)
         yield dict(latent=coder.encode(video), text=embed(caption), caption=caption,
-                   source=f"clip {i}", key=name)
+                   source=f"clip {name}", key=name)
 
-    return [str(i) for i in range(cfg.clips)], samples
+    def clips(name):
+        size, length = kind(name)
+        return [latent_shape(coder, length, size)]
+
+    return Source(lambda done: [str(i) for i in range(cfg.clips)], look, samples, clips)
 
 
-def films(cfg, coder, embed):
+def videos(cfg, coder, embed):
     """The films in a folder and those below it."""
-    root = Path(cfg.videos)
-    listed = read_captions(root / "captions.jsonl")
-    found = list(film_names(root))
-    found += listed.keys() - {compose(name) for name in found}  # reading names them as missing
+    root, sizes = Path(cfg.videos), parse(cfg.sizes)
+    captions = films.captions(root)
+    found, passed = films.listed(root)
+    # looking at those names them as missing
+    found += captions.keys() - {films.compose(name) for name in found}
     if not found:
-        raise ValueError(f"no films in {root}: their names would end in {' '.join(sorted(FILMS))}")
+        others = "".join(f"; {name}: {reason}" for name, reason in list(passed.items())[:3])
+        raise ValueError(f"no films in {root}: their names would end in "
+                         f"{' '.join(sorted(films.FILMS | films.PICTURES))}{others}")
 
-    def samples(name, done):
+    def look(name):
         beside = (root / name).with_suffix(".txt")
-        caption = listed.get(compose(name))
+        caption = captions.get(films.compose(name))
         if beside.exists():
-            caption = beside.read_text(encoding="utf-8").strip()
+            other, caption = caption, films.read_text(beside).strip()
+            if other and caption not in ("", other):
+                raise ValueError(f"two captions, {caption!r} in {beside.name} and {other!r} in a list")
         if not caption:
             caption = cfg.caption
+        if not (root / name).exists():
+            raise ValueError("No such file")
         if not caption:
             raise ValueError(f"no caption in {beside.name} or captions.jsonl; "
                              "--caption=TEXT would be for such films")
-        text = embed(caption)
-        clips = codec.read_video(root / name, sizes=parse(cfg.sizes), frames=cfg.frames,
-                                 fps=cfg.fps, cuts=cfg.cuts)
-        for i, (video, _) in enumerate(clips):
-            key = f"{name}#{i}"
-            if key not in done:
-                yield dict(latent=coder.encode(video), text=text, caption=caption, source=name,
-                           key=key)
+        return Seen(caption, name, root / name)
 
-    return sorted(found), samples
+    def samples(name, caption, stored):
+        text = embed(caption)
+        made = films.read_video(root / name, sizes=sizes, frames=lengths(cfg), fps=cfg.fps,
+                                cuts=cfg.cuts, report=lambda note: tqdm.write(f"{name}: {note}"))
+        for i, (video, _) in enumerate(made):
+            key = f"{name}#{i}"
+            if not stored(key):
+                yield dict(latent=coder.encode(video), text=text, caption=caption,
+                           source=name, key=key)
+
+    def clips(name):
+        head = films.head(root / name)
+        seconds = head.seconds
+        if head.frames and head.fps:    # some leave out how long the last picture is shown
+            seconds = max(seconds, head.frames / head.fps)
+        seen = 1 if head.still else math.ceil(seconds * cfg.fps - 0.01)
+        made = films.lengths(seen, lengths(cfg), cfg.cuts)
+        if not made:
+            raise ValueError(f"too short: {seen} frames at {cfg.fps:g} per second, "
+                             f"{min(lengths(cfg))} are wanted")
+        h, w = head.size
+        size = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
+        return [latent_shape(coder, length, size) for length in made]
+
+    return Source(lambda done: sorted(found), look, samples, clips, passed)
 
 
 def prompts(cfg, coder, embed):
-    """The lines of a text file, without latents."""
+    """The lines of a text file, without latents. A line is known by its words, wherever it stands."""
     path = Path(cfg.prompts)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in films.read_text(path).split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"no prompts in {path}")
+    found = {}
 
-    def samples(name, done):
-        line = lines[int(name) - 1]
-        yield dict(latent=None, text=embed(line), caption=line, source=path.name, key=name)
+    def names(done):
+        times = Counter()
+        for i, line in enumerate(lines, 1):
+            times[line] += 1
+            name = f"{line[:40]} [{sha256(line.encode()).hexdigest()[:16]}.{times[line]}]"
+            if done.stored(str(i)).text == text_crc32(line, coder.spec):
+                name = str(i)           # an earlier version's name
+            found[name] = line
+        return list(found)
 
-    return [str(i + 1) for i in range(len(lines))], samples
+    def look(name):
+        return Seen(found[name], path.name, None)
+
+    def samples(name, caption, stored):
+        yield dict(latent=None, text=embed(caption), caption=caption, source=path.name, key=name)
+
+    return Source(names, look, samples, lambda name: [cfg.shape])
 
 
 def parquet_files(cfg, coder, embed):
@@ -255,27 +578,27 @@ def parquet_files(cfg, coder, embed):
     from pyarrow import parquet     # only here is it needed
 
     root, channels = Path(cfg.parquet), coder.spec["channels"]
-    names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.parquet"))
-    if not names:
+    found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.parquet"))
+    if not found:
         raise ValueError(f"no parquet files in {root}")
     parts = [f"{name}_{part}" for name in ("vae_latent", "text_embedding")
              for part in ("bytes", "shape", "dtype")]
 
-    def rows(name):
+    def rows(name, columns):
         try:
             file = parquet.ParquetFile(root / name)
             if missing := {"caption", "file_name", *parts} - set(file.schema_arrow.names):
                 raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-            for batch in file.iter_batches(1, columns=["caption", "file_name", *parts]):
+            for batch in file.iter_batches(1, columns=columns):
                 yield from batch.to_pylist()
         except OSError as error:
             raise ValueError(f"unreadable: {error}") from error
 
-    def samples(name, done):
+    def samples(name, caption, stored):
         bad = []
-        for i, row in enumerate(rows(name)):
+        for i, row in enumerate(rows(name, ["caption", "file_name", *parts])):
             key = f"{name}#{i}"
-            if key in done:
+            if stored(key):
                 continue
             try:
                 latent, text = (tensor(row, part) for part in ("vae_latent", "text_embedding"))
@@ -290,7 +613,13 @@ def parquet_files(cfg, coder, embed):
         if bad:
             raise ValueError(f"{len(bad)} rows of it. {'; '.join(bad)}")
 
-    return names, samples
+    def look(name):
+        return Seen(None, name, root / name)
+
+    def clips(name):
+        return [tuple(row["vae_latent_shape"]) for row in rows(name, ["vae_latent_shape"])]
+
+    return Source(lambda done: found, look, samples, clips, head=None)
 
 
 def tensor(row, name):
@@ -306,38 +635,72 @@ def tensor(row, name):
     return torch.frombuffer(bytearray(content), dtype=known[dtype]).view(*shape)
 
 
-def film_names(root):
-    """Films in a folder and those below it, as paths from it."""
-    def skip(error):
-        print(f"skipped {error.filename}: {error}")
+# ---- the dry run ----------------------------------------------------------------------------------------------------
 
-    for folder, _, names in os.walk(root, onerror=skip):
-        for name in names:
-            if Path(name).suffix.lower() in FILMS and not name.startswith("."):
-                yield Path(folder, name).relative_to(root).as_posix()
+def foretell(cfg, coder, kind, source):
+    """Prints what would be made, by headers alone, and what would change where the folder is there; makes nothing."""
+    done = Journals(cfg.out)
+    if (done.path / "spec.json").exists():
+        check_settings(done.path, spec_of(cfg, coder))
+    names = source.names(done)
+    todo = [work for name in names if (work := work_on(name, source, done, coder.spec))]
+    lost = gone(names, source, done)
+    found, examples, reasons = Counter(), {}, []
+    for work in todo:
+        reason = work.reason
+        try:
+            if work.what in (NEW, BEGUN, REPLACED):
+                source.look(work.name)
+                shapes_of = source.clips(work.name)
+                found.update(shapes_of)
+                examples.setdefault(shapes_of[0], work.name)
+        except (ValueError, OSError) as error:
+            reason = str(error)
+        if reason:
+            reasons.append(reason)
+            print(f"skipped {work.name}: {reason}")
+    for name, reason in source.passed.items():
+        print(f"skipped {Path(cfg.videos) / name}: {reason}")
 
-
-def read_captions(path):
-    """A file of lines {"file": name below the folder, "caption": text} -> {name: caption}; {} where there is none."""
-    if not path.exists():
-        return {}
-    captions, wanted = {}, '{"file": "name.mp4", "caption": "text"}'
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                captions[compose(entry["file"])] = entry["caption"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: wanted is {wanted}") from error
-    return captions
-
-
-def compose(name):
-    """A name with its accents in one form: systems differ on whether an é is one letter or two."""
-    return unicodedata.normalize("NFC", name)
+    what = Counter(work.what for work in todo + lost)
+    print(f"{len(names):,} {kind} -> {cfg.out}: "
+          f"{len(names) - len(todo):,} stored as they should be, "
+          f"{what[NEW] + what[BEGUN]:,} to make, {what[REPLACED]:,} replaced, "
+          f"{what[CAPTION]:,} with another caption, {what[GONE]:,} gone, {len(reasons):,} to skip")
+    for why, n in Counter(map(gist, reasons)).most_common():
+        print(f"{n:12,} skipped: {why}")
+    size = 0
+    for shape, n in sorted(found.items()):
+        taken = n * stride(shape, DTYPES[cfg.dtype]) * (not cfg.prompts)
+        print(f"{n:12,} of {'x'.join(map(str, shape))}, {taken / 1e6:,.1f} MB")
+        size += taken
+    token = coder.spec["text_width"] * DTYPES[cfg.dtype].itemsize
+    texts = (sum(found.values()) + what[CAPTION]) * token
+    print(f"disk: {size / 1e6:,.1f} MB of latents, "
+          f"and {texts / 1e6:,.3f} MB for each token of a caption")
+    if found:
+        name = examples[max(examples, key=found.get)]
+        began = time.perf_counter()
+        next(source.samples(name, source.look(name).caption, lambda key: False), None)
+        seconds, n = time.perf_counter() - began, sum(found.values())
+        print(f"time: a clip of {name} took {seconds:.2f} s to read, encode and embed; "
+              f"{n:,} like it take {n * seconds / 3600:,.2f} hours on one process")
+    if way := way_out(reasons, len(names), cfg, coder, kind):
+        print(way)
 
 
 # ---- the door -------------------------------------------------------------------------------------------------------
+
+def lengths(cfg):
+    """The frames that a clip may have."""
+    return cfg.frames if isinstance(cfg.frames, tuple) else (cfg.frames,)
+
+
+def latent_shape(coder, frames, size):
+    """(C, F, H, W) of the latents of a clip."""
+    f, h, w = coder.stride
+    return coder.spec["channels"], (frames - 1) // f + 1, size[0] // h, size[1] // w
+
 
 def resolve(cfg):
     """The config with None replaced by its defaults; ValueError for flags that are impossible together."""
@@ -369,7 +732,11 @@ def resolve(cfg):
         raise FileNotFoundError(f"--{kind}={path}: no such {what}")
     row = DEFAULTS["shapes" if kind == "shapes" and cfg.codec == "dct" else cfg.codec]
     row = row | {"out": f"data/{path.resolve().stem}"}
-    return replace(cfg, **{name: value for name, value in row.items() if asdict(cfg)[name] is None})
+    cfg = replace(cfg, **{name: value for name, value in row.items() if asdict(cfg)[name] is None})
+    frames = sorted(set(lengths(cfg)))
+    if not frames:
+        raise ValueError("--frames takes one number or several, such as --frames 1 17")
+    return replace(cfg, frames=tuple(frames) if len(frames) > 1 else frames[0])
 
 
 def parse(sizes):
@@ -388,10 +755,10 @@ def check_fit(cfg, coder):
                          f"{cfg.codec} latents have {channels} channels")
     if not cfg.prompts and not cfg.parquet:
         t, h, w = coder.stride[0], 2 * coder.stride[1], 2 * coder.stride[2]
-        if (cfg.frames - 1) % t or cfg.frames < 1:
-            near = cfg.frames // t * t + 1
-            raise ValueError(f"--frames={cfg.frames}: {cfg.codec} takes 1 + a multiple of {t}, "
-                             f"such as {near}")
+        for frames in lengths(cfg):
+            if (frames - 1) % t or frames < 1:
+                raise ValueError(f"--frames={frames}: {cfg.codec} takes 1 + a multiple of {t}, "
+                                 f"such as {max(frames, 0) // t * t + 1}")
         for height, width in parse(cfg.sizes):
             if height % h or width % w:
                 near = f"{max(round(height / h), 1) * h}x{max(round(width / w), 1) * w}"

@@ -1,8 +1,9 @@
 """Videos from a checkpoint and a few words: `python sample.py --ckpt=out/train --prompts "a red circle moving left"`.
 
-A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Many GPUs share the
-videos, which are the same whatever their number: `torchrun --nproc_per_node=8 -- sample.py …` (without --, torchrun
-takes --n for a flag of its own). Imports model and leaves.
+A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Weights of others,
+and what export.py wrote, are sampled by `--ckpt=FILE_OR_FOLDER --model=wan-1.3b --vae=WAN --text=WAN`, and any of them
+with an adapter on top by `--lora=FILE`. Many GPUs share the videos, which are the same whatever their number: `torchrun
+--nproc_per_node=8 -- sample.py …` (without --, torchrun takes --n for a flag of its own). Imports model and leaves.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
 """
@@ -17,19 +18,23 @@ from tqdm import tqdm
 
 import ckpt
 import codec
+import films
 import flags
 import parallel
 import step
 from data import noise, padded
-from model import MODELS, Cond, bind, blank, token_grid
+from model import MODELS, USUAL, Cond, bind, blank, shapes_of, token_grid
 
 
 @dataclass(frozen=True)
 class Config:
     """Sample videos from a checkpoint. A sampling flag that is None takes the checkpoint's own value."""
 
-    ckpt: str = "out/train"                             # run folder (its newest checkpoint) or checkpoint
+    ckpt: str = "out/train"                             # run folder, checkpoint, or weights as --init of train.py
     weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
+    model: Literal[tuple(MODELS)] | None = None         # model size, of weights that are not ours
+    lora: str | None = None                             # adapter to add: a file of others' or of export.py, or a run
+    lora_scale: float = 1.0                             # strength of --lora
     prompts: tuple[str, ...] = ()                       # prompts, each in quotes
     file: str | None = None                             # text file with more prompts, one per line
     negative: str | None = None                         # prompt to guide away from; None: training's null text
@@ -49,28 +54,46 @@ class Config:
     text: str | None = None                             # folder or hub id of the UMT5 text encoder; codec wan only
 
 
+# How weights are sampled that do not say it themselves; the VAE says the rest.
+WAN = dict(
+    steps=50,
+    shift=5.0,
+    guidance=5.0,
+    fps=16,
+    stride=[4, 8, 8],
+)
+DEFAULTS = {
+    "wan-1.3b": WAN | dict(shift=3.0),
+    "wan2.2-5b": WAN | dict(fps=24, stride=[4, 16, 16]),
+    "wan-14b": WAN,
+}
+
+
 def main(cfg):
     with flags.door(__file__):
         world = parallel.init(cfg.device, precision=cfg.precision)
         captions = captions_of(cfg)
         mine = range(world.rank, len(captions), world.size)
-        saved = ckpt.stored(cfg.ckpt, [cfg.weights, "null"], **world.ranks)
-        sampling = chosen(saved.sampling, cfg)
+        source, null, sampling = found(cfg, world)
+        sampling = chosen(sampling, cfg)
         shape = latent_shape(sampling, cfg)
-        source = ckpt.model_of(saved, cfg.weights)
         prompts = [captions[i] for i in mine]
-        if cfg.negative:
-            prompts.append(cfg.negative)
+        negative = cfg.negative
+        if not negative and null is None:
+            negative = ""
+        if negative is not None:
+            prompts.append(negative)
         texts = embedded(prompts, sampling, cfg, world.device)
-        null = texts[cfg.negative] if cfg.negative else saved.tensor("null")
+        if negative is not None:
+            null = texts[negative]
         torch.cuda.empty_cache()    # the text encoder is gone before the VAE and the net come
         coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
         if not coder.decodes:
             raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
+        net = blank(sampling["model"])
+        parallel.prepare(net, world, trainable=False)
+        ckpt.fill(parallel.local_rows(net), source)
 
-    net = blank(sampling["model"])
-    parallel.prepare(net, world, trainable=False)
-    ckpt.fill(parallel.local_rows(net), source)
     net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
 
     out = Path(cfg.out)
@@ -80,7 +103,7 @@ def main(cfg):
     if at_once is None:
         at_once = batch_size(net.net.config, shape)
     batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
-    mean, std = codec.moments(sampling)
+    mean, std = codec.moments(coder.spec | sampling)
     hidden = True if world.rank > 0 else None       # None: on a terminal only
     for places in tqdm(batches, unit="batch", disable=hidden):
         def draw(k):
@@ -98,13 +121,65 @@ def main(cfg):
     if world.rank == 0:
         contact_sheet(out / "sheet.png", files, captions, shape, coder.stride, sampling["fps"])
         print(f"{len(files)} videos and sheet.png are in {out}/")
+        others = sorted(file.name for file in set(out.glob("[0-9][0-9][0-9][0-9]_*.mp4")) - set(files))
+        if others:
+            print(f"there too from before, not on the sheet: {ckpt.some_of(others)}")
+
+
+def found(cfg, world):
+    """What is sampled: the Source of its weights, the null text, None where that is the empty prompt, and how."""
+    null = None
+    if ckpt.is_ours(cfg.ckpt) or not Path(cfg.ckpt).exists() and cfg.model is None:
+        saved = ckpt.stored(cfg.ckpt, [cfg.weights, "null"], **world.ranks)
+        source, null, sampling = ckpt.model_of(saved, cfg.weights), saved.tensor("null"), saved.sampling
+    else:
+        if cfg.weights != "ema":
+            raise ValueError(f"--weights={cfg.weights}: {cfg.ckpt} is no run of ours, it holds one net")
+        source, sampling = ckpt.weights(cfg.ckpt, **world.ranks), told(cfg)
+    if cfg.model not in (None, sampling["model"]):
+        raise ValueError(f"--model={cfg.model}, but {cfg.ckpt} is {sampling['model']}")
+    ckpt.match(shapes_of(sampling["model"]), source.shapes, source.origin)
+    if cfg.lora:
+        source = ckpt.folded(source, ckpt.lora(cfg.lora, **world.ranks), cfg.lora_scale)
+    elif cfg.lora_scale != 1:
+        raise ValueError(f"--lora_scale={cfg.lora_scale} needs --lora")
+    return source, null, sampling
+
+
+def told(cfg):
+    """How to sample weights that are in no checkpoint: as export.py wrote beside them, else by the model's row."""
+    path = Path(cfg.ckpt)
+    beside = (path if path.is_dir() else path.parent) / "nanovideo.json"
+    if beside.is_file():
+        sampling = ckpt.read_json(beside).get("sampling")
+        if sampling is None:
+            raise ValueError(f"{beside} is not what export.py writes: it lacks how to sample")
+        return sampling
+    if cfg.model not in DEFAULTS:
+        raise ValueError(f"{cfg.ckpt} does not say what it is, as checkpoints do and what export.py writes with its "
+                         f"nanovideo.json: give --model, one of {', '.join(DEFAULTS)}")
+    row, (shape, length) = DEFAULTS[cfg.model], USUAL[cfg.model]
+    return {
+        "model": cfg.model,
+        "codec": {"name": "wan", "channels": shape[0], "stride": row["stride"], "text_length": length},
+        "shapes": [shape],
+        "fps": row["fps"],
+        "text": {"length": length, "width": MODELS[cfg.model].text_dim},
+        "window": None,
+        "tile": (4, 4, 8),
+        "dense_ends": 0,
+        "sampler": "euler",
+        "steps": row["steps"],
+        "shift": row["shift"],
+        "guidance": row["guidance"],
+    }
 
 
 def captions_of(cfg):
     """The caption of each video: every prompt n times."""
     prompts = list(cfg.prompts)
     if cfg.file:
-        prompts += Path(cfg.file).read_text().splitlines()
+        prompts += films.read_text(cfg.file).split("\n")
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts or cfg.n < 1 or (cfg.batch is not None and cfg.batch < 1):
         raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: "
@@ -181,7 +256,7 @@ def contact_sheet(path, files, captions, shape, stride, fps):
     strips, shown = [], []
     for file, caption in zip(files, captions):
         if file.exists():       # nodes that share no disk keep their own
-            (video, _), = codec.read_video(file, sizes=[size], frames=frames, fps=fps)
+            (video, _), = films.read_video(file, sizes=[size], frames=frames, fps=fps)
             strips.append(video[[round(i * (frames - 1) / 5) for i in range(6)]])
             shown.append(caption)
     codec.contact_sheet(path, strips, shown)

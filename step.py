@@ -259,7 +259,8 @@ def train_step(me, losses, *, lr, clip, ema=None):
         me.counts["skipped"] += 1
         me.counts["in_a_row"] += 1
         if me.counts["in_a_row"] == SKIPS:
-            raise RuntimeError(f"{SKIPS} updates in a row were not finite; the newest checkpoint is the last good one")
+            raise RuntimeError(f"the gradients of {SKIPS} updates in a row held NaN or infinity: try a lower learning "
+                               "rate, or look at the samples that were named")
     mean = {name: torch.stack([measured[name] for measured in seen]).mean(0) for name in seen[0]}
     return mean | {"grad_norm": grad_norm, "lr": lr}
 

@@ -11,7 +11,6 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,8 +21,8 @@ import codec
 import flags
 import parallel
 import plan
-from data import Latents, noise, stream
-from log import Clock, Log, check_wandb, holds
+from data import Latents, holds_latents, noise, stream
+from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, shapes_of, token_grid
 from step import (BINS, Learner, adamw, averaged, copies, flow_loss, grid, lr_at, muon, numbers, ode, sample_t,
                   start_average, train_step)
@@ -35,7 +34,8 @@ class Config:
 
     # what
     model: Literal[tuple(MODELS)] = "tiny"                # model size, a row of model.MODELS
-    data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote
+    data: tuple[str, ...] = ("data/shapes",)              # datasets: one folder that prepare.py wrote, or several
+    mix: tuple[float, ...] = ()                           # share of the batches of each dataset; none: by their sizes
     out: str = "out/train"                                # folder of the run: log, curves, samples, checkpoints
     init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run
     seed: int = 0                                         # random seed
@@ -52,6 +52,7 @@ class Config:
     ema: float | None = None                              # decay of the averaged weights, which sample the videos
     lora_rank: int = 0                                    # LoRA rank; 0 trains all weights
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
+    lora_init: str | None = None                          # adapter to go on from: diffusers, ComfyUI, kohya or a run
 
     # objective
     t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
@@ -144,7 +145,8 @@ DEFAULTS = {
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
-BEFORE = {"deterministic": False, "optimizer": "adamw"}     # what a flag was in runs whose config does not have it yet
+# what a flag was in runs whose config does not have it yet
+BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw"}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -173,9 +175,9 @@ def main(cfg):
             ckpt.fill(me.rows, origin.weights)
             start_average(me)
         else:
-            ckpt.fill(me.rows, new_values(me.rows, cfg.seed))
+            ckpt.fill(me.rows, new_values(me.rows, cfg, origin.lora))
             start_average(me)
-    origin = origin._replace(weights=None)      # closes their files
+    origin = origin._replace(weights=None, lora=None)       # closes their files
 
     # 4) the log, and signals
     log = Log(cfg.out, asdict(cfg), step=origin.step, steps=cfg.steps, main=world.main, wandb=cfg.wandb)
@@ -193,11 +195,11 @@ def main(cfg):
                 show(net, step, data, cfg, world, log)
                 log(step, **validate(net, step, data, cfg, world))
         if last or stop:
-            log.say(ended(step, cfg))
+            log.say(ended(step, me.counts, cfg))
             break
 
         # one update
-        with clock("seconds"):
+        with clock("seconds"), ckpt.ending(cfg.out, step):
             with clock("data_wait"):
                 micros = data.at(step)
             bound = bound_at(step, net, micros[0].x0.shape, cfg, world)
@@ -276,6 +278,7 @@ class Origin(NamedTuple):
     step: int
     counts: dict | None
     weights: ckpt.Source | None     # of --init
+    lora: ckpt.Lora | None          # of --lora_init
     base: dict | None               # what adapters adapt: where it is, and its CRC32
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
 
@@ -295,25 +298,33 @@ def begin(cfg):
         rank=world.data_rank,
         world=world.data_size,
         val=cfg.val,
+        mix=cfg.mix or None,
         device=world.device,
     )
-    if not all(bucket["files"] for bucket in data.manifest["buckets"]):
-        raise ValueError(f"{cfg.data} holds prompts without latents: one can distil from it, not train on it")
+    if not holds_latents(data.manifest):
+        raise ValueError(f"{cfg.data[0]} holds prompts without latents: one can distil from it, not train on it")
     width = data.manifest["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
+    told(cfg.out)       # damaged, it fails here
     plan.start(cfg, world, adapter(cfg), data, optimizer=optimizer(cfg))
 
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     weights = None
-    inputs = {"data": data.manifest["crc32"]}
+    inputs = {"data": data.content}
     # A full finetune needs --init for its first start alone: later it may be gone.
     if cfg.init and (cfg.lora_rank or not path or parallel.agree(Path(cfg.init).exists(), world)):
         weights = ckpt.weights(cfg.init, **world.ranks)
         ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin)
         inputs["init"] = ckpt.fingerprint(weights)
     base = ckpt.base_of(cfg.init, weights) if cfg.lora_rank else None
+    lora = None
+    if cfg.lora_init and (not path or parallel.agree(Path(cfg.lora_init).exists(), world)):     # likewise
+        lora = ckpt.lora(cfg.lora_init, **world.ranks)
+        ckpt.check_lora(lora, weights.shapes)
+        inputs["lora_init"] = ckpt.fingerprint(lora.source)
+        world.say(f"{cfg.lora_init}: {len(lora.scales)} modules of rank {cfg.lora_rank}; others begin without change")
     step, counts = 0, None
     if path:
         saved = ckpt.read_manifest(path)
@@ -323,7 +334,7 @@ def begin(cfg):
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
         raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
-    return cfg, world, data, Origin(path, step, counts, weights, base, inputs)
+    return cfg, world, data, Origin(path, step, counts, weights, lora, base, inputs)
 
 
 def resolve(cfg):
@@ -342,6 +353,8 @@ def resolve(cfg):
     cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     if cfg.schedule != "constant" and cfg.decay_steps is None:
         cfg = replace(cfg, decay_steps=cfg.steps)
+    if cfg.lora_init:
+        cfg = with_rank(cfg, saved)
     if cfg.lora_rank and not cfg.init:
         raise ValueError(f"--lora_rank={cfg.lora_rank}: adapters need weights to adapt, which --init names")
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
@@ -350,11 +363,27 @@ def resolve(cfg):
     flags.at_least(cfg, 1, "steps", "batch", "keep")
     flags.above(cfg, 0, "shift")
     flags.check_run(cfg)
+    if cfg.mix and len(cfg.mix) != len(cfg.data) or min(cfg.mix, default=1) <= 0:
+        raise ValueError(f"--mix {' '.join(map(str, cfg.mix))}: each of --data {' '.join(cfg.data)} gets one above 0")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
     return cfg
+
+
+def with_rank(cfg, saved):
+    """The config with the rank of --lora_init, and its alpha unless one is given; a run that goes on has both."""
+    rank, alpha = saved.get("lora_rank"), saved.get("lora_alpha")
+    if not rank:
+        lora = ckpt.lora(cfg.lora_init)
+        if len(lora.ranks) > 1:
+            raise ValueError(f"--lora_init={cfg.lora_init} has modules of ranks {lora.ranks}: one rank is trained")
+        rank, alpha = lora.ranks[0], lora.ranks[0] * max(lora.scales.values())
+    if cfg.lora_rank not in (0, rank):
+        raise ValueError(f"--lora_rank={cfg.lora_rank}, but --lora_init={cfg.lora_init} is of rank {rank}: leave the "
+                         "rank out")
+    return replace(cfg, lora_rank=rank, lora_alpha=alpha if cfg.lora_alpha is None else cfg.lora_alpha)
 
 
 def adapter(cfg):
@@ -383,14 +412,14 @@ def learner(net, cfg, world):
     return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world), copies(rows))
 
 
-def new_values(rows, seed):
-    """-> function for ckpt.fill: initial values, each parameter's from a stream of its own."""
+def new_values(rows, cfg, lora):
+    """-> function for ckpt.fill: what --lora_init has, else initial values, each from a stream of its own."""
     slots = {name: slot for slot, name in enumerate(rows)}
 
     def value(name, shape, first, last):
-        return initial(name, shape, stream(seed, "init", 0, slots[name]))[first:last]
+        return initial(name, shape, stream(cfg.seed, "init", 0, slots[name]))[first:last]
 
-    return value
+    return ckpt.continued(lora, cfg.lora_alpha / cfg.lora_rank, value) if lora else value
 
 
 def patterns(cfg, shapes):
@@ -408,8 +437,10 @@ def validated(cfg, step, data, world):
     return parallel.agree(not world.main or holds(cfg.out, step, loss_name(data)), world)
 
 
-def ended(step, cfg):
+def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
+    if step and not counts["updates"]:
+        saved += ", but no update was finite: the weights are those that the run began with"
     return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
 
 
@@ -485,7 +516,7 @@ def show(net, step, data, cfg, world, log):
     """Videos of fixed prompts and noise into the run's folder: captions of the dataset, held-out ones first."""
     if step == 0 or cfg.samples == 0:
         return
-    ids = prompts(data, cfg.samples)
+    ids = data.for_videos(cfg.samples)
     shape = data.shape_of(ids[0])
     row = row_of(cfg)
     bound = bound_at(step, net, shape, cfg, world)
@@ -503,13 +534,6 @@ def show(net, step, data, cfg, world, log):
                                  report=log.say)
         if path:
             log.video(step, path, [data.caption(i) for i in ids])
-
-
-def prompts(data, n):
-    """Ids of the first n samples of one bucket, those held out before the others."""
-    first = data.held_out[0] if data.held_out else 0
-    alike = (int(i) for i in chain(data.held_out, data.train) if data.shape_of(i) == data.shape_of(first))
-    return list(islice(alike, n))
 
 
 def show_first(micro, data, cfg, world, log):

@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from functools import wraps
@@ -17,8 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import multiprocessing
 
 import ckpt
+import parallel
 import prepare
 from conftest import ROOT
 from log import MACHINE
@@ -41,6 +45,26 @@ def run(main, *args):
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def ranks(n, main, cfg):
+    """n ranks of main(cfg) in processes that are forked from one with everything imported -> what they printed."""
+    multiprocessing.set_forkserver_preload(["train", "distill", "evaluate"])    # before the first is started
+    with tempfile.NamedTemporaryFile("r") as printed, socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        server.close()
+        multiprocessing.start_processes(rank_of, (n, port, printed.name, main, cfg), n, start_method="forkserver")
+        return printed.read()
+
+
+def rank_of(rank, n, port, printed, main, cfg):
+    """One rank, as torchrun starts it."""
+    os.dup2(os.open(printed, os.O_WRONLY | os.O_APPEND), 1)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{n}", "LOCAL_WORLD_SIZE": f"{n}",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    torch.set_num_threads(1)
+    main(cfg)
+    parallel.leave()
 
 
 def shell(nproc, script, *flags, **more):

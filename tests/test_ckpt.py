@@ -4,11 +4,14 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 import time
 import zlib
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1087,7 +1090,7 @@ def test_a_key_too_many_or_too_few_is_listed(tmp_path):
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
     ours = wan()
-    twice = ours | {"diffusion_model.head.modulation": torch.zeros(1, 2, 8)}
+    twice = ours | {"module.head.modulation": torch.zeros(1, 2, 8)}
     save_file(twice, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="head.modulation under another name too"):
         ckpt.weights(tmp_path)
@@ -1098,15 +1101,15 @@ def test_other_files_are_refused_by_what_they_hold(tmp_path):
         ckpt.weights(tmp_path / "nothing")
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "model.pth").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="pickles are not read.*model.pth"):
+    with pytest.raises(FileNotFoundError, match="no weights at .*model.pth is a pickle.*save_file"):
         ckpt.weights(tmp_path / "pickle")
     name = "transformer_blocks.0.attn.to_q.weight"
     save_file({name: torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
-    with pytest.raises(ValueError, match=f"no Wan transformer.*1 tensors such as {name}"):
+    with pytest.raises(ValueError, match=f"no Wan transformer.*it holds {name}"):
         ckpt.weights(tmp_path / "flux.safetensors")
     save_file(wan(), tmp_path / "a.safetensors")
     save_file(wan(), tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="twice.*several models"):
+    with pytest.raises(ValueError, match="twice, in a.safetensors and in b.safetensors: several models"):
         ckpt.weights(tmp_path)
     (tmp_path / "c.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="c.safetensors is damaged"):
@@ -1118,7 +1121,7 @@ def test_a_shard_that_is_missing_or_disagrees_with_the_index_is_named(tmp_path):
     where = dict.fromkeys(wan(), "model-1.safetensors") | {"more": "model-2.safetensors"}
     index = {"weight_map": where}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="no weights at .*: model-2.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match="names model-2.safetensors, which is missing: download"):
         ckpt.weights(tmp_path)
     save_file({"other": torch.zeros(1)}, tmp_path / "model-2.safetensors")
     with pytest.raises(ValueError, match="1 missing: more\n  1 not wanted: other"):
@@ -1138,3 +1141,467 @@ def test_a_run_or_a_checkpoint_gives_the_weights_of_a_role(tmp_path):
     flip(path / "rank_00000.ema.pt", 700)
     with pytest.raises(ValueError, match="CRC32"):
         ckpt.weights(path)
+
+
+# ---- weights as others leave them ----------------------------------------------------------------------------------
+
+
+def reads(path, wanted):
+    """Whether a path gives just these tensors, whole and in parts."""
+    source = ckpt.weights(path)
+    assert source.shapes == {name: tuple(x.shape) for name, x in wanted.items()}
+    for name, x in wanted.items():
+        half = len(x) // 2
+        part = source.rows(name, half, half + 1)
+        if not torch.equal(source.tensor(name), x) or not torch.equal(part, x[half:half + 1]):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("change", [
+    lambda n: f"model.{n}", lambda n: f"module.{n}", lambda n: f"_orig_mod.{n}", lambda n: f"transformer.{n}",
+    lambda n: f"pipe.dit.{n}", lambda n: f"module._orig_mod.module.{n}", lambda n: f"module.model.diffusion_model.{n}",
+    lambda n: f"_fsdp_wrapped_module.{n}", lambda n: f"generator_ema.model.{n}",
+    lambda n: n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
+    lambda n: "model." + n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._orig_mod.")
+                          .replace(".ffn", ".module.ffn"),
+])
+@pytest.mark.parametrize("names", [lambda n: n, ckpt.to_diffusers])
+def test_what_trainers_put_before_and_into_names_is_taken_off(tmp_path, change, names):
+    save_file({change(names(name)): x for name, x in wan().items()}, tmp_path / "a.safetensors")
+    assert reads(tmp_path, wan())
+
+
+def test_two_models_in_one_file_are_refused_by_their_prefixes(tmp_path):
+    both = {f"{front}.{name}": x for front in ("generator", "critic") for name, x in wan().items()}
+    save_file(both, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"several models, under critic\., generator\.: write the one"):
+        ckpt.weights(tmp_path)
+
+
+def test_a_tensor_that_is_only_called_alike_gives_no_prefix(tmp_path):
+    alike = {"vace_patch_embedding.weight": torch.ones(2), "submodule.weight": torch.ones(2)}
+    save_file(wan() | alike, tmp_path / "a.safetensors")
+    assert set(ckpt.weights(tmp_path).shapes) == {*wan(), *alike}
+
+
+def experts(folder, *names, pipeline=None):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        save_file(wan(), folder / name / "a.safetensors")
+    if pipeline:
+        (folder / "model_index.json").write_text(json.dumps(pipeline))
+
+
+def test_two_experts_are_refused_by_both_names(tmp_path):
+    experts(tmp_path / "diffusers", "transformer", "transformer_2")
+    with pytest.raises(ValueError, match="holds two experts, transformer for high .* transformer_2 .*/transformer_2$"):
+        ckpt.weights(tmp_path / "diffusers")
+    experts(tmp_path / "wan", "high_noise_model", "low_noise_model")
+    with pytest.raises(ValueError, match="holds two experts, high_noise_model for high noise and low_noise_model"):
+        ckpt.weights(tmp_path / "wan")
+    experts(tmp_path / "half", "transformer", pipeline={"transformer": ["d", "W"], "transformer_2": ["d", "W"]})
+    with pytest.raises(ValueError, match="holds two experts"):      # one of them was not downloaded
+        ckpt.weights(tmp_path / "half")
+    experts(tmp_path / "comfy", "x")
+    for name in ("high", "low"):
+        save_file(wan(), tmp_path / "comfy" / f"wan2.2_{name}_noise_14B.safetensors")
+    with pytest.raises(ValueError, match="wan2.2_high_noise_14B.safetensors and in wan2.2_low_noise_14B.*experts"):
+        ckpt.weights(tmp_path / "comfy")
+    assert reads(tmp_path / "diffusers" / "transformer_2", wan())
+    assert reads(tmp_path / "comfy" / "wan2.2_low_noise_14B.safetensors", wan())
+
+
+def test_a_pipeline_of_one_expert_is_read(tmp_path):
+    experts(tmp_path, "transformer", pipeline={"transformer": ["d", "W"], "transformer_2": [None, None]})
+    assert reads(tmp_path, wan())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_not_finite_is_refused_by_file_and_tensor_as_it_passes(tmp_path, value, dtype):
+    ours = {name: x.to(dtype) for name, x in wan().items()}
+    ours["blocks.1.ffn.0.weight"][-1, -1] = value
+    for name in ("good", "bad"):
+        some = {key: x for key, x in ours.items() if (key == "blocks.1.ffn.0.weight") == (name == "bad")}
+        save_file(some, tmp_path / f"{name}.safetensors")
+    source = ckpt.weights(tmp_path)
+    source.rows("blocks.1.ffn.0.weight", 0, 3)
+    with pytest.raises(ValueError, match="/bad.safetensors: blocks.1.ffn.0.weight holds NaN or infinity"):
+        ckpt.fill(blank(shard(wan())), source)
+
+
+def test_a_value_of_fp8_that_is_not_a_number_is_refused(tmp_path):
+    ours = wan() | {"blocks.0.ffn.0.weight": torch.full((12, 8), math.nan).to(torch.float8_e4m3fn)}
+    save_file(ours, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="blocks.0.ffn.0.weight holds NaN"):
+        ckpt.weights(tmp_path)
+
+
+def test_large_values_are_finite_whatever_their_sum(tmp_path):
+    ours = wan() | {"blocks.0.ffn.0.weight": torch.full((12, 8), 6e4, dtype=torch.float16)}
+    save_file(ours, tmp_path / "a.safetensors")
+    assert reads(tmp_path, ours)
+
+
+def test_a_checkpoint_that_holds_nan_is_refused_by_file_and_tensor(tmp_path):
+    bad = state(1)
+    bad["net.w"][3, 1] = math.nan
+    path = save(tmp_path, 1, bad)
+    with pytest.raises(ValueError, match="step_0000001/rank_00000.net.pt: net.w holds NaN or infinity"):
+        loads(path, state(1))
+    with pytest.raises(ValueError, match="net.w holds NaN"):
+        ckpt.weights(tmp_path, "net").tensor("w")
+    assert torch.equal(ckpt.weights(tmp_path, "ema").tensor("w"), bad["ema.w"])
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"weight_map": {"a": "b.saf', "index.json is damaged, it is not JSON"),
+    ("", "index.json is damaged, it is not JSON"),
+    ('{"metadata": {}}', "has no weight_map .*download it again"),
+    ("[]", "has no weight_map"),
+    ('{"weight_map": ["a.safetensors"]}', "has no weight_map"),
+    ('{"weight_map": {"a": 1}}', "has no weight_map"),
+])
+def test_a_faulty_index_is_named_and_what_to_do(tmp_path, text, says):
+    save_file(wan(), tmp_path / "a.safetensors")
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=says):
+        ckpt.weights(tmp_path)
+
+
+@pytest.mark.parametrize("front", ["transformer/", "./", "C:\\models\\wan\\", "/home/x/", ""])
+def test_an_index_whose_paths_have_folders_in_front_finds_the_files_beside_it(tmp_path, front):
+    save_file(wan(), tmp_path / "a.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(wan(), f"{front}a.safetensors")}))
+    assert reads(tmp_path, wan())
+    assert reads(tmp_path / INDEX, wan())
+
+
+def test_an_index_of_files_in_folders_finds_them_there(tmp_path):
+    experts(tmp_path, "shards")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(wan(), "shards/a.safetensors")}))
+    assert reads(tmp_path, wan())
+
+
+@pytest.mark.parametrize("there, asked", [
+    (["a-00001-of-00002.safetensors"], ""), (["a-00001-of-00002.safetensors"], "a-00001-of-00002.safetensors"),
+    (["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"], "a-00002-of-00002.safetensors")])
+def test_some_of_several_files_of_a_model_are_refused(tmp_path, there, asked):
+    for name in there:
+        save_file(wan(), tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="is one of 2 files of a model, and not all of them are named"):
+        ckpt.weights(tmp_path / asked)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("a.gguf", "a.gguf is quantized for inference .GGUF.*take the .safetensors in bf16"), ("a.pt", "a.pt is a pickle"),
+    ("a.PTH", "a.PTH is a pickle"), ("a.bin", "a.bin is a pickle"), ("a.ckpt", "a.ckpt is a pickle"),
+    ("a.txt", "a .safetensors file or a folder of them is wanted")])
+@pytest.mark.parametrize("asked", ["folder", "file"])
+def test_files_of_other_kinds_are_refused_by_their_cause(tmp_path, name, says, asked):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=says):
+        ckpt.weights(tmp_path if asked == "folder" else tmp_path / name)
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS.*git lfs pull"),
+    (b"\n<!doctype html>", "is a web page"), (b"PK\x03\x04 and more", "is a pickle"),
+    (b"GGUF and more", "is quantized"),
+    (b"", "is damaged: download it again"), (b"x" * 100, "is damaged: download it again")])
+def test_what_is_no_safetensors_inside_is_refused_by_its_cause(tmp_path, content, says):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.safetensors {says}"):
+        ckpt.weights(tmp_path)
+
+
+# ---- eight bits ----------------------------------------------------------------------------------------------------
+
+
+def in_fp8(scales, marker=True, names=lambda name: name, suffix="scale_weight"):
+    """wan() with its matrices in scaled fp8 -> what is in the file, what it stands for. scales(weight) -> its scale."""
+    held, meant = {}, {}
+    for name, x in wan().items():
+        if not name.endswith("weight") or x.ndim != 2:
+            held[names(name)] = meant[name] = x
+            continue
+        scale = scales(x)
+        parts = scale.flatten(1).shape[1] if scale.ndim > 1 else 1
+        wide = scale.reshape(len(x), parts).repeat_interleave(x.shape[1] // parts, 1) if scale.numel() > 1 else scale
+        held[names(name)] = (x / wide).to(torch.float8_e4m3fn)
+        held[names(name).removesuffix("weight") + suffix] = scale
+        held[names(name).removesuffix("weight") + "scale_input"] = torch.ones(())
+        meant[name] = held[names(name)].float() * wide
+    if marker:
+        held["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    return held, meant
+
+
+@pytest.mark.parametrize("scales", [
+    lambda x: torch.tensor(.25), lambda x: torch.tensor([.5]), lambda x: torch.tensor(.5).bfloat16(),
+    lambda x: torch.arange(1., len(x) + 1) / 64, lambda x: torch.arange(1., len(x) + 1)[:, None] / 64,
+    lambda x: torch.rand(len(x), 2, 1) + .1], ids=["number", "one", "bf16", "rows", "columns", "blocks"])
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("names", [lambda n: n, lambda n: f"model.diffusion_model.{n}"])
+def test_scaled_fp8_is_read_with_its_scales(tmp_path, scales, suffix, names):
+    held, meant = in_fp8(scales, suffix == "scale_weight", names, suffix)
+    if suffix == "weight_scale":
+        held[names("blocks.0.ffn.0.comfy_quant")] = torch.tensor([*b'{"format": "float8_e4m3fn"}'], dtype=torch.uint8)
+    save_file(held, tmp_path / "a.safetensors")
+    assert reads(tmp_path, meant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_plain_fp8_is_read(tmp_path, dtype):
+    eight = {name: x.to(dtype) for name, x in wan().items()}
+    save_file(eight, tmp_path / "a.safetensors")
+    assert reads(tmp_path, {name: x.float() for name, x in eight.items()})
+
+
+def test_scaled_fp8_without_one_of_its_scales_is_refused(tmp_path):
+    held, _ = in_fp8(lambda x: torch.tensor(.25))
+    del held["blocks.1.ffn.2.scale_weight"]
+    save_file(held, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="in scaled fp8, and the scale of blocks.1.ffn.2.weight is missing"):
+        ckpt.weights(tmp_path)
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"blocks.0.ffn.0.weight": torch.ones(12, 8, dtype=torch.int8)}, "blocks.0.ffn.0.weight in torch.int8"),
+    ({"blocks.0.ffn.0.weight": torch.ones(12, 8, dtype=torch.int8), "blocks.0.ffn.0.weight_scale": torch.ones(12, 1)},
+     "int8"),
+    ({"blocks.0.ffn.0.weight": torch.ones(96, 1, dtype=torch.uint8), "blocks.0.ffn.0.weight.absmax": torch.ones(2)},
+     "weight.absmax in"),
+    ({"blocks.0.ffn.0.weight.quant_state.bitsandbytes__nf4": torch.ones(2)}, "bitsandbytes__nf4"),
+    ({"blocks.0.ffn.0.SCB": torch.ones(12)}, "SCB"), ({"blocks.0.ffn.0.qweight": torch.ones(12)}, "qweight"),
+    ({"blocks.0.ffn.0.wscales": torch.ones(12)}, "wscales"),
+    ({"blocks.0.ffn.0.weight._scale": torch.ones(12)}, "_scale"),
+    ({"blocks.0.ffn.0.weight_scale": torch.ones(2, 2)}, r"weight_scale is of shape \(2, 2\), blocks.0.ffn.0.weight of"),
+    ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 3)}, r"weight_scale is of shape \(12, 3\)"),
+    ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 2, 2)}, r"weight_scale is of shape \(12, 2, 2\)"),
+    ({"blocks.0.ffn.0.weight_scale": torch.ones(12, 2).to(torch.float8_e4m3fn)}, "weight_scale is of shape"),
+])
+def test_what_is_quantized_in_other_ways_is_refused(tmp_path, more, says):
+    save_file(wan() | more, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"quantized in a way that is not read .*{says}.*take the .safetensors in"):
+        ckpt.weights(tmp_path)
+
+
+# ---- the hub -------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """Stands for huggingface_hub: a folder of repositories, of which it makes copies of what is asked for."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.asked = folder, []
+        monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=self.download))
+
+    def download(self, name, allow_patterns=(), ignore_patterns=()):
+        repo, cache = self.folder / name, self.folder / "cache" / name
+        if not repo.exists():
+            raise OSError("no\nsuch repository")
+        allowed, ignored = (p if isinstance(p, list) else [p] for p in (allow_patterns, ignore_patterns or "|"))
+        for file in (file for file in repo.rglob("*") if file.is_file()):
+            inside = str(file.relative_to(repo))
+            if any(fnmatch(inside, p) for p in allowed) and not any(fnmatch(inside, p) for p in ignored):
+                self.asked.append(inside)
+                (cache / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cache / inside)
+        return str(cache)
+
+
+def test_a_name_on_the_hub_is_fetched_and_no_more_of_it_than_is_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    experts(tmp_path / "hub" / "wan" / "pipeline", "transformer", "text_encoder", "vae")
+    experts(tmp_path / "hub" / "wan" / "plain", "text_encoder")
+    for repo, parts in (("pipeline", ["transformer", "text_encoder", "vae"]), ("plain", ["."])):
+        for part in parts:
+            (tmp_path / "hub" / "wan" / repo / part / "config.json").write_text("{}")
+    save_file(wan(), tmp_path / "hub" / "wan" / "plain" / "model.safetensors")
+    assert reads("wan/pipeline", wan())
+    assert {name for name in hub.asked if name.endswith("safetensors")} == {"transformer/a.safetensors"}
+    hub.asked.clear()
+    assert reads("wan/plain", wan())
+    assert {name for name in hub.asked if name.endswith("safetensors")} == {"model.safetensors"}
+    assert ckpt.base_of("wan/plain", ckpt.weights("wan/plain"))["path"] == "wan/plain"
+
+
+def test_two_experts_on_the_hub_are_refused_before_they_are_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    pipeline = {"transformer": ["d", "W"], "transformer_2": ["d", "W"]}
+    experts(tmp_path / "hub" / "wan" / "two", "transformer", "transformer_2", pipeline=pipeline)
+    (tmp_path / "hub" / "wan" / "two" / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds two experts"):
+        ckpt.weights("wan/two")
+    assert {*hub.asked} == {"model_index.json", "transformer/config.json"}
+
+
+def test_what_is_neither_here_nor_on_the_hub_is_to_be_downloaded_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    with pytest.raises(FileNotFoundError, match="no weights at wan/none; .*download it first .*no such repository.$"):
+        ckpt.weights("wan/none")
+    (tmp_path / "out").mkdir()
+    for path in ("out/none", "none", "a/b/c", tmp_path / "none" / "x"):     # these are no names of the hub
+        with pytest.raises(FileNotFoundError, match=r"no weights at .* holds [\w, ]+$"):
+            ckpt.weights(path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="requirements-wan.txt, or download it first"):
+        ckpt.weights("wan/none")
+    assert hub.asked == []
+
+
+def test_a_base_that_is_a_link_is_known_by_the_links_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file(wan(), tmp_path / "blob")
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "blob")
+    assert ckpt.base_of("a.safetensors", ckpt.weights("a.safetensors"))["path"] == str(tmp_path / "a.safetensors")
+
+
+# ---- LoRA files of others ------------------------------------------------------------------------------------------
+
+MODULES = [f"blocks.{b}.{m}" for b in range(2) for m in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")]
+OTHERS = {      # how a factor of a module is named
+    "diffusers": lambda m, f: f"transformer.{ckpt.to_diffusers(m)}.lora_{f}.weight",
+    "peft": lambda m, f: f"base_model.model.{ckpt.to_diffusers(m)}.lora_{f}.weight",
+    "peft in a model": lambda m, f: f"pipe.dit.{m}.lora_{f}.default.weight",
+    "comfy": lambda m, f: f"diffusion_model.{m}.lora_{dict(A='down', B='up')[f]}.weight",
+    "comfy and peft": lambda m, f: f"diffusion_model.{m}.lora_{f}.weight",
+    "old": lambda m, f: f"{m}.lora.{dict(A='down', B='up')[f]}.weight",
+    "kohya": lambda m, f: f"lora_unet_{m.replace('.', '_')}.lora_{dict(A='down', B='up')[f]}.weight",
+    "wrapped": lambda m, f: f"module._orig_mod.{m}.lora_{f}.weight",
+}
+
+
+def factors(rank=3):
+    """{module: (A, B)} for some modules of wan()."""
+    g, ours = torch.Generator().manual_seed(5), wan()
+    shapes = {m: ours[f"{m}.weight"].shape for m in MODULES}
+    return {m: (torch.randn(rank, i, generator=g), torch.randn(o, rank, generator=g)) for m, (o, i) in shapes.items()}
+
+
+def lora_file(path, form, alpha=None, rank=3, **more):
+    held = {OTHERS[form](m, f): x for m, both in factors(rank).items() for f, x in zip("AB", both)}
+    if alpha is not None:
+        held |= {re.sub(r"\.lora.*", ".alpha", name): torch.tensor(float(alpha)) for name in held}
+    path.parent.mkdir(exist_ok=True)
+    save_file(held | more, path)
+    return path
+
+
+def folds(path, scale):
+    """Whether the weights with the adapter at a path are W + scale B A, whole and in parts."""
+    (path.parent / "base").mkdir(exist_ok=True)
+    save_file(wan(), path.parent / "base" / "a.safetensors")
+    source = ckpt.folded(ckpt.weights(path.parent / "base"), ckpt.lora(path))
+    meant = wan()
+    for m, (A, B) in factors().items():
+        meant[f"{m}.weight"] = meant[f"{m}.weight"] + scale * (B @ A)
+    assert source.shapes == {name: tuple(x.shape) for name, x in meant.items()}
+    whole = all(torch.allclose(source.tensor(name), x, atol=1e-6) for name, x in meant.items())
+    return whole and all(torch.allclose(source.rows(name, 1, 3), x[1:3], atol=1e-6) for name, x in meant.items())
+
+
+@pytest.mark.parametrize("form", OTHERS)
+@pytest.mark.parametrize("alpha, scale", [(None, 1), (6, 2), (1.5, .5)])
+def test_an_adapter_of_others_is_read_at_its_own_scale(tmp_path, form, alpha, scale):
+    assert folds(lora_file(tmp_path / "l" / "x.safetensors", form, alpha), scale)
+
+
+@pytest.mark.parametrize("settings, scale", [
+    ({"lora_alpha": 6, "r": 3}, 2), ({"lora_alpha": 6, "r": 3, "use_rslora": True}, 6 / 3**.5), ({}, 1)])
+def test_the_scale_that_peft_and_diffusers_write_beside_the_tensors_counts(tmp_path, settings, scale):
+    path = lora_file(tmp_path / "l" / "adapter_model.safetensors", "peft")
+    (tmp_path / "l" / "adapter_config.json").write_text(json.dumps(settings))
+    assert folds(path, scale)
+    told = json.dumps({f"transformer.{name}": value for name, value in settings.items()})
+    held = {OTHERS["diffusers"](m, f): x for m, both in factors().items() for f, x in zip("AB", both)}
+    save_file(held, tmp_path / "l" / "pytorch_lora_weights.safetensors", {"lora_adapter_metadata": told})
+    assert folds(tmp_path / "l" / "pytorch_lora_weights.safetensors", scale)
+
+
+def test_an_alpha_beside_the_tensors_counts_before_what_the_file_says(tmp_path):
+    path = lora_file(tmp_path / "l" / "adapter_model.safetensors", "comfy", 6)
+    (tmp_path / "l" / "adapter_config.json").write_text('{"lora_alpha": 30}')
+    assert folds(path, 2)
+
+
+def test_an_adapter_in_a_folder_and_one_of_a_run_of_ours_are_read(tmp_path):
+    path = lora_file(tmp_path / "l" / "x.safetensors", "comfy", 6)
+    read = ckpt.lora(path.parent)
+    assert read.ranks == [3] and set(read.scales.values()) == {2.0}
+    own = {f"ema.{m}.lora.main.{f}": x for m, both in factors().items() for f, x in zip("AB", both)}
+    ckpt.save(tmp_path / "run", 1, shard(own), {"config": {"lora_alpha": 6}})
+    mine = ckpt.lora(tmp_path / "run")
+    assert mine.scales == read.scales
+    assert all(torch.equal(mine.source.tensor(name), read.source.tensor(name)) for name in read.source.shapes)
+    with pytest.raises(ValueError, match="holds whole weights, not an adapter"):
+        save(tmp_path / "whole", 1)
+        ckpt.lora(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"text_embedding.0.lora_A.weight": torch.ones(3, 6)}, "text_embedding.0.lora_A.weight"),
+    ({"diffusion_model.blocks.0.norm3.diff": torch.ones(8)}, "diffusion_model.blocks.0.norm3.diff"),
+    ({"diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(3, 8)}, "k_img"),
+    ({"transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.ones(3, 8)}, "transformer_2"),
+    ({"lora_te_text_model_blocks_0_self_attn_q.lora_down.weight": torch.ones(3, 8)}, "lora_te_text"),
+    ({"blocks.0.self_attn.q.dora_scale": torch.ones(8)}, "blocks.0.self_attn.q.dora_scale"),
+    ({"blocks.0.self_attn.q.hada_w1_a": torch.ones(8, 3)}, "hada_w1_a")])
+def test_targets_that_are_not_ours_are_named_and_refused(tmp_path, more, says):
+    path = lora_file(tmp_path / "l" / "x.safetensors", "comfy", **more)
+    with pytest.raises(ValueError, match=f"changes what is no Linear of a block's attention .* here: .*{says}"):
+        ckpt.lora(path)
+
+
+def test_adapters_that_are_none_or_not_whole_are_refused(tmp_path):
+    save_file(wan(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors is no LoRA file: it holds .* 69 in all"):
+        ckpt.lora(tmp_path / "model.safetensors")
+    path = lora_file(tmp_path / "l" / "x.safetensors", "comfy")
+    with pytest.raises(ValueError, match="x.safetensors is a LoRA file, not a model: .*--lora_init=.*--lora="):
+        ckpt.weights(path)
+    held = {f"blocks.0.ffn.0.lora_{f}.weight": x for f, x in zip("AB", factors()["blocks.0.ffn.0"])}
+    save_file({name: x for name, x in held.items() if "_A" in name}, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match="half.safetensors does not fit:\n  1 missing: blocks.0.ffn.0.B"):
+        ckpt.lora(tmp_path / "half.safetensors")
+    save_file(held | {"blocks.0.ffn.0.lora_B.weight": torch.ones(12, 4)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="blocks.0.ffn.0 has A of shape .3, 8., B of shape .12, 4"):
+        ckpt.lora(tmp_path / "odd.safetensors")
+    save_file({name: x[:, :3].clone() for name, x in held.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"adapter of another model: blocks.0.ffn.0 \(12, 3\) where \(12, 8\) is"):
+        ckpt.folded(ckpt.weights(tmp_path / "model.safetensors"), ckpt.lora(tmp_path / "other.safetensors"))
+    held["blocks.0.ffn.0.lora_A.weight"][0, 0] = math.nan
+    save_file(held, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match="nan.safetensors: blocks.0.ffn.0.lora_A.weight holds NaN"):
+        ckpt.lora(tmp_path / "nan.safetensors").source.tensor("blocks.0.ffn.0.A")
+
+
+@pytest.mark.parametrize("told", [{"alpha_pattern": {"q": 3}}, {"use_dora": True}])
+def test_settings_of_an_adapter_that_are_not_read_are_refused(tmp_path, told):
+    lora_file(tmp_path / "l" / "adapter_model.safetensors", "peft")
+    (tmp_path / "l" / "adapter_config.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=f"has {next(iter(told))} .*not read"):
+        ckpt.lora(tmp_path / "l")
+
+
+def test_training_goes_on_from_an_adapter_at_another_scale_with_equal_weights(tmp_path):
+    read = ckpt.lora(lora_file(tmp_path / "l" / "x.safetensors", "comfy", 6))
+    rows = {f"{m}.lora.main.{f}": (torch.zeros_like(x), 0, tuple(x.shape))
+            for m, both in factors().items() for f, x in zip("AB", both)}
+    rows["blocks.0.self_attn.k.lora.main.A"] = (torch.zeros(3, 8), 0, (3, 8))     # not in the file
+    ckpt.fill(rows, ckpt.continued(read, .5, lambda name, shape, first, last: torch.full(shape, 7.)))
+    for m, (A, B) in factors().items():
+        A2, B2 = (rows[f"{m}.lora.main.{f}"][0] for f in "AB")
+        assert torch.allclose(.5 * B2 @ A2, 2 * B @ A, atol=1e-5)
+    assert (rows["blocks.0.self_attn.k.lora.main.A"][0] == 7).all()
+    del rows["blocks.0.self_attn.k.lora.main.A"]
+    ckpt.fill(rows, ckpt.continued(read, 2.0, None))      # at its own scale, to the bit
+    assert all(torch.equal(rows[f"{m}.lora.main.B"][0], B) for m, (_, B) in factors().items())

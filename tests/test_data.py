@@ -2,9 +2,11 @@
 import gc
 import json
 import os
+import shutil
 import tracemalloc
 import zlib
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,10 @@ import pytest
 import torch
 
 import data
-from data import Ahead, Latents, Order, Writer, noise, normal, send, stratified, stream
+import store
+from data import Ahead, Latents, Order, noise, normal, send, shares, stratified, stream
+from helpers import Killed
+from store import Journals, Writer
 
 SMALL, WIDE = (4, 3, 2, 2), (4, 3, 2, 4)
 CODEC = {"name": "none", "text_width": 8, "text_length": 5}
@@ -165,6 +170,31 @@ def test_the_epoch_of_a_step_is_found(counts, batch):
         assert sum(order.before(epoch)) <= step < sum(order.before(epoch + 1))
 
 
+def test_every_dataset_gets_its_share_of_the_batches_and_its_buckets_keep_their_proportions():
+    takes = shares([[10_000], [60, 40]], (0.3, 0.7))
+    order = Order(0, [10_000, 60, 40], 16, sum(takes, []))
+    steps = Counter(order.at(step)[0] for step in range(sum(order.before(2))))
+    share = [steps[b] / steps.total() for b in range(3)]
+    assert share == pytest.approx([0.3, 0.42, 0.28], abs=0.002)
+
+
+def test_a_small_dataset_that_is_mixed_in_still_comes_once_per_pass():
+    order = Order(0, [10_000, 60], 16, sum(shares([[10_000], [60]], (1, 1)), []))
+    batches = [order.at(step) for step in range(600)]
+    seen = np.concatenate([batch for bucket, batch in batches if bucket == 1])
+    passes = seen[:len(seen) // 60 * 60].reshape(-1, 60)
+    assert len(passes) > 50
+    assert (np.sort(passes, 1) == np.arange(60)).all()
+
+
+def test_shares_like_the_sizes_are_the_order_without():
+    alone, mixed = Order(0, [100, 60], 16), Order(0, [100, 60], 16, sum(shares([[100], [60]], (5, 3)), []))
+    for step in range(100):
+        bucket, batch = alone.at(step)
+        assert mixed.at(step)[0] == bucket
+        assert np.array_equal(mixed.at(step)[1], batch)
+
+
 def test_another_seed_is_another_order():
     assert not np.array_equal(Order(0, [500], 64).at(0)[1], Order(1, [500], 64).at(0)[1])
 
@@ -176,6 +206,82 @@ def test_millions_of_samples_are_permuted_once_per_pass(monkeypatch):
     for step in [*range(50), *range(3 * 10**9, 3 * 10**9 + 50)]:
         order.at(step)
     assert made["order"] <= 8 and made["epoch"] <= 4
+
+
+# ---- several datasets -----------------------------------------------------------------------------------------------
+
+STILL = (4, 1, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def two(dataset, tmp_path_factory):
+    """60 clips of two shapes, and 300 stills."""
+    return [dataset, make(tmp_path_factory.mktemp("data") / "stills", 300, (STILL,))]
+
+
+def test_ids_of_several_datasets_follow_one_another_and_are_normalised_as_the_first(two):
+    both, (clips, stills) = opened(two), map(opened, two)
+    assert both.count == 360
+    assert both.shapes == [SMALL, WIDE, STILL]
+    for id in (0, 41, 59):
+        assert torch.equal(both.sample([id])[0], clips.sample([id])[0])
+    z = stills.sample([7])[0] * stills.std + stills.mean
+    assert torch.allclose(both.sample([67])[0], (z - clips.mean) / clips.std, atol=1e-5)
+    assert torch.equal(both.text([67]), stills.text([7]))
+    assert both.caption(67) == stills.caption(7)
+    assert both.shape_of(59) == WIDE
+    assert both.shape_of(60) == STILL
+
+
+def test_each_of_several_datasets_gets_its_share_of_the_batches(two):
+    stills = [opened(two, mix=mix).batch_ids(step)[1][0] >= 60 for mix in (None, (3, 1)) for step in range(200)]
+    assert sum(stills[:200]) / 200 == pytest.approx(300 / 360, abs=0.02)
+    assert sum(stills[200:]) / 200 == pytest.approx(1 / 4, abs=0.02)
+
+
+def test_any_world_sees_the_same_stream_of_several_datasets(two):
+    alone = by_slot(two, range(6), mix=(1, 1))
+    assert same(alone, by_slot(two, range(6), 2, mix=(1, 1), micro_batch=2))
+
+
+def test_each_dataset_holds_out_its_share_whatever_the_seed(two):
+    held = opened(two, val=12, mix=(1, 3), seed=5).held_out
+    assert held == opened(two, val=12, mix=(1, 3)).held_out
+    assert sum(id >= 60 for id in held) == 9
+    assert set(held).isdisjoint(opened(two, val=12, mix=(1, 3)).train)
+
+
+def test_clips_are_shown_rather_than_stills_whichever_dataset_comes_first(two):
+    for paths in (two, two[::-1]):
+        both = opened(paths, val=10)
+        assert all(both.shape_of(id) != STILL for id in both.for_videos(4))
+        assert both.commonest_shapes()[-1] == STILL
+
+
+def test_what_a_run_knows_several_datasets_by_changes_with_each_and_with_their_order(two, dataset):
+    contents = {opened(paths).content for paths in (dataset, two[1], two, two[::-1])}
+    assert len(contents) == 4
+    assert opened(two).content == opened(two).content
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(codec=CODEC | {"name": "other"}), "the codec of one"),
+    (dict(codec=CODEC | {"text_length": 6}), "the codec of one"),
+    (dict(shape=[4, 3, 2, 2]), "the latents of one is False"),
+])
+def test_datasets_that_do_not_go_together_are_named(dataset, tmp_path, change, said):
+    writer = Writer(tmp_path / "other", spec(**change))
+    latent = None if "shape" in change else torch.zeros(SMALL)
+    writer.add(latent, torch.ones(1, 8), caption="a", source="a.mp4", key="a")
+    writer.finish(NULL)
+    with pytest.raises(ValueError, match=f"other and .*set do not go together: {said}"):
+        opened([dataset, tmp_path / "other"])
+
+
+def test_datasets_of_two_null_texts_are_refused(dataset, tmp_path):
+    fill(Writer(tmp_path / "other", spec()), range(3)).finish(NULL + 1)
+    with pytest.raises(ValueError, match="the null text"):
+        opened([dataset, tmp_path / "other"])
 
 
 # ---- a step ahead, and to the GPU -----------------------------------------------------------------------------------
@@ -346,6 +452,29 @@ def test_held_out_samples_are_never_trained_on(dataset):
     assert sum(latents.order.counts) == 58
 
 
+STILL = (4, 1, 2, 2)
+
+
+def test_videos_are_of_one_bucket_held_out_samples_first_and_no_stills(tmp_path):
+    make(tmp_path, shapes=(STILL, STILL, STILL, SMALL, WIDE, WIDE))
+    for val in (0, 2, 3):
+        latents = opened(tmp_path, val=val)
+        ids = latents.for_videos(8)
+        [shape] = {latents.shape_of(id) for id in ids}
+        held = [id for id in latents.held_out if latents.shape_of(id) == shape]
+        assert shape in (SMALL, WIDE) and len(ids) == len(set(ids)) == 8
+        assert ids[:len(held)] == held and not set(ids[len(held):]) & set(latents.held_out)
+        if any(latents.shape_of(id) != STILL for id in latents.held_out):
+            assert held, "a held-out sample could have been shown"
+    assert opened(tmp_path).commonest_shapes() == [WIDE, SMALL, STILL]
+    assert len(opened(tmp_path).for_videos(99)) == 10
+
+
+def test_where_all_are_stills_they_are_shown(tmp_path):
+    latents = opened(make(tmp_path, shapes=(STILL,)), val=3)
+    assert latents.for_videos(4)[:3] == latents.held_out and latents.commonest_shapes() == [STILL]
+
+
 @pytest.mark.parametrize("val, expected", [(0, 0), (1, 1), (3, 3), (16, 3)])
 def test_at_most_a_twentieth_is_held_out(dataset, val, expected):
     assert len(Latents(dataset, seed=0, batch=4, val=val).held_out) == expected
@@ -485,8 +614,8 @@ def test_a_flipped_bit_in_a_sample_is_found_when_it_is_read(tmp_path, name, at):
     path = make(tmp_path / "set")
     damage(path / name, at)
     latents = opened(path, batch=1)
-    bad = 5 if name.startswith("4x3") else next(id for id in range(60) if latents.text_off[id, 0] * 16 <= at
-                                                < latents.text_off[id, :2].sum() * 16)
+    bad = 5 if name.startswith("4x3") else next(id for id in range(60) if latents.folders[0].text_off[id, 0] * 16 <= at
+                                                < latents.folders[0].text_off[id, :2].sum() * 16)
     for step in range(60):
         if bad in latents.batch_ids(step)[1]:
             with pytest.raises(ValueError, match=rf"{name}: sample {bad} is not what was written.*prepare.py"):
@@ -533,9 +662,11 @@ def test_an_interrupted_writer_ends_with_the_same_files(tmp_path):
 
 def test_a_finished_dataset_can_grow(tmp_path):
     make(tmp_path, 20)
+    before = contents(tmp_path)
     fill(Writer(tmp_path, spec()), range(60)).finish(NULL)
-    assert contents(tmp_path).keys() == contents(make(tmp_path.parent / "whole")).keys()
     assert opened(tmp_path).count == 60
+    new = {"manifest.json", "captions.jsonl"}       # the one people read
+    assert {name: text for name, text in before.items() if name not in new}.items() <= contents(tmp_path).items()
 
 
 def test_ranks_write_parts_that_are_joined_without_copying(tmp_path):
@@ -667,6 +798,143 @@ def test_many_samples_take_little_memory(tmp_path, monkeypatch):
     assert each < 40
     assert peak(lambda: writer.finish(NULL))[0] < 200
     assert peak(lambda: opened(tmp_path, val=16))[0] < 80
+
+
+# ---- a second time --------------------------------------------------------------------------------------------------
+
+def sample_of(i, seed=0):
+    """Latent and text of a sample called i."""
+    rng = stream(seed, "sample", i)
+    return 3 * normal(rng, (SMALL, WIDE, SMALL)[i % 3]) + 1, normal(rng, (i % 4 + 1, 8))
+
+
+def change(writer):
+    """Of samples 0 to 5, 1 and 4 get another text, 2 another latent and text, 3 is gone; 20 is new."""
+    def put(i, edition, latent=True, seed=0):
+        if writer.done.stored(f"key {i}").edition < edition:
+            z, text = sample_of(i, seed)
+            writer.add(z if latent else None, text, caption=f"caption {i}.{edition}", source=f"{i}.mp4",
+                       key=f"key {i}", edition=edition)
+    put(1, 1, latent=False, seed=1)
+    put(2, 1, seed=1)
+    if writer.done.stored("key 3").live:
+        writer.drop("key 3", 1)
+    put(4, 1, latent=False, seed=1)
+    put(20, 0)
+    writer.save()
+    return writer
+
+
+def held(path):
+    """{caption: (latent as stored, text)} of a dataset, all of it read and checked."""
+    latents, found = opened(path), {}
+    for id in range(latents.count):
+        [x0], [text] = latents.sample([id])
+        found[latents.caption(id)] = (x0 * latents.std + latents.mean, text)
+    return found
+
+
+def alike(a, b):
+    return a.keys() == b.keys() and all(
+        torch.allclose(x, y, atol=1e-4) for name in a for x, y in zip(a[name], b[name]))
+
+
+def wanted_after_change():
+    """What `held` gives then."""
+    found = {}
+    for i in (0, 1, 2, 3, 4, 5, 20):
+        latent, text = sample_of(i, seed=int(i == 2))
+        if i in (1, 4):
+            text = sample_of(i, seed=1)[1]
+        name = f"caption {i}" + {1: ".1", 2: ".1", 4: ".1", 20: ".0"}.get(i, "")
+        padded = torch.zeros(5, 8)
+        padded[:len(text)] = text.bfloat16().float()
+        found[name] = latent.bfloat16().float(), padded
+    del found["caption 3"]
+    return found
+
+
+def test_samples_that_are_made_again_take_the_places_of_those_they_replace(tmp_path):
+    make(tmp_path, 6)
+    before = [opened(tmp_path).caption(id) for id in range(6)]
+    change(Writer(tmp_path, spec())).finish(NULL)
+    assert alike(held(tmp_path), wanted_after_change())
+    after = [opened(tmp_path).caption(id).partition(".")[0] for id in range(6)]
+    before.remove("caption 3")
+    assert [name for name in after if name != "caption 20"] == before
+
+
+def test_an_edition_outranks_the_one_before_in_whichever_journal_it_is(tmp_path):
+    make(tmp_path, 6)
+    change(Writer(tmp_path, spec(), rank=1))                        # interrupted, and gone on with by rank 0 alone
+    writer = change(Writer(tmp_path, spec(), rank=0))
+    writer.add(*sample_of(1, seed=2), caption="the last", source="1.mp4", key="key 1", edition=2)
+    writer.finish(NULL)
+    assert len(held(tmp_path)) == 6 and "the last" in held(tmp_path) and "caption 1.1" not in held(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_interruption_anywhere_loses_nothing(tmp_path, monkeypatch):
+    """At the first, second, … time that something is put on disk, renamed or removed; compaction is a part of it."""
+    old, new = held(make(tmp_path / "once", 6)), wanted_after_change()
+    left = []
+
+    def dying(of):
+        def call(*args, **options):
+            if not left:
+                return of(*args, **options)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return of(*args, **options)
+        return call
+
+    monkeypatch.setattr(store, "sync", dying(lambda file: file.flush()))
+    monkeypatch.setattr(store.os, "replace", dying(os.replace))
+    monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
+    ends, kills = [], 0
+    while True:
+        path = shutil.copytree(tmp_path / "once", tmp_path / f"killed {kills}")
+        left[:] = [kills + 1]
+        try:
+            writer = change(Writer(path, spec()))
+            writer.finish(NULL)
+            writer.compact()
+        except Killed:
+            left.clear()
+            found = held(path)
+            assert alike(found, old) or alike(found, new), kills
+            ends.append(alike(found, new))
+            writer = change(Writer(path, spec()))
+            writer.finish(NULL)
+            writer.compact()
+            assert alike(held(path), new), kills
+            assert not Journals(path).stored("key 3").live
+            kills += 1
+        else:
+            break
+    assert kills > 30 and ends == sorted(ends), "first the old dataset, from one point on the new"
+
+
+def test_compaction_leaves_what_counts(tmp_path):
+    make(tmp_path, 6)
+    writer = change(Writer(tmp_path, spec()))
+    before = writer.finish(NULL)
+    captions = [opened(tmp_path).caption(id) for id in range(6)]
+    training = opened(tmp_path)
+    assert writer.compact() > 3 * 4096
+    assert [opened(tmp_path).caption(id) for id in range(6)] == captions
+    assert alike(held(tmp_path), wanted_after_change())
+    assert training.caption(5) == captions[5] and torch.equal(training.sample([5])[0], opened(tmp_path).sample([5])[0])
+    after = opened(tmp_path).manifest
+    for bucket in after["buckets"]:
+        assert bucket["count"] == sum(n for _, n in bucket["files"])
+    assert {file.name for file in tmp_path.iterdir()} - after["files"].keys() == {
+        "manifest.json", "spec.json", "captions.jsonl", f"compact.{after['compact']}.jsonl"}
+    assert writer.compact() == 0
+    content = opened(tmp_path).content
+    Writer(tmp_path, spec()).finish(NULL)
+    assert opened(tmp_path).content == content == before["crc32"]
 
 
 def test_a_rank_that_starts_late_leaves_the_files_of_others_alone(tmp_path):

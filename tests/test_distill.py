@@ -21,9 +21,9 @@ import sample
 import step
 import train
 from data import Latents, noise
-from helpers import (as_flags, as_version_1, close, copied, finished, full_disk, log_of, meta, nan_at, no_curves,
-                     out_of_memory, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
-                     signal_one_of_two, spied, state)
+from helpers import (as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
+                     ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
+                     spied, state)
 from model import MODELS, Bound, Cond, DiT
 from step import Learner, adamw, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t, train_step
 
@@ -50,7 +50,7 @@ def teacher(data, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("teacher") / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.TINY, "sample_steps", 3)
-        run(train.main, train.Config(data=data, out=out, steps=6, batch=4, warmup=2, **QUIET))
+        run(train.main, train.Config(data=(data,), out=out, steps=6, batch=4, warmup=2, **QUIET))
     return out
 
 
@@ -193,8 +193,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted_and_names_the_promp
 def test_a_student_that_cannot_be_updated_ends_the_run_whatever_the_critic_does(data, teacher, tmp_path, monkeypatch):
     nan_at(monkeypatch, distill, "dmd_loss", 1, 2, 3)
     monkeypatch.setattr("step.SKIPS", 3)
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
+    with pytest.raises(RuntimeError, match="3 updates in a row held NaN") as error:
         run(distill.main, config(data, teacher, tmp_path / "run", **QUIET))
+    assert "steps after it are not saved" in error.value.__notes__[0]
 
 
 # ---- what a run goes on with ----------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def test_teachers_of_any_form_teach_the_same(data, teacher, whole, tmp_path, for
 
 def test_a_teacher_is_known_by_its_content_and_no_student_is_one(data, teacher, whole, tmp_path, capsys):
     other = tmp_path / "other"
-    run(train.main, train.Config(data=data, out=str(other), steps=1, batch=4, warmup=2, **QUIET))
+    run(train.main, train.Config(data=(data,), out=str(other), steps=1, batch=4, warmup=2, **QUIET))
     moved = copied(teacher, tmp_path / "moved")
     assert "other (is not what" in refused(distill.main, config(data, str(other), whole), capsys)
     for cfg in (config(data, str(moved), whole), config(data, str(other), whole, allow=("teacher",))):
@@ -504,7 +505,7 @@ def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, t
 @pytest.mark.slow
 def test_a_teacher_that_learned_sparse_is_asked_sparse_and_so_are_critic_and_student(data, tmp_path, monkeypatch):
     sparse = dict(window=(1, 1, 1), tile=(2, 2, 2), dense_ends=1)
-    run(train.main, train.Config(data=data, out=str(tmp_path / "t"), steps=1, batch=4, warmup=0, **QUIET, **sparse))
+    run(train.main, train.Config(data=(data,), out=str(tmp_path / "t"), steps=1, batch=4, warmup=0, **QUIET, **sparse))
     for event in told(monkeypatch, config(data, str(tmp_path / "t"), tmp_path / "run", steps=2, **QUIET)):
         for bound in of_kind(event, Bound):
             assert bound.metadata.tile == (2, 2, 2)
@@ -588,7 +589,7 @@ def test_adapters_stopped_and_resumed_are_the_uninterrupted_ones_to_the_bit(data
 @pytest.mark.slow
 def test_two_ranks_distil_adapters_as_one_does(data, teacher, adapters, tmp_path):
     cfg = config(data, teacher, tmp_path / "run", steps=2, micro_batch=1, shard=-1, samples=0, **LORA)
-    finished(shell(2, "distill.py", *as_flags(cfg)))
+    ranks(2, distill.main, cfg)
     close(log_of(cfg.out), log_of(adapters), 2e-4, *LOSSES)
 
 

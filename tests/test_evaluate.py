@@ -1,10 +1,8 @@
 """evaluate.py: every figure against its definition written out, and the whole command on a teacher and its student."""
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from math import comb
@@ -19,11 +17,10 @@ import evaluate
 import parallel
 import prepare
 import train
-from conftest import ROOT
 from data import noise
 from evaluate import (Clips, distances, energy, figures, interval, mcnemar, paired, recall, variety, vendi,
                       verdict)
-from helpers import as_flags, run
+from helpers import ranks, run
 
 
 def points(n, seed, shift=0.0, D=3):
@@ -139,7 +136,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     data, teacher, student = (str(folder / name) for name in ("data", "teacher", "student"))
     run(prepare.main, prepare.Config(clips=40, out=data))
-    run(train.main, train.Config(data=data, out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
+    run(train.main, train.Config(data=(data,), out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
     run(distill.main, distill.Config(data=data, teacher=teacher, out=student, steps=2, student_every=2, batch=4,
                                      samples=0))
     return teacher, student
@@ -244,24 +241,23 @@ def test_what_is_asked_undistilled_has_the_students_sampler_and_the_teachers_win
     assert undistilled.source.origin == many.source.origin != asked.source.origin
 
 
+def of_few_clips(cfg):
+    """What `few` does, in another process."""
+    evaluate.PROMPTS = evaluate.SEEDS = 2
+    evaluate.main(cfg)
+
+
 @pytest.mark.slow
 def test_two_ranks_print_and_write_the_figures_of_one(runs, few, tmp_path):
-    code = "import evaluate, sys, tyro; evaluate.PROMPTS = evaluate.SEEDS = 2; "
-    code += "evaluate.main(tyro.cli(evaluate.Config)); evaluate.parallel.leave()"
-    (tmp_path / "few.py").write_text(code)
     newest = ckpt.latest(runs[0])
     for folder in ("one", "two"):           # without the clips that others have sampled
         shutil.copytree(newest, tmp_path / folder / "ckpt" / newest.name)
     one = evaluate.Config(ckpt=str(tmp_path / "one"), steps=(2,), n=11, device="cpu")
     run(evaluate.main, one)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    flags = as_flags(replace(one, ckpt=str(tmp_path / "two")))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launch, str(tmp_path / "few.py"), *flags], env=env, text=True,
-                          capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("11 clips each") == 1
-    first, second = (json.loads((tmp_path / folder / "evaluate.json").read_text())["table"] for folder in ("one", "two"))
+    printed = ranks(2, of_few_clips, replace(one, ckpt=str(tmp_path / "two")))
+    assert printed.count("11 clips each") == 1
+    written = [json.loads((tmp_path / folder / "evaluate.json").read_text()) for folder in ("one", "two")]
+    first, second = (report["table"] for report in written)
     for system, row in first.items():
         assert second[system] == pytest.approx(row, rel=1e-5)
 

@@ -37,7 +37,10 @@ def run(out, net, ema=None, only="", base=None):
     state = ckpt.roles(net=parts(net, only), ema=parts(ema or net, only))
     if base:
         base = ckpt.base_of(base, ckpt.weights(base))
-    ckpt.save(out, 10, state, {"config": {"lora_alpha": 6}, "sampling": SAMPLING, "base": base})
+    elif only:
+        base = {"path": "elsewhere", "crc32": 0}
+    config = {"lora_alpha": 6, "lora_rank": 4 if only else 0}
+    ckpt.save(out, 10, state, {"config": config, "sampling": SAMPLING, "base": base})
     return str(out)
 
 
@@ -293,6 +296,76 @@ def test_a_base_that_is_gone_or_another_one_is_refused_by_whoever_reads_the_adap
     assert "is not what" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def adapter_of(folder, base, seed=0):
+    """A run's folder with an adapter over the weights at base."""
+    return run(folder, network(seed, lora=True), only=".lora.", base=base)
+
+
+def test_an_adapter_says_which_weights_it_is_for_here_and_in_the_file(tmp_path, capsys):
+    plain = run(tmp_path / "plain", network())
+    first = adapter_of(tmp_path / "first", plain)
+    second = adapter_of(tmp_path / "second", first, seed=1)
+    for path, base, says in ((first, plain, "It adapts the weights of {}\n"),
+                             (second, first, "It adapts the weights of {} with its own adapter folded in, not "
+                                             "those under it: python export.py --ckpt={} --merge")):
+        export.main(export.Config(ckpt=path, out=f"{path}_lora", lora=True, format="comfy"))
+        named = str(ckpt.latest(base))
+        assert says.format(named, named) in capsys.readouterr().out
+        told = json.loads((tmp_path / f"{path}_lora" / "nanovideo.json").read_text())
+        assert told["base"] == {"path": named, "crc32": ckpt.read_manifest(named)["crc32"]}
+    export.main(export.Config(ckpt=first, out=str(tmp_path / "whole"), merge=True))
+    assert "It adapts" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "whole" / "nanovideo.json").read_text())["base"]["path"] == str(ckpt.latest(plain))
+
+
+def test_an_adapter_over_an_adapter_is_for_what_the_command_that_is_named_writes(tmp_path):
+    plain = run(tmp_path / "plain", network())
+    first = adapter_of(tmp_path / "first", plain)
+    second = adapter_of(tmp_path / "second", first, seed=1)
+    export.main(export.Config(ckpt=second, out=str(tmp_path / "lora"), lora=True))
+    export.main(export.Config(ckpt=first, out=str(tmp_path / "under"), merge=True))
+    together = ckpt.folded(ckpt.weights(tmp_path / "under"), ckpt.lora(tmp_path / "lora"))
+    for name, x in ((name, ckpt.weights(second).tensor(name)) for name in together.shapes):
+        assert near(together.tensor(name), x, 1e-6)
+
+
+@pytest.mark.parametrize("format", ["wan", "diffusers", "comfy"])
+def test_a_value_that_a_dtype_cannot_hold_is_refused_by_its_tensor(tmp_path, capsys, format):
+    net = network()
+    with torch.no_grad():
+        net.blocks[1].ffn[0].weight[3, 2] = -7e4
+    path, out = run(tmp_path / "run", net), tmp_path / "out"
+    with pytest.raises(SystemExit) as error:
+        export.main(export.Config(ckpt=path, out=str(out), format=format, dtype="float16"))
+    err = capsys.readouterr().err
+    assert error.value.code == 2
+    assert f"{export.NAMES[format]('blocks.1.ffn.0.weight')} reaches 7e+04, which torch.float16 cannot hold" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    export.main(export.Config(ckpt=path, out=str(out), format=format, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("alpha, settings", [(10, {}), (4, {}), (6, dict(use_rslora=True))])
+def test_an_adapter_that_diffusers_wrote_adds_what_diffusers_adds(tmp_path, alpha, settings):
+    from diffusers import WanPipeline, WanTransformer3DModel
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig, get_peft_model_state_dict
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=80, num_layers=3)
+    transformer.save_pretrained(tmp_path / "base")
+    targets = ["to_q", "to_out.0", "ffn.net.0.proj"]
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights=False,
+                                       **settings))
+    WanPipeline.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(transformer),
+                                  **_collate_lora_metadata({"transformer": transformer}))
+    net, plain = DiT(SMALL), DiT(SMALL)
+    ckpt.fill(parts(net), ckpt.folded(ckpt.weights(tmp_path / "base"), ckpt.lora(tmp_path / "lora")))
+    ckpt.fill(parts(plain), ckpt.weights(tmp_path / "base"))
+    assert near(ours(net), theirs(transformer))
+    assert not near(ours(plain), theirs(transformer), 0.01)
+
+
 def test_the_fingerprint_of_weights_sees_every_tensor(tmp_path):
     net = network()
     source = ckpt.in_memory({n: p.detach() for n, p in net.named_parameters()}, "memory")
@@ -309,7 +382,7 @@ def test_the_fingerprint_of_weights_sees_every_tensor(tmp_path):
     (dict(), True, "--lora (it alone) or --merge"),
     (dict(lora=True, merge=True), True, "--lora (it alone) or --merge"),
     (dict(lora=True, base="x"), True, "--base is for --merge"),
-    (dict(merge=True, base="x"), True, "are not at x"),
+    (dict(merge=True, base="x"), True, "are not at x: put or link them there"),
     (dict(lora=True, format="wan"), True, "choose diffusers or comfy"),
     (dict(shard_gb=0.0), False, "--shard_gb=0.0"),
 ])

@@ -187,6 +187,13 @@ def test_flags_that_may_differ_are_flags():
         flags.check_run(Config(allow=("wave", "lr", "lrr")))
 
 
+@pytest.mark.parametrize("names", (("model",), ("lr", "lora_rank"), ("model", "lora_rank")))
+def test_a_flag_that_gives_tensors_their_shapes_cannot_be_allowed_to_differ(names):
+    fixed = " ".join(sorted({"model", "lora_rank"} & {*names}))
+    with pytest.raises(ValueError, match=f"--allow {fixed}: the run's tensors have its shapes"):
+        flags.check_run(train.Config(allow=names))
+
+
 @pytest.mark.parametrize("ranks", ((), (1,), (8, 80)))
 def test_a_dry_run_takes_ranks_and_perhaps_their_gigabytes(ranks):
     flags.check_run(Config(dry_run=ranks))

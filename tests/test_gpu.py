@@ -175,8 +175,9 @@ def test_a_deterministic_run_in_bf16_resumes_to_the_bit(device, tmp_path):
         run(train.main, replace(cfg, out=str(tmp_path / out), steps=steps))
         return state(tmp_path / out)
 
-    cfg = train.Config(data=shapes_dataset(tmp_path / "data", 20), device=device, precision="bf16", deterministic=True,
-                       batch=2, warmup=1, val=1, samples=0, val_every=0, compile=False, schedule="constant",
+    data = shapes_dataset(tmp_path / "data", 20)
+    cfg = train.Config(data=(data,), device=device, precision="bf16", deterministic=True, batch=2,
+                       warmup=1, val=1, samples=0, val_every=0, compile=False, schedule="constant",
                        window=(1, 1, 1), tile=(2, 2, 2))
     try:
         whole = trained("whole", 2)

@@ -211,6 +211,7 @@ def test_without_finite_values_there_are_no_curves(tmp_path, seen):
     log(1, **seen)
     log.close()
     curves(tmp_path / "curves.png", [{"step": 1, "loss": math.inf}])    # a log by another hand
+    curves(tmp_path / "curves.png", [{"step": i, "loss": 1.7e308 * (-1)**i} for i in range(60)])
     assert not (tmp_path / "curves.png").exists()
 
 

@@ -239,7 +239,8 @@ def ran(tmp_path_factory):
     with ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [ALONE, *MESHES]]
         ports = [server.getsockname()[1] for server in servers]
-    multiprocessing.spawn(walk, (folder, ports), nprocs=4)
+    multiprocessing.set_forkserver_preload(["train", "distill", "evaluate"])    # imported once, as in helpers.ranks
+    multiprocessing.start_processes(walk, (folder, ports), nprocs=4, start_method="forkserver")
     return {mesh: [torch.load(folder / f"{mesh} {rank}", weights_only=False) for rank in range(mesh[0])]
             for mesh in [ALONE, *MESHES]}
 

@@ -18,7 +18,7 @@ import parallel
 import plan
 import train
 from attention import attention
-from data import Writer
+from store import Writer
 from helpers import run, shapes_dataset, told, total
 from model import LOCAL, Bound, Cond, DiT, ModelConfig, Seq, add_lora
 from plan import activations
@@ -271,7 +271,7 @@ def test_a_dry_run_adds_up_and_leaves_nothing_behind(tmp_path, monkeypatch, caps
 
 
 def test_gigabytes_are_of_gpus_which_need_not_be_here(capsys):
-    base = dict(model="wan-1.3b", data="nowhere", device="cuda")
+    base = dict(model="wan-1.3b", data=("nowhere",), device="cuda")
     _, lines, _ = told(train.main, train.Config(**base, dry_run=(1, 80)), capsys)
     assert "in all of 80.000, a tenth of which is left to kernels and fragments" in lines
     assert lines["trained weights"] == pytest.approx(4 * 1.419, abs=0.001)
@@ -279,7 +279,7 @@ def test_gigabytes_are_of_gpus_which_need_not_be_here(capsys):
 
 
 def test_what_does_not_fit_is_refused_with_flags_that_would_help(capsys):
-    cfg = train.Config(model="wan-1.3b", data="nowhere", micro_batch=4, remat=False, dry_run=(8, 80))
+    cfg = train.Config(model="wan-1.3b", data=("nowhere",), micro_batch=4, remat=False, dry_run=(8, 80))
     code, _, err = told(train.main, cfg, capsys)
     assert code == 2
     for flag in ("--remat=True", "--micro_batch", "--shard=-1", "--sp", "--lora_rank", "more ranks"):
@@ -287,7 +287,7 @@ def test_what_does_not_fit_is_refused_with_flags_that_would_help(capsys):
 
 
 def test_flags_that_are_used_up_are_not_advised(capsys):
-    cfg = train.Config(model="wan-1.3b", data="nowhere", micro_batch=4, shard=-1, sp=4, dry_run=(4, 5))
+    cfg = train.Config(model="wan-1.3b", data=("nowhere",), micro_batch=4, shard=-1, sp=4, dry_run=(4, 5))
     code, _, err = told(train.main, cfg, capsys)
     assert code == 2
     assert "reduce it: --micro_batch, --lora_rank, more ranks" in err
@@ -329,7 +329,7 @@ def test_every_bucket_of_a_dataset_counts(tmp_path, capsys):
     for i, shape in enumerate([(24, 5, 8, 8), (24, 9, 8, 16)] * 8):
         writer.add(torch.randn(shape), torch.randn(3, 64), caption="", source="", key=str(i))
     writer.finish(torch.zeros(1, 64))
-    base = dict(data=str(tmp_path / "set"), dry_run=(1,), device="cpu")
+    base = dict(data=(str(tmp_path / "set"),), dry_run=(1,), device="cpu")
     _, lines, _ = told(train.main, train.Config(**base), capsys)
     small, large = (n for what, n in lines.items() if what.startswith("activations of 16 x (24,"))
     assert 3 * small < large < 4 * small
@@ -394,7 +394,7 @@ def test_a_start_that_does_not_fit_ends_at_the_door_and_writes_nothing(gpu, tmp_
     data = shapes_dataset(tmp_path / "data", clips=20)
     gpu(1e6)
     with pytest.raises(SystemExit) as refused:
-        run(train.main, train.Config(data=data, out=str(tmp_path / "run"), batch=4, steps=1, val=0, samples=0))
+        run(train.main, train.Config(data=(data,), out=str(tmp_path / "run"), batch=4, steps=1, val=0, samples=0))
     assert refused.value.code == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("train.py: ")

@@ -2,27 +2,33 @@
 import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
+from PIL import Image
 
 import torch
 
 import codec
+import films
 import parallel
-import data
+import store
 import helpers
 import prepare
 import shapes
 from conftest import ROOT
 from data import Latents
 from prepare import Config
-from test_codec import film, pipeline  # noqa: F401 (a fixture)
+from test_codec import pipeline  # noqa: F401 (a fixture)
+from test_films import film
 
 
 
@@ -48,7 +54,7 @@ def opened(path):
 def stored(latents):
     """[(source, caption, latent as it is stored, text)] in an order that the writing does not change."""
     rows = []
-    for line in map(json.loads, open(latents.path / "captions.jsonl")):
+    for line in map(json.loads, open(latents.folders[0].path / "captions.jsonl")):
         x0, text = latents.sample([line["id"]])
         rows.append((line["source"], line["caption"], x0[0] * latents.std + latents.mean, text[0]))
     return sorted(rows, key=lambda row: (row[0], row[2].flatten().tolist()))
@@ -150,7 +156,7 @@ def test_a_folder_of_films_becomes_buckets_and_what_cannot_is_named(folder, tmp_
 
     coder = codec.load("dct")
     for name, _, latent, _ in rows:
-        [(video, _)] = codec.read_video(folder / name, sizes=[(64, 64), (64, 96), (96, 64)], frames=17, fps=8)
+        [(video, _)] = films.read_video(folder / name, sizes=[(64, 64), (64, 96), (96, 64)], frames=17, fps=8)
         assert torch.allclose(latent, coder.encode(video), rtol=2**-8, atol=1e-5)
 
     out = capsys.readouterr().out
@@ -173,11 +179,19 @@ def test_a_caption_that_is_too_long_is_named(tmp_path, capsys):
     assert "skipped a.mp4: a prompt of 9 words" in capsys.readouterr().out
 
 
+def test_two_captions_that_differ_are_named(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    (root / "captions.jsonl").write_text("".join(json.dumps({"file": f"{name}.mp4", "caption": caption}) + "\n"
+                                                 for name, caption in (("a", "film a"), ("b", "another"))))
+    assert [row[0] for row in stored(run(videos=root, out=tmp_path / "set", **SMALL))] == ["a.mp4", "c.mp4", "d.mp4"]
+    assert "skipped b.mp4: two captions, 'film b' in b.txt and 'another' in a list" in capsys.readouterr().out
+
+
 def test_all_cuts_of_a_film_are_consecutive_clips(tmp_path):
     make_film(tmp_path / "films/long.mp4", frames=60, caption="a long film")
     rows = stored(run(videos=tmp_path / "films", out=tmp_path / "set", cuts="all", sizes=("64x64",)))
     coder = codec.load("dct")
-    clips = codec.read_video(tmp_path / "films/long.mp4", sizes=[(64, 64)], frames=17, fps=8, cuts="all")
+    clips = films.read_video(tmp_path / "films/long.mp4", sizes=[(64, 64)], frames=17, fps=8, cuts="all")
     clips = [coder.encode(video) for video, _ in clips]
     assert len(rows) == len(clips) == 3
     for clip in clips:
@@ -207,7 +221,7 @@ def test_an_interrupted_prepare_goes_on_where_it_was(folder, tmp_path, monkeypat
 
     codec_load = codec.load
     monkeypatch.setattr(codec, "load", load)
-    monkeypatch.setattr("data.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
+    monkeypatch.setattr("store.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
     with pytest.raises(KeyboardInterrupt):
         run(**flags, out=tmp_path / "broken")
     with pytest.raises(FileNotFoundError, match="unfinished"):
@@ -234,18 +248,18 @@ def test_a_folder_begun_by_the_keys_of_496ae65_goes_on(tmp_path, monkeypatch):
         coder = load(*args, **options)
         return coder._replace(encode=lambda video: encoded.append("clip") or coder.encode(video))
     monkeypatch.setattr(codec, "load", counted)
-    monkeypatch.setattr(codec, "read_video", lambda path, read=codec.read_video, **options: read(path, **options)
+    monkeypatch.setattr(films, "read_video", lambda path, read=films.read_video, **options: read(path, **options)
                         if path.name == "other.mp4" else pytest.fail("read again"))
     assert equal(stored(run(**flags, out=tmp_path / "set")), whole)
     assert len(encoded) == 2
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    films = tmp_path / "films"
+    folder = tmp_path / "films"
     for name in ("a", "b", "c", "d", "e/e"):
-        make_film(films / f"{name}.mp4", caption=name)
-    (films / "b.txt").unlink()
-    (films / "b.txt").mkdir()
+        make_film(folder / f"{name}.mp4", caption=name)
+    (folder / "b.txt").unlink()
+    (folder / "b.txt").mkdir()
 
     def bad_sector(path, *args, of, **options):
         if path.name in bad:
@@ -257,19 +271,19 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, monkeypatch
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return of(path)
     bad = {"a.mp4", "c.txt", "e"}
-    read, text = codec.read_video, Path.read_text
-    monkeypatch.setattr(codec, "read_video", lambda *args, **options: bad_sector(*args, of=read, **options))
-    monkeypatch.setattr(Path, "read_text", lambda *args, **options: bad_sector(*args, of=text, **options))
+    read, text = films.read_video, films.read_text
+    monkeypatch.setattr(films, "read_video", lambda *args, **options: bad_sector(*args, of=read, **options))
+    monkeypatch.setattr(films, "read_text", lambda *args, **options: bad_sector(*args, of=text, **options))
     monkeypatch.setattr(os, "scandir", unreadable)
-    assert [row[0] for row in stored(run(videos=films, out=tmp_path / "set"))] == ["d.mp4"]
+    assert [row[0] for row in stored(run(videos=folder, out=tmp_path / "set"))] == ["d.mp4"]
     out = capsys.readouterr().out
     for name, reason in {"a.mp4": "Input/output error", "b.mp4": "Is a directory", "c.mp4": "Input/output error",
-                         films / "e": "Input/output error"}.items():
+                         folder / "e": "Input/output error"}.items():
         assert any(f"skipped {name}: " in line and reason in line for line in out.splitlines()), (name, out)
     assert "3 films skipped, named above" in out
 
     bad.clear()         # the disk is mended, and the same command adds them
-    rows = stored(run(videos=films, out=tmp_path / "set"))
+    rows = stored(run(videos=folder, out=tmp_path / "set"))
     assert [row[0] for row in rows] == ["a.mp4", "c.mp4", "d.mp4", "e/e.mp4"]
 
 
@@ -278,7 +292,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
 
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(data.Writer, "add", full)
+    monkeypatch.setattr(store.Writer, "add", full)
     with pytest.raises(OSError, match="No space left"):
         run(videos=tmp_path / "films", out=tmp_path / "set")
 
@@ -287,21 +301,28 @@ def test_films_that_come_later_are_added(tmp_path, monkeypatch):
     make_film(tmp_path / "films/a.mp4", caption="a")
     run(videos=tmp_path / "films", out=tmp_path / "set")
     make_film(tmp_path / "films/b.mp4", caption="b")
-    monkeypatch.setattr(codec, "read_video", lambda path, read=codec.read_video, **options: read(path, **options)
+    monkeypatch.setattr(films, "read_video", lambda path, read=films.read_video, **options: read(path, **options)
                         if path.name == "b.mp4" else pytest.fail("read again"))
     assert {row[0] for row in stored(run(videos=tmp_path / "films", out=tmp_path / "set"))} == {"a.mp4", "b.mp4"}
 
 
-def test_two_ranks_make_the_same_dataset_as_one(folder, tmp_path):
-    whole = stored(run(videos=folder, out=tmp_path / "one"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
-               str(ROOT / "prepare.py"), f"--videos={folder}", f"--out={tmp_path / 'two'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "5 films skipped" in done.stdout and done.stdout.count("skipped silent.mp4") == 1
-    two = opened(tmp_path / "two")
+def test_two_ranks_make_the_same_dataset_as_one_and_make_it_again(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "films")
+    cfg = Config(videos=str(root), out=str(tmp_path / "two"))
+    whole = stored(run(videos=root, out=tmp_path / "one"))
+    printed = helpers.ranks(2, prepare.main, cfg)
+    assert "5 films skipped" in printed and printed.count("skipped silent.mp4") == 1
     assert {file.name for file in (tmp_path / "two").glob("journal.*")} == {"journal.0.jsonl", "journal.1.jsonl"}
-    assert equal(stored(two), whole)
+    assert equal(stored(opened(tmp_path / "two")), whole)
+
+    for name in ("plain.mp4", "été/tall é.MOV"):
+        (root / name).with_suffix(".txt").write_text("another caption")
+    (root / "below/turned.mp4").unlink()
+    make_film(root / "below/deeper/wide one.webm", 72, 144, encoder="libvpx-vp9")
+    make_film(root / "new.mp4", caption="a new one")
+    printed = helpers.ranks(2, prepare.main, cfg)
+    assert "2 captions changed, 1 film replaced, 1 gone, 1 new: " in printed
+    assert equal(stored(opened(tmp_path / "two")), stored(run(videos=root, out=tmp_path / "fresh")))
 
 
 def test_a_rank_waits_for_the_others_without_a_collective(tmp_path, monkeypatch):
@@ -317,7 +338,7 @@ def test_a_rank_waits_for_the_others_without_a_collective(tmp_path, monkeypatch)
     monkeypatch.setattr(parallel, "mean", lambda *_: pytest.fail("a collective"))
     (tmp_path / "finished.1").write_text("2")
     world = parallel.imagine(3)
-    assert prepare.wait_for_all(tmp_path, 1, world) == 8 and len(slept) == 10_000
+    assert prepare.wait_for_all(tmp_path, 1, world) == [1, 2, 5] and len(slept) == 10_000
     assert (tmp_path / "finished.0").read_text() == "1", "the others wait for us"
 
 
@@ -340,6 +361,447 @@ def test_what_a_killed_run_left_does_not_count_as_finished(tmp_path, monkeypatch
     assert "skipped" not in capsys.readouterr().out
 
 
+# ---- lengths, and what would take more ------------------------------------------------------------------------------
+
+def still(path, caption):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    path.with_suffix(".txt").write_text(caption)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two stills, films of 3, 5, 9 and 24 frames at 8 fps."""
+    for name in ("still.png", "other.jpg"):
+        still(tmp_path / "films" / name, name)
+    for frames in (3, 5, 9, 24):
+        tiny_film(tmp_path / f"films/{frames}.mp4", f"{frames} frames", frames=frames)
+    return dict(videos=tmp_path / "films", out=tmp_path / "set", sizes=("16x16",))
+
+
+def shapes_by_source(latents):
+    return sorted((json.loads(line)["source"], latents.shape_of(id)[1])
+                  for id, line in enumerate(open(latents.folders[0].path / "captions.jsonl")))
+
+
+def test_each_film_goes_to_the_longest_length_that_it_fills(mixed):
+    made = shapes_by_source(run(**mixed, frames=(17, 1, 5)))
+    assert made == [("24.mp4", 5), ("3.mp4", 1), ("5.mp4", 2), ("9.mp4", 2), ("other.jpg", 1), ("still.png", 1)]
+
+
+def test_all_cuts_are_each_the_longest_that_still_fits(mixed):
+    made = shapes_by_source(run(**mixed, frames=(1, 5, 17), cuts="all"))
+    assert made == [("24.mp4", 2), ("24.mp4", 5), ("3.mp4", 1), ("5.mp4", 2), ("9.mp4", 2),
+                    ("other.jpg", 1), ("still.png", 1)]
+
+
+def test_pictures_are_clips_of_one_frame(mixed):
+    made = run(**mixed, frames=1)
+    assert made.count == 6 and made.shapes == [(24, 1, 4, 4)]
+
+
+def test_moving_shapes_have_all_lengths_in_turn(tmp_path):
+    latents = run(clips=12, out=tmp_path / "set", sizes=("16x16", "16x24"), frames=(1, 5))
+    assert latents.shapes == [(24, 1, 4, 4), (24, 1, 4, 6), (24, 2, 4, 4), (24, 2, 4, 6)]
+    assert [bucket["count"] for bucket in latents.manifest["buckets"]] == [3, 3, 3, 3]
+
+
+def last_line(capsys):
+    return capsys.readouterr().out.splitlines()[-1]
+
+
+def test_where_most_films_are_too_short_it_says_which_flags_would_take_them(tmp_path, capsys):
+    root = tmp_path / "films"
+    for i, frames in enumerate((9, 9, 10, 12, 40)):
+        tiny_film(root / f"{i}.mp4", "a film", frames=frames)
+    run(videos=root, out=tmp_path / "set", sizes=("16x16",))
+    assert last_line(capsys) == ("4 of 5 films are shorter than 17 frames at 8 fps: "
+                                 "--fps=16 or --frames=9 would take them")
+    for flags in (dict(fps=16), dict(frames=9)):
+        assert run(videos=root, out=tmp_path / str(flags), sizes=("16x16",), **flags).count == 5
+
+
+def test_a_flag_that_would_take_some_says_how_many(tmp_path, capsys):
+    root = tmp_path / "films"
+    for i in range(20):
+        tiny_film(root / f"{i:02}.mp4", "a film", frames=13 if i else 5)
+    refused(capsys, videos=root, out=tmp_path / "set", sizes=("16x16",))
+    with pytest.raises(SystemExit):
+        run(videos=root, out=tmp_path / "set", sizes=("16x16",))
+    assert capsys.readouterr().err.endswith(
+        "20 of 20 films are shorter than 17 frames at 8 fps: --fps=11 would take 19 of them and "
+        "--frames=13 would take 19 of them\n")
+    assert run(videos=root, out=tmp_path / "fps", sizes=("16x16",), fps=11).count == 19
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda path: path.with_suffix(".txt").unlink(),
+     "3 of 4 films are without a caption: --caption=TEXT would take them"),
+    (lambda path: path.with_suffix(".txt").write_text("word " * 70),
+     "3 of 4 films are longer in their captions than --text_length=64: --text_length=71 would take them"),
+    (lambda path: path.write_bytes(b"no film"), "3 of 4 films are skipped for one reason: unreadable"),
+])
+def test_another_reason_for_most_films_is_named_with_its_flag(tmp_path, capsys, harm, words):
+    root = four_films(tmp_path / "films")
+    for name in "abc":
+        harm(root / f"{name}.mp4")
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert last_line(capsys) == words
+
+
+def test_pictures_where_clips_are_wanted_are_named_with_their_flag(tmp_path, capsys):
+    for i in range(3):
+        still(tmp_path / f"films/{i}.png", "a picture")
+    said = refused(capsys, videos=tmp_path / "films", out=tmp_path / "set")
+    assert "3 of 3 films are still pictures: --frames 1 17 would take them" in said
+    assert run(videos=tmp_path / "films", out=tmp_path / "set", sizes=("16x16",), frames=(1, 17)).count == 3
+
+
+def test_nothing_usable_later_leaves_the_dataset_as_it_was(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    before = stored(run(videos=root, out=tmp_path / "set", **SMALL))
+    for name in "abcd":
+        (root / f"{name}.txt").unlink()
+    refused(capsys, videos=root, out=tmp_path / "set", **SMALL)
+    assert equal(stored(opened(tmp_path / "set")), before)
+
+
+# ---- the dry run ----------------------------------------------------------------------------------------------------
+
+def foretold(capsys, **flags):
+    capsys.readouterr()
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    helpers.run(prepare.main, Config(**flags, dry_run=True))
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(mixed, work, capsys):
+    out = foretold(capsys, **mixed, frames=(1, 5, 17), cuts="all")
+    assert not mixed["out"].exists() and len(work["decode"]) == len(work["encode"]) == 1
+    counts = {shape: int(n) for n, shape in re.findall(r"^ +(\d+) of (\S+),", out, re.M)}
+    made = run(**mixed, frames=(1, 5, 17), cuts="all").manifest["buckets"]
+    assert counts == {"x".join(map(str, bucket["shape"])): bucket["count"] for bucket in made}
+    latents = sum(n * 4096 for n in counts.values())
+    assert f"disk: {latents / 1e6:,.1f} MB of latents" in out and "7 like it take" in out
+
+
+def test_a_dry_run_says_what_would_be_skipped_and_why(folder, tmp_path, capsys):
+    out = foretold(capsys, videos=folder, out=tmp_path / "set")
+    run(videos=folder, out=tmp_path / "set")
+    real = capsys.readouterr().out
+    for line in real.splitlines():
+        if line.startswith("skipped"):
+            assert line.split(":")[0] in out, line
+    assert "5 to skip" in out and "1 skipped: too short" in out
+
+
+def test_a_dry_run_of_a_dataset_that_is_there_says_what_would_change(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}
+    (root / "a.txt").write_text("another caption")
+    tiny_film(root / "b.mp4", seed=1)
+    (root / "c.mp4").unlink()
+    tiny_film(root / "e.mp4", "film e")
+    assert ("1 stored as they should be, 1 to make, 1 replaced, 1 with another caption, 1 gone, 0 to skip"
+            in foretold(capsys, **flags))
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}
+    assert "frames was 5 and is now 9" in refused(capsys, **flags | dict(frames=9), dry_run=True)
+
+
+# ---- a second time --------------------------------------------------------------------------------------------------
+
+SMALL = dict(sizes=("16x16",), frames=5)
+
+
+def tiny_film(path, caption=None, seed=0, frames=5):
+    """A film of five small frames of noise, quickly made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = np.random.default_rng([seed, *path.name.encode()]).integers(0, 256, (frames, 16, 16, 3), dtype=np.uint8)
+    film(path, pictures, [125 * i for i in range(frames)])
+    if caption:
+        path.with_suffix(".txt").write_text(caption)
+
+
+def four_films(root):
+    for name in "abcd":
+        tiny_film(root / f"{name}.mp4", f"film {name}")
+    return root
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """What runs do from now on: {"encode": clips, "embed": [caption], "decode": [film], "head": [film]}."""
+    done = {"encode": [], "embed": [], "decode": [], "head": []}
+
+    def load(*args, load=codec.load, **options):
+        coder = load(*args, **options)
+        return coder._replace(encode=lambda video: done["encode"].append(len(video)) or coder.encode(video),
+                              embed=lambda texts: done["embed"].extend(texts) or coder.embed(texts))
+
+    def read(path, read=films.read_video, **options):
+        done["decode"].append(path.name)
+        return read(path, **options)
+
+    def crc32_of(path, *most, of=prepare.crc32_of):
+        done["head"].append(path.name)
+        return of(path, *most)
+
+    monkeypatch.setattr(codec, "load", load)
+    monkeypatch.setattr(films, "read_video", read)
+    monkeypatch.setattr(prepare, "crc32_of", crc32_of)
+    return done
+
+
+def told(capsys):
+    """What the last run said of changes: the line before that of the buckets."""
+    lines = capsys.readouterr().out.splitlines()
+    *_, at = [i for i, line in enumerate(lines) if " MB" in line and " of " in line]
+    return lines[at - 1].partition(": ")[2]
+
+
+def listed_files(path):
+    """{name: what would differ if somebody had written to it} of the files that the manifest lists."""
+    names = json.loads((path / "manifest.json").read_text())["files"]
+    return {name: ((path / name).stat().st_ino, (path / name).stat().st_mtime_ns, (path / name).read_bytes())
+            for name in names}
+
+
+def test_what_has_changed_is_made_again_and_what_is_gone_is_dropped(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    before = listed_files(tmp_path / "set")
+    (root / "a.txt").write_text("another caption")
+    tiny_film(root / "b.mp4", seed=1)
+    (root / "c.mp4").unlink()
+    tiny_film(root / "e.mp4", "film e")
+    for did in work.values():
+        did.clear()
+    capsys.readouterr()
+    again = run(**flags)
+    assert told(capsys).startswith("1 caption changed, 1 film replaced, 1 gone, 1 new: a.mp4, b.mp4, c.mp4, e.mp4")
+    assert work["decode"] == ["b.mp4", "e.mp4"] and len(work["encode"]) == 2
+    assert work["embed"] == ["", "another caption", "film b", "film e"]
+    assert set(work["head"]) == {"b.mp4", "e.mp4"}
+    assert equal(stored(again), stored(run(videos=root, out=tmp_path / "fresh", **SMALL)))
+
+
+def test_nothing_that_a_training_has_mapped_is_written_to(tmp_path):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    training = run(**flags)
+    rows = [training.sample([id]) for id in range(4)]
+    before = listed_files(tmp_path / "set")
+    captions = before.pop("captions.jsonl")         # by another name from now on: this one is what people read
+    (root / "a.txt").write_text("another caption")
+    tiny_film(root / "b.mp4", seed=1)
+    tiny_film(root / "e.mp4", "film e")
+    run(**flags)
+    for name, about in before.items():
+        file = tmp_path / "set" / name
+        assert (file.stat().st_ino, file.stat().st_mtime_ns, file.read_bytes()) == about, name
+    training.folders[0].checked[:] = False
+    for id in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(training.sample([id]), rows[id]))
+    assert training.caption(0) == "film a"
+    assert "another caption" in (tmp_path / "set/captions.jsonl").read_text()
+
+
+def test_a_dataset_that_is_made_again_unchanged_stays_as_it_was(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    before = (tmp_path / "set/manifest.json").read_bytes()
+    for did in work.values():
+        did.clear()
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert (tmp_path / "set/manifest.json").read_bytes() == before
+    assert work == {"encode": [], "embed": [""], "decode": [], "head": []}
+
+
+def test_where_a_caption_alone_has_changed_no_film_is_decoded(tmp_path, capsys, work):
+    root = tmp_path / "films"
+    tiny_film(root / "long.mp4", "a long film", frames=16)
+    tiny_film(root / "other.mp4", "another")
+    flags = dict(videos=root, out=tmp_path / "set", cuts="all", **SMALL)
+    before = run(**flags)
+    latents = [before.sample([id])[0] for id in range(4)]
+    for did in work.values():
+        did.clear()
+    for caption in ("the second", "the third"):
+        (root / "long.txt").write_text(caption)
+        after = run(**flags)
+    assert told(capsys) == "1 caption changed: long.mp4"
+    assert work == {"encode": [], "embed": ["", "the second", "", "the third"], "decode": [], "head": []}
+    assert [after.caption(id) for id in range(4)] == ["the third"] * 3 + ["another"]
+    assert all(torch.equal(after.sample([id])[0], latents[id]) for id in range(4))
+    assert equal(stored(after), stored(run(**flags | dict(out=tmp_path / "fresh"))))
+
+
+def test_a_film_that_was_only_touched_is_the_same(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    for did in work.values():
+        did.clear()
+    os.utime(root / "b.mp4", (1, 1))
+    before = (tmp_path / "set/manifest.json").read_bytes()
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert set(work["head"]) == {"b.mp4"} and not work["decode"]
+    work["head"].clear()
+    run(videos=root, out=tmp_path / "set", **SMALL)
+    assert work["head"] == [] and (tmp_path / "set/manifest.json").read_bytes() == before
+
+
+def test_a_film_that_was_replaced_by_one_that_cannot_be_used_is_dropped(tmp_path, capsys):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    tiny_film(root / "a.mp4", frames=3)
+    (root / "b.mp4").write_bytes(b"not a film")
+    (root / "c.txt").unlink()
+    (root / "d.txt").write_text("word " * 99)
+    tiny_film(root / "e.mp4", "film e")
+    again = run(**flags)
+    assert [row[0] for row in stored(again)] == ["e.mp4"]
+    out = capsys.readouterr().out
+    assert "4 gone, 1 new" in out and "4 films skipped, named above" in out
+
+
+def test_what_cannot_be_read_now_is_not_gone(tmp_path, monkeypatch, capsys):
+    root = four_films(tmp_path / "films")
+    tiny_film(root / "below/e.mp4", "film e")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    (root / "d.mp4").unlink()
+
+    def bad_sector(path, *args, of, **options):
+        if Path(path).name in ("below", "a.txt"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return of(path, *args, **options)
+
+    for module, name in ((os, "scandir"), (films, "read_text")):
+        monkeypatch.setattr(module, name, partial(bad_sector, of=getattr(module, name)))
+    capsys.readouterr()
+    assert [row[0] for row in stored(run(**flags))] == ["a.mp4", "b.mp4", "below/e.mp4", "c.mp4"]
+    assert told(capsys) == "1 gone: d.mp4"
+
+
+def test_a_film_that_comes_back_is_made_again(tmp_path):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    whole = stored(run(**flags))
+    (root / "b.mp4").rename(tmp_path / "b.mp4")
+    assert run(**flags).count == 3
+    (tmp_path / "b.mp4").rename(root / "b.mp4")
+    assert equal(stored(run(**flags)), whole)
+
+
+def test_a_dataset_of_an_earlier_version_is_taken_as_it_is_and_known_from_then_on(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    whole = stored(run(**flags))
+    journal = tmp_path / "set/journal.0.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    old = [{name: value for name, value in line.items() if name not in ("text", "film")} for line in lines]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in old))
+    for did in work.values():
+        did.clear()
+    (root / "a.txt").write_text("another caption")
+    capsys.readouterr()
+    run(**flags)
+    assert told(capsys) == ("1 caption changed, 3 taken as they are, for an earlier version did not write down "
+                            "what they were made from: a.mp4")
+    assert not work["decode"] and not work["encode"]
+    tiny_film(root / "b.mp4", seed=1)
+    again = stored(run(**flags))
+    assert told(capsys) == "1 film replaced: b.mp4"
+    assert [row[1] for row in again] == ["another caption", "film b", "film c", "film d"]
+    assert not torch.equal(again[1][2], whole[1][2])
+
+
+def test_another_caption_for_films_without_one_is_given_to_them_alone(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    (root / "b.txt").unlink()
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags, caption="a film")
+    encoded = len(work["encode"])
+    again = run(**flags, caption="some film")
+    assert told(capsys) == "1 caption changed: b.mp4" and len(work["encode"]) == encoded
+    assert [row[1] for row in stored(again)] == ["film a", "some film", "film c", "film d"]
+
+
+def test_another_negative_prompt_is_another_null_text(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    before = run(**flags)
+    content = before.null.clone()
+    encoded = len(work["encode"])
+    again = run(**flags, negative="bad")
+    assert told(capsys) == "another null text" and len(work["encode"]) == encoded
+    [row] = codec.load("dct").embed(["bad"])
+    assert torch.allclose(again.null[:2], row, atol=0.02) and torch.equal(before.null, content)
+    assert opened(tmp_path / "set").content != before.content
+
+
+@pytest.mark.parametrize("interrupted_after", [0, 1, 2, 3])
+def test_a_second_run_that_is_interrupted_goes_on(tmp_path, monkeypatch, work, interrupted_after):
+    root = tmp_path / "films"
+    for name in "abc":
+        tiny_film(root / f"{name}.mp4", f"film {name}", frames=10)
+    flags = dict(videos=root, out=tmp_path / "set", cuts="all", **SMALL)
+    before = stored(run(**flags))
+    monkeypatch.setattr("store.monotonic", iter(range(0, 10**6, 10)).__next__)    # every sample is saved at once
+    for name in "ab":
+        tiny_film(root / f"{name}.mp4", seed=1, frames=10)
+    (root / "c.txt").write_text("another caption")
+    work["encode"].clear()
+    add, added = store.Writer.add, []
+
+    def interrupted(*args, **options):
+        if len(added) == interrupted_after:
+            raise KeyboardInterrupt
+        added.append(options["key"])
+        return add(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Writer, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(**flags)
+    assert equal(stored(opened(tmp_path / "set")), before)
+    assert equal(stored(run(**flags)), stored(run(**flags | dict(out=tmp_path / "fresh"))))
+    assert len(work["encode"]) - 6 == 4 + (interrupted_after < 4), "none is encoded twice but the one that was lost"
+
+
+def test_compaction_frees_what_was_replaced_and_the_next_run_knows_all(tmp_path, capsys, work):
+    root = four_films(tmp_path / "films")
+    flags = dict(videos=root, out=tmp_path / "set", **SMALL)
+    run(**flags)
+    for name in "abc":
+        tiny_film(root / f"{name}.mp4", seed=1)
+    (root / "d.txt").write_text("another caption")
+    again = run(**flags, compact=True)
+    assert "0 MB of what was replaced or dropped are free again" in capsys.readouterr().out
+    assert not (tmp_path / "set/24x2x4x4.0.bin").exists() and not (tmp_path / "set/journal.0.jsonl").exists()
+    assert equal(stored(again), stored(run(videos=root, out=tmp_path / "fresh", **SMALL)))
+    for did in work.values():
+        did.clear()
+    assert run(**flags).content == again.content and work["decode"] == work["head"] == []
+    (root / "a.txt").write_text("and another")
+    assert [row[1] for row in stored(run(**flags))] == ["and another", "film b", "film c", "another caption"]
+    assert told(capsys) == "1 caption changed: a.mp4" and work["decode"] == []
+
+
+def test_fewer_moving_shapes_are_fewer(tmp_path, capsys):
+    whole = stored(run(clips=6, out=tmp_path / "set", **SMALL))
+    six = (tmp_path / "set/journal.0.jsonl").read_bytes()
+    fewer = run(clips=4, out=tmp_path / "set", **SMALL)
+    assert told(capsys) == "2 gone: 4, 5" and fewer.count == 4
+    assert equal(stored(fewer), whole[:4])
+    assert equal(stored(run(clips=6, out=tmp_path / "set", **SMALL)), whole)
+    assert (tmp_path / "set/journal.0.jsonl").read_bytes() == six
+
+
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
 def test_prompts_alone_make_a_dataset_to_distil_from(tmp_path):
@@ -350,6 +812,44 @@ def test_prompts_alone_make_a_dataset_to_distil_from(tmp_path):
     [row] = codec.load("dct").embed(["un été"])
     assert torch.allclose(latents.text([1])[0, :3], row, atol=0.02)
     assert latents.text([0]).shape == (1, 8, 64)
+
+
+def test_prompts_are_known_by_their_words(tmp_path, capsys, work):
+    path, flags = tmp_path / "list.txt", dict(shape=(24, 5, 8, 8), text_length=8, out=tmp_path / "set")
+    path.write_text("one\ntwo\nthree\ntwo\n")
+    run(prompts=path, **flags)
+    work["embed"].clear()
+    path.write_text("zero\none\nthree\ntwo\n")
+    again = run(prompts=path, **flags)
+    assert told(capsys).startswith("1 prompt changed") and work["embed"] == ["", "zero"]
+    assert sorted(again.caption(i) for i in range(4)) == ["one", "three", "two", "zero"]
+    path.write_text("one\nthree\n")
+    again = run(prompts=path, **flags)
+    assert told(capsys).startswith("2 gone") and [again.caption(i) for i in range(2)] == ["one", "three"]
+
+
+def test_prompts_that_an_earlier_version_numbered_are_not_made_again(tmp_path, capsys, work):
+    path, flags = tmp_path / "list.txt", dict(shape=(24, 5, 8, 8), text_length=8, out=tmp_path / "set")
+    path.write_text("one\ntwo\nthree\n")
+    run(prompts=path, **flags)
+    journal = tmp_path / "set/journal.0.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for number, line in enumerate(lines, 1):
+        line |= {"key": str(number)}
+        del line["text"]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work["embed"].clear()
+    path.write_text("one\nanother\nthree\n")
+    again = run(prompts=path, **flags)
+    assert work["embed"] == ["", "another"] and told(capsys).startswith("1 prompt changed")
+    assert sorted(again.caption(i) for i in range(3)) == ["another", "one", "three"]
+
+
+def test_prompts_of_any_editor_are_read_line_by_line(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeffone\r\n\r\ntwo\u2028and more\n".encode())
+    latents = run(prompts=path, shape=(24, 5, 8, 8), text_length=8, out=tmp_path / "set")
+    assert [latents.caption(i) for i in range(latents.count)] == ["one", "two\u2028and more"]
 
 
 # ---- wan ------------------------------------------------------------------------------------------------------------
@@ -363,9 +863,72 @@ def test_wan_weights_encode_films_and_give_their_own_mean_and_std(pipeline, fold
     [null] = coder.embed(["bad"])
     assert torch.equal(latents.null[:len(null)], null) and latents.null.shape == (512, 32)
     for name, caption, latent, text in stored(latents):
-        [(video, _)] = codec.read_video(folder / name, sizes=[(64, 64)], frames=5, fps=16)
+        [(video, _)] = films.read_video(folder / name, sizes=[(64, 64)], frames=5, fps=16)
         assert torch.allclose(latent, coder.encode(video), atol=1e-4)
         assert latent.shape == (4, 2, 8, 8)
+
+
+def other_weights(pipeline, to, part):
+    """A copy of the pipeline whose text_encoder or vae has other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(pipeline, to)
+    [file] = (to / part).glob("*.safetensors")
+    save_file({name: x * 1.5 for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
+    return to
+
+
+def test_other_weights_of_the_text_encoder_embed_all_again_and_nothing_else(pipeline, tmp_path, capsys, work):
+    tiny_film(tmp_path / "films/a.mp4", "film a", frames=9)
+    flags = dict(videos=tmp_path / "films", codec="wan", vae=pipeline, out=tmp_path / "set", cuts="all", dtype="fp32",
+                 **SMALL)
+    before = run(**flags, text=pipeline)
+    for did in work.values():
+        did.clear()
+    other = other_weights(pipeline, tmp_path / "other", "text_encoder")
+    again = run(**flags, text=other)
+    assert told(capsys) == "1 caption embedded by other weights, another null text: a.mp4"
+    assert work == {"encode": [], "embed": ["", "film a"], "decode": [], "head": []}
+    for text, caption in ((again.text([0])[0], "film a"), (again.null, "")):
+        [row] = codec.load("wan", text=other).embed([caption])
+        assert torch.equal(text[:len(row)], row)
+    assert not torch.equal(again.text([0]), before.text([0]))
+    assert torch.equal(again.sample([0])[0], before.sample([0])[0])
+    assert again.manifest["codec"]["text_sha256"] != before.manifest["codec"]["text_sha256"]
+    content = again.content
+    assert run(**flags, text=other).content == content
+
+
+def test_other_weights_of_the_vae_are_refused_by_name(pipeline, tmp_path, capsys):
+    tiny_film(tmp_path / "films/a.mp4", "film a")
+    flags = dict(videos=tmp_path / "films", codec="wan", text=pipeline, out=tmp_path / "set", **SMALL)
+    run(**flags, vae=pipeline)
+    other = other_weights(pipeline, tmp_path / "other", "vae")
+    assert "was begun with other settings: vae_sha256 was " in refused(capsys, vae=other, **flags)
+
+
+def test_a_parquet_file_that_was_written_anew_is_made_again(pipeline, tmp_path, capsys):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "old").mkdir()
+
+    def write(name, *captions):
+        rows = [parquet_row(torch.full((4, 2, 2, 2), float(i)), torch.ones(2, 32), caption=caption)
+                for i, caption in enumerate(captions)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"old/{name}.parquet")
+
+    write("a", "one", "two", "three")
+    write("b", "four")
+    flags = dict(parquet=tmp_path / "old", codec="wan", vae=pipeline, text=pipeline, out=tmp_path / "set")
+    run(**flags)
+    write("a", "one", "2")
+    (tmp_path / "old/b.parquet").unlink()
+    again = run(**flags)
+    assert told(capsys) == "1 parquet file replaced, 1 gone: a.parquet, b.parquet"
+    assert [again.caption(id) for id in range(again.count)] == ["one", "2"]
+    size = (tmp_path / "old/a.parquet").stat().st_size
+    write("a", "one", "3")
+    assert (tmp_path / "old/a.parquet").stat().st_size == size
+    assert run(**flags).caption(1) == "3"
 
 
 def parquet_row(latent, text, dtype="float32", **changed):
@@ -434,7 +997,7 @@ def test_fastvideo_parquet_is_converted_as_its_dtype_column_says(pipeline, tmp_p
     (dict(negative="bad " * 9), "a prompt of 9 words, and this codec takes 7"),
     (dict(fps=0), "--fps=0"),
     (dict(clips=0), "--clips=0"),
-    (dict(videos="tests"), "no films in tests: their names would end in .3gp"),
+    (dict(videos="tests"), "no films in tests: their names would end in .264"),
 ])
 def test_flags_that_cannot_be_are_refused_before_anything_is_written(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -468,7 +1031,9 @@ def test_a_list_of_captions_that_cannot_be_read_is_named_with_its_line(tmp_path,
     assert "captions.jsonl, line 2: wanted is" in refused(capsys, videos=tmp_path / "films", out=tmp_path / "set")
 
 
-def test_a_folder_of_which_nothing_can_be_used_is_an_error(tmp_path, capsys):
+def test_a_folder_of_which_nothing_can_be_used_is_one_line_and_leaves_nothing(tmp_path, capsys):
     make_film(tmp_path / "films/a.mp4")
-    with pytest.raises(ValueError, match="nothing was stored"):
-        run(videos=tmp_path / "films", out=tmp_path / "set")
+    said = refused(capsys, videos=tmp_path / "films", out=tmp_path / "set")
+    assert said.splitlines()[-1] == ("prepare.py: none of the films can be used: 1 of 1 films are without a caption: "
+                                     "--caption=TEXT would take them")
+    assert not (tmp_path / "set").exists()

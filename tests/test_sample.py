@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -11,15 +12,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ckpt
 import codec
+import export
 import parallel
 import plan
 import sample
 from conftest import ROOT
 from data import noise
-from helpers import kept_in, run
+from helpers import kept_in, refused, run, shapes_dataset
 from model import MODELS, Cond, blank, token_grid
 
 PROMPTS = ("a red circle moving left", "a blue zeppelin", "a green square moving up")
@@ -151,7 +154,7 @@ def test_flags_change_the_sampler_and_a_negative_prompt_takes_the_place_of_null(
 
 
 def test_prompts_come_from_a_file_too_and_empty_lines_do_not(teacher, tmp_path):
-    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n\n  \n{PROMPTS[2]}\n")
+    (tmp_path / "prompts.txt").write_bytes(f"\ufeff{PROMPTS[1]}\r\n\n  \n{PROMPTS[2]}\n".encode())
     cfg = config(teacher, "", prompts=PROMPTS[:1], file=str(tmp_path / "prompts.txt"), n=2)
     assert sample.captions_of(cfg) == [prompt for prompt in PROMPTS for _ in range(2)]
 
@@ -270,6 +273,120 @@ def test_only_the_files_of_the_weights_and_the_null_text_are_read(teacher, tmp_p
     with pytest.raises(SystemExit):
         run(sample.main, replace(cfg, weights="net"))
     assert "rank_00000.net.pt" in capsys.readouterr().out
+
+
+# ---- weights that are in no checkpoint ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(teacher, tmp_path_factory):
+    """The teacher's weights as export.py writes them."""
+    out = tmp_path_factory.mktemp("exported") / "e"
+    export.main(export.Config(ckpt=teacher, format="comfy", out=str(out)))
+    return out
+
+
+def test_an_export_is_sampled_like_its_checkpoint(teacher, exported, tmp_path):
+    flags = dict(prompts=PROMPTS[:2], negative="a blue circle")
+    run(sample.main, config(teacher, tmp_path / "run", **flags))
+    run(sample.main, config(str(exported), tmp_path / "folder", **flags))
+    run(sample.main, config(str(exported / "e.safetensors"), tmp_path / "file", model="tiny", **flags))
+    assert videos(tmp_path / "folder") == videos(tmp_path / "run")
+    assert videos(tmp_path / "file") == videos(tmp_path / "run")
+
+
+def test_weights_without_a_null_text_are_guided_away_from_the_empty_prompt(exported, tmp_path, asked):
+    run(sample.main, config(str(exported), tmp_path / "s", prompts=PROMPTS[:1], steps=1))
+    (_, _, _, uncond, sampling), = asked
+    empty, = codec.load("dct").embed([""])
+    assert torch.equal(uncond.text[0, :len(empty)], empty)
+    assert not uncond.text[0, len(empty):].any()
+    assert sampling == SAMPLING | {"steps": 1}
+
+
+def test_an_adapter_is_added_at_its_scale_times_the_one_asked_for(teacher, exported, tmp_path, asked):
+    rng = torch.Generator().manual_seed(9)
+    A, B = torch.randn(2, 128, generator=rng) / 9, torch.randn(128, 2, generator=rng) / 9
+    stem = "lora_unet_blocks_0_self_attn_q"
+    save_file({f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(1.0)},
+              tmp_path / "x.safetensors")
+    flags = dict(lora=str(tmp_path / "x.safetensors"), lora_scale=3.0, prompts=PROMPTS[:1])
+    for i, path in enumerate((teacher, exported)):
+        run(sample.main, config(str(path), tmp_path / f"{i}", **flags))
+    plain = ckpt.weights(teacher).tensor("blocks.0.self_attn.q.weight")
+    for net, *_ in asked:
+        assert torch.allclose(net.net.blocks[0].self_attn.q.weight, plain + 3 / 2 * B @ A, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def bare(exported, tmp_path_factory):
+    """The same weights, and nothing that says how to sample them."""
+    return str(shutil.copy(exported / "e.safetensors", tmp_path_factory.mktemp("bare")))
+
+
+BAD_WEIGHTS = [  # flags, B for bare weights and E for exported ones; what the message says
+    (dict(ckpt="B"), "does not say what it is.*give --model, one of wan-1.3b, wan2.2-5b, wan-14b"),
+    (dict(ckpt="B", model="tiny"), "give --model, one of wan"),
+    (dict(ckpt="E", model="wan-14b"), "--model=wan-14b, but .* is tiny"),
+    (dict(ckpt="E", weights="net"), "--weights=net: .* is no run of ours"),
+    (dict(ckpt="E", lora_scale=2.0), "--lora_scale=2.0 needs --lora"),
+    (dict(ckpt="E", lora="B"), "is no LoRA file: it holds"),
+    (dict(ckpt="E", lora="nowhere"), "no weights at nowhere"),
+    (dict(ckpt="nowhere/at/all"), "no checkpoint at nowhere"),
+]
+
+
+@pytest.mark.parametrize("flags, said", BAD_WEIGHTS, ids=[" ".join(map(str, f.values())) for f, _ in BAD_WEIGHTS])
+def test_weights_that_cannot_be_sampled_are_refused_in_a_line(exported, bare, tmp_path, capsys, flags, said):
+    flags = {name: {"B": bare, "E": str(exported)}.get(value, value) for name, value in flags.items()}
+    message = refused(sample.main, replace(config("", tmp_path / "s"), **flags), capsys)
+    assert re.search(said, message)
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_adapter_alone_a_dataset_and_a_damaged_description_are_refused_by_their_cause(
+        exported, tmp_path, capsys):
+    out = config("", tmp_path / "s")
+    save_file({"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 128), "blocks.0.ffn.0.lora_B.weight": torch.ones(512, 2)},
+              tmp_path / "x.safetensors")
+    message = refused(sample.main, replace(out, ckpt=str(tmp_path / "x.safetensors"), model="tiny"), capsys)
+    assert "is a LoRA file, not a model" in message
+    data = shapes_dataset(tmp_path / "data", 20)
+    assert f"{data} is a dataset, which --data= takes" in refused(sample.main, replace(out, ckpt=data), capsys)
+    shutil.copytree(exported, tmp_path / "e")
+    for content, said in (("{", "nanovideo.json is damaged, it is not JSON"), ("{}", "lacks how to sample")):
+        (tmp_path / "e" / "nanovideo.json").write_text(content)
+        assert said in refused(sample.main, replace(out, ckpt=str(tmp_path / "e")), capsys)
+
+
+def test_weights_that_are_not_finite_are_refused_in_a_line(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "e")
+    held = load_file(tmp_path / "e" / "e.safetensors")
+    held["model.diffusion_model.head.head.weight"][-1, -1] = math.nan
+    save_file(held, tmp_path / "e" / "e.safetensors")
+    message = refused(sample.main, config(str(tmp_path / "e"), tmp_path / "s"), capsys)
+    assert "e.safetensors: model.diffusion_model.head.head.weight holds NaN" in message
+
+
+def test_videos_of_an_earlier_run_are_named_beside_the_new_sheet(teacher, tmp_path, capsys):
+    run(sample.main, config(teacher, tmp_path / "s", steps=1))
+    assert "from before" not in capsys.readouterr().out
+    run(sample.main, config(teacher, tmp_path / "s", steps=1, prompts=PROMPTS[1:2]))
+    said = capsys.readouterr().out
+    assert f"there too from before, not on the sheet: {', '.join(NAMES)}\n" in said
+
+
+@pytest.mark.parametrize("content, said", [
+    ("\ufeffa red circle\r\n\r\n a blue\x0bsquare \n".encode(), None),
+    ("a red circle".encode("utf-16"), "UTF-16"),
+    ("a r\u00e9d circle".encode("latin-1"), "save it as UTF-8")])
+def test_a_file_of_prompts_is_read_as_people_write_it_or_refused(tmp_path, capsys, content, said):
+    (tmp_path / "p.txt").write_bytes(content)
+    cfg = config("nowhere", tmp_path / "s", prompts=(), file=str(tmp_path / "p.txt"))
+    if said:
+        assert said in refused(sample.main, cfg, capsys)
+    else:
+        assert sample.captions_of(cfg) == ["a red circle", " a blue\x0bsquare "]
 
 
 def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from safetensors.torch import save_file
 
 import ckpt
 import codec
@@ -20,11 +21,11 @@ import prepare
 import sample
 import train
 from data import Latents
-from helpers import (V1_PATH, as_flags, as_version_1, close, copied, finished, full_disk, log_of, meta, nan_at,
-                     no_curves, out_of_memory, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset,
-                     shell, signal_one_of_two, spied, state, wait_until)
+from helpers import (V1_PATH, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
+                     out_of_memory, ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
+                     signal_one_of_two, spied, state, wait_until)
 from log import curves
-from model import MODELS, Cond, DiT, add_lora
+from model import MODELS, Cond, DiT, add_lora, blank
 
 QUIET = dict(val_every=0, samples=0)    # validates at the end alone, without videos
 
@@ -45,7 +46,7 @@ def data(tmp_path_factory):
 
 def config(data, out, **flags):
     base = dict(steps=8, decay_steps=8, batch=4, log_every=1, val_every=4, save_every=3, val=2, samples=2, warmup=2)
-    return train.Config(data=data, out=str(out), **base | flags)
+    return train.Config(data=(data,), out=str(out), **base | flags)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,18 @@ def test_prompts_without_latents_are_refused_at_the_door(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dataset_that_has_changed_is_another_and_one_that_was_compacted_is_the_same(tmp_path, capsys):
+    folder = shapes_dataset(tmp_path / "set", 60)
+    shapes_dataset(folder, 50)
+    run(train.main, config(folder, tmp_path / "run", steps=1, decay_steps=2, **QUIET))
+    run(prepare.main, prepare.Config(clips=50, out=folder, compact=True))
+    capsys.readouterr()
+    run(train.main, config(folder, tmp_path / "run", steps=2, decay_steps=2, **QUIET))
+    assert "step 2 of 2" in capsys.readouterr().out
+    shapes_dataset(folder, 40)
+    assert "data" in refused(train.main, config(folder, tmp_path / "run", steps=3, decay_steps=2, **QUIET), capsys)
+
+
 @pytest.mark.parametrize("part", ["decode", "load"])
 def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, tmp_path, monkeypatch, capsys, part):
     load, loads = codec.load, []
@@ -233,9 +246,26 @@ def test_an_update_that_is_not_finite_is_skipped_and_names_the_samples_of_all_ra
 def test_updates_that_are_skipped_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr("step.SKIPS", 3)
     nan_at(monkeypatch, train, "flow_loss", 2, 4, 5, 6)
-    with pytest.raises(RuntimeError, match="3 updates in a row"):
+    with pytest.raises(RuntimeError, match="3 updates in a row held NaN") as error:
         run(train.main, config(data, tmp_path / "run", save_every=2, **QUIET))
-    assert ckpt.latest(tmp_path / "run").name == "step_0000004"
+    path = ckpt.latest(tmp_path / "run")
+    assert path.name == "step_0000004"
+    assert error.value.__notes__ == [f"{path} is the newest checkpoint; 1 steps after it are not saved"]
+
+
+def test_a_run_whose_gradients_are_never_finite_says_what_is_saved_and_draws_no_curves(
+        data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("step.SKIPS", 3)
+    nan_at(monkeypatch, train, "flow_loss", *range(1, 9))
+    cfg = config(data, tmp_path / "run", save_every=0, **QUIET)
+    with pytest.raises(RuntimeError, match="3 updates in a row") as error:
+        run(train.main, cfg)
+    assert error.value.__notes__ == [f"nothing of the run is saved in {cfg.out}"]
+    monkeypatch.setattr("log.curves", curves)
+    short = replace(cfg, steps=2, decay_steps=2, out=str(tmp_path / "short"))
+    run(train.main, short)
+    assert (f"step 2 of 2 is saved in {short.out}, but no update was finite: the weights are those that the run "
+            "began with") in capsys.readouterr().out
 
 
 def test_a_flipped_sample_of_the_dataset_stops_the_run_by_name(data, tmp_path):
@@ -347,8 +377,23 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(data, whole, tmp_path
         assert "--out=" in message
         assert "--allow" in message
     other = shapes_dataset(tmp_path / "data", clips=61)
-    assert "data (is not what" in refused(train.main, config(other, whole), capsys)
+    assert "data'] (is not what" in refused(train.main, config(other, whole), capsys)
     assert log_of(whole) == before
+
+
+def test_two_datasets_are_mixed_by_share_and_resumed_exactly(data, tmp_path):
+    other = shapes_dataset(tmp_path / "data", clips=61)
+    cfg = replace(config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0), data=(data, other), mix=(1.0, 3.0))
+    run(train.main, cfg)
+    for steps in (2, 4):
+        run(train.main, replace(cfg, out=str(tmp_path / "run"), steps=steps))
+    assert same(state(tmp_path / "run"), state(tmp_path / "whole"))
+
+
+def test_other_datasets_or_shares_are_refused_on_resume(data, whole, tmp_path, capsys):
+    other = shapes_dataset(tmp_path / "data", clips=61)
+    assert "data'] (is not what" in refused(train.main, replace(config(data, whole), data=(data, other)), capsys)
+    assert "--mix=[1.0]" in refused(train.main, config(data, whole, mix=(1.0,)), capsys)
 
 
 # ---- several ranks --------------------------------------------------------------------------------------------------
@@ -362,9 +407,8 @@ def test_two_ranks_stop_at_a_signal_to_one_and_one_and_four_go_on_with_the_same_
     first = min(ckpt.steps(cfg.out))
     assert 2 <= first <= 3
     begun = replace(cfg, steps=first + 2, resume=str(ckpt.step_folder(cfg.out, first)))
-    four = shell(4, "train.py", *as_flags(replace(begun, out=str(tmp_path / "four"), shard=2)))
     run(train.main, replace(begun, out=str(tmp_path / "one"), shard=1))
-    finished(four)
+    ranks(4, train.main, replace(begun, out=str(tmp_path / "four"), shard=2))
     for out in (tmp_path / "two", tmp_path / "four", tmp_path / "one"):
         close(log_of(out), log_of(whole), 2e-4, "loss", "grad_norm", "val_loss")
 
@@ -509,6 +553,68 @@ def test_an_adapter_beside_its_base_computes_what_the_merged_weights_do(whole, l
         assert (adapted(x, t, cond) - v).norm() > 1e-3 * v.norm()
 
 
+def lora_file(folder, alpha=None, modules=("self_attn.q", "ffn.2"), ranks=(3,)):
+    """An adapter of others for some modules of the tiny model -> its path."""
+    shapes, held = {name: tuple(p.shape) for name, p in blank("tiny").named_parameters()}, {}
+    for i, name in enumerate(name for name in shapes if name.removesuffix(".weight").endswith(modules)):
+        (outputs, inputs), rank, module = shapes[name], ranks[i % len(ranks)], name.removesuffix(".weight")
+        g = torch.Generator().manual_seed(i)
+        held[f"diffusion_model.{module}.lora_A.weight"] = torch.randn(rank, inputs, generator=g) / 30
+        held[f"diffusion_model.{module}.lora_B.weight"] = torch.randn(outputs, rank, generator=g) / 30
+        if alpha:
+            held[f"diffusion_model.{module}.alpha"] = torch.tensor(alpha)
+    folder.mkdir(exist_ok=True)
+    save_file(held, folder / "x.safetensors")
+    return str(folder / "x.safetensors")
+
+
+@pytest.mark.parametrize("alpha, given, runs", [(6.0, None, 6.0), (None, 1.5, 1.5)])
+def test_training_goes_on_from_an_adapter_of_others_with_equal_weights(data, whole, tmp_path, alpha, given, runs):
+    file = lora_file(tmp_path / "l", alpha)
+    cfg = config(data, tmp_path / "run", init=str(whole), lora_init=file, lora_alpha=given, steps=1, lr=1e-12, **QUIET)
+    run(train.main, cfg)
+    flags = meta(cfg.out)["config"]
+    assert (flags["lora_rank"], flags["lora_alpha"]) == (3, runs)
+    mine, theirs = ckpt.weights(cfg.out), ckpt.folded(ckpt.weights(whole), ckpt.lora(file))
+    assert all(torch.allclose(mine.tensor(name), theirs.tensor(name), atol=1e-6) for name in theirs.shapes)
+    q = "blocks.0.self_attn.q.weight"
+    assert (mine.tensor(q) - ckpt.weights(whole).tensor(q)).abs().max() > 1e-4
+    held = state(cfg.out)
+    assert held["net.blocks.0.self_attn.k.lora.main.A"].abs().max() > 0     # it can learn
+
+
+def test_a_run_from_an_adapter_goes_on_without_its_file_but_from_no_other(data, whole, tmp_path, capsys):
+    file = lora_file(tmp_path / "l")
+    cfg = config(data, tmp_path / "run", init=str(whole), lora_init=file, steps=1, **QUIET)
+    run(train.main, cfg)
+    lora_file(tmp_path / "l", modules=("self_attn.v",))
+    assert f"--lora_init={file} (is not what {file} was)" in refused(train.main, replace(cfg, steps=2), capsys)
+    shutil.move(tmp_path / "l", tmp_path / "moved")
+    run(train.main, replace(cfg, steps=2))
+    assert "on from step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("made, flags, said", [
+    (dict(), dict(lora_rank=4), "--lora_rank=4, but --lora_init=.* is of rank 3: leave the rank out"),
+    (dict(ranks=(3, 5)), dict(), r"has modules of ranks \[3, 5\]: one rank is trained"),
+    (dict(), dict(init=None), "adapters need weights to adapt, which --init names"),
+    (dict(), dict(lora_init="nowhere"), "no weights at nowhere"),
+    (dict(modules=("head.head", "ffn.2")), dict(), "no Linear of .*: diffusion_model.head.head.lora_A.weight"),
+])
+def test_an_adapter_that_cannot_be_gone_on_from_is_refused(data, whole, tmp_path, capsys, made, flags, said):
+    cfg = config(data, tmp_path / "run", init=str(whole), lora_init=lora_file(tmp_path / "l", **made))
+    assert re.search(said, refused(train.main, replace(cfg, **flags), capsys))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_a_run_of_ours_is_gone_on_from_too(data, whole, lora, tmp_path):
+    cfg = config(data, tmp_path / "run", init=str(whole), lora_init=str(lora), steps=1, lr=1e-12, **QUIET)
+    run(train.main, cfg)
+    mine, theirs = state(tmp_path / "run"), state(lora)
+    names = [name for name in theirs if name.startswith("ema.")]
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in names)
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_an_adapter_merged(data, lora, tmp_path):
     run(train.main, config(data, tmp_path / "next", steps=1, init=str(lora), samples=0))
@@ -519,7 +625,9 @@ def test_a_run_starts_from_an_adapter_merged(data, lora, tmp_path):
 
 REFUSED = [  # flags, what the message says
     (dict(batch=3, micro_batch=2), "batch"),
-    (dict(data="nowhere"), "prepare.py"),
+    (dict(data=("nowhere",)), "prepare.py"),
+    (dict(mix=(1.0, 2.0)), "each of --data"),
+    (dict(mix=(0.0,)), "each of --data"),
     (dict(model="wan-1.3b"), "tiny"),
     (dict(text_dropout=1.5), "text_dropout"),
     (dict(steps=0), "--steps=0 is not 1 or more"),
@@ -537,6 +645,7 @@ REFUSED = [  # flags, what the message says
     (dict(resume="nowhere"), "nowhere"),
     (dict(init="nowhere"), "nowhere"),
     (dict(allow=("lrr",)), "lrr"),
+    (dict(allow=("model",)), "--allow model: .*cannot change"),
     (dict(shard=3), "shard"),
     (dict(device="cuda"), "GPU|CUDA|cuda"),
     (dict(vae="x"), "--vae"),
@@ -554,6 +663,22 @@ def test_bad_flags_are_refused_in_a_line_before_anything_is_written(data, tmp_pa
     assert message.startswith("train.py: ")
     assert re.search(said, message)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", "{}", '{"flags": {}}'])
+def test_a_damaged_config_json_is_named_and_the_run_goes_on_without_it(data, tmp_path, capsys, content):
+    cfg = config(data, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    message = refused(train.main, cfg, capsys)
+    assert message == (f"train.py: {tmp_path}/run/config.json is damaged: remove it, and the run goes on; only the id "
+                       "of its run in wandb is lost\n")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_a_dataset_where_weights_are_wanted_is_named(data, tmp_path, capsys):
+    message = refused(train.main, config(data, tmp_path / "run", init=data), capsys)
+    assert f"{data} is a dataset, which --data= takes: a checkpoint or a run is wanted" in message
 
 
 @pytest.mark.parametrize("flag, said", [("--guidence=3", "guidance"), ("--steps=many", "many"),

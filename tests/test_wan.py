@@ -78,7 +78,7 @@ def data(wan, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(wan, data, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("trained") / "run")
-    run(train.main, train.Config(model="small", data=data, init=wan, out=out, vae=wan, samples=1, log_every=1))
+    run(train.main, train.Config(model="small", data=(data,), init=wan, out=out, vae=wan, samples=1, log_every=1))
     return out
 
 
@@ -90,7 +90,7 @@ class Sampled(NamedTuple):
     sampling: dict              # the checkpoint's block
 
 
-def ours(path, wan, out):
+def ours(path, wan, out, **more):
     """Samples the prompts in one batch -> Sampled."""
     calls, videos = [], []
     original, write = sample.step.sample, codec.write_video
@@ -108,7 +108,7 @@ def ours(path, wan, out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample.step, "sample", drawn)
         patch.setattr(codec, "write_video", written)
-        run(sample.main, sample.Config(ckpt=path, vae=wan, text=wan, prompts=PROMPTS, out=str(out)))
+        run(sample.main, sample.Config(ckpt=path, vae=wan, text=wan, prompts=PROMPTS, out=str(out), **more))
     (noises, latents, sampling), = calls
     return Sampled(noises, latents, videos, sampling)
 
@@ -190,7 +190,8 @@ def test_a_student_of_it_is_sampled_alike_by_diffusers_stochastic_sampler(wan, d
 def test_an_adapter_trained_on_the_pipeline_is_loaded_onto_it_by_diffusers(wan, data, tmp_path):
     pytest.importorskip("peft")
     out = str(tmp_path / "run")
-    run(train.main, train.Config(model="small", data=data, init=wan, out=out, samples=0, lora_rank=3, lora_alpha=4.0))
+    run(train.main, train.Config(model="small", data=(data,), init=wan, out=out, samples=0, lora_rank=3,
+                                 lora_alpha=4.0))
     mine = ours(out, wan, tmp_path / "s")
     export.main(export.Config(ckpt=out, lora=True, out=str(tmp_path / "lora")))
     export.main(export.Config(ckpt=out, merge=True, out=str(tmp_path / "merged")))
@@ -214,6 +215,25 @@ def test_prompts_and_the_pipeline_alone_make_a_student_that_is_an_adapter_of_it(
     check_same(mine, theirs(wan, mine, lora=tmp_path / "lora"))
     base, _ = theirs(wan, mine)
     assert not near(base, mine.latents, 1e-3)
+
+
+def test_the_pipeline_is_sampled_as_it_comes_with_an_adapter_of_diffusers_on_top(wan, tmp_path, monkeypatch):
+    from diffusers.training_utils import _collate_lora_metadata
+    peft = pytest.importorskip("peft")
+    monkeypatch.setitem(sample.DEFAULTS, "small", sample.DEFAULTS["wan-1.3b"] | dict(steps=3))
+    monkeypatch.setitem(sample.USUAL, "small", ((4, 2, 4, 4), LENGTH))
+    mine = ours(wan, wan, tmp_path / "s", model="small")
+    assert (mine.sampling["shift"], mine.sampling["guidance"]) == (3.0, 5.0)
+    check_same(mine, theirs(wan, mine))
+
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(f"{wan}/transformer")
+    transformer.add_adapter(peft.LoraConfig(r=3, lora_alpha=9, target_modules=["to_q", "ffn.net.2"],
+                                            init_lora_weights=False))
+    diffusers.WanPipeline.save_lora_weights(tmp_path / "lora", peft.get_peft_model_state_dict(transformer),
+                                            **_collate_lora_metadata({"transformer": transformer}))
+    adapted = ours(wan, wan, tmp_path / "t", model="small", lora=str(tmp_path / "lora"))
+    check_same(adapted, theirs(wan, adapted, lora=tmp_path / "lora"))
+    assert not near(mine.latents, adapted.latents, 1e-2)
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
@@ -244,7 +264,7 @@ TRAIN = [  # flags, with W for the pipeline and O for the others; what the messa
 
 @pytest.mark.parametrize("flags, said", TRAIN, ids=[" ".join(map("=".join, f.items())) for f, _ in TRAIN])
 def test_weights_that_do_not_fit_are_named_before_a_run_begins(wan, others, data, tmp_path, capsys, flags, said):
-    given = dict(model="small", data=data, out=str(tmp_path / "run"))
+    given = dict(model="small", data=(data,), out=str(tmp_path / "run"))
     for name, value in flags.items():
         given[name] = re.sub("^W", wan, re.sub("^O", others, value))
     with pytest.raises(SystemExit) as refused:
@@ -288,6 +308,6 @@ def test_sampling_names_the_prompt_that_is_too_long_and_the_part_that_is_missing
 def test_a_missing_package_is_named_before_training_begins(wan, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(SystemExit):
-        run(train.main, train.Config(model="small", data=data, vae=wan, out=str(tmp_path / "run")))
+        run(train.main, train.Config(model="small", data=(data,), vae=wan, out=str(tmp_path / "run")))
     assert "needs diffusers: pip install -r requirements-wan.txt" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
