@@ -365,6 +365,9 @@ def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many
     how = {"sampler": "euler", "steps": 5, "shift": 3.0, "guidance": 2.0}
     many = sample(wave, noises.__getitem__, cond, uncond, how)
     assert torch.equal(many, ode(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0))
+    second_order = sample(wave, noises.__getitem__, cond, uncond, how | {"solver": "ab2"})
+    assert torch.equal(second_order, ode(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0, "ab2"))
+    assert not torch.equal(second_order, many)
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
