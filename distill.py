@@ -28,8 +28,8 @@ import plan
 from data import Ahead, Latents, noise, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
-from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, euler, flow_loss, grid, guided_x0, lr_at,
-                  numbers, rollout, sample_t, start_average, to_x0, train_step)
+from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, guided_x0, lr_at,
+                  numbers, ode, rollout, sample_t, start_average, to_x0, train_step)
 
 
 @dataclass(frozen=True)
@@ -635,7 +635,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
     def many_steps(places):
         cond, uncond = conds(places)
-        return euler(teacher, draw("sample", 0, places), cond, times, uncond, cfg.guidance)
+        return ode(teacher, draw("sample", 0, places), cond, times, uncond, cfg.guidance)
 
     def inside(some):
         places = [i * SEEDS for i in some]

@@ -13,6 +13,7 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from math import comb
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -45,6 +46,7 @@ class Config:
     teacher: str | None = None                          # checkpoint that a student was distilled from
     guidance: tuple[float, ...] = ()                    # guidance scales to try; none: the checkpoint's own
     steps: tuple[int, ...] = ()                         # numbers of sampling steps to try; none: the checkpoint's own
+    solver: tuple[Literal["euler", "ab2"], ...] = ()    # solvers to try; none: the checkpoint's own
     n: int = 300                                        # clips per system; the 96 captions take turns
     seed: int = 0                                       # random seed of noise and real clips
     batch: int = 50                                     # clips a rank samples at once
@@ -138,13 +140,17 @@ def systems_of(student, teacher, cfg):
             raise ValueError(f"{cfg.ckpt} is no distilled student, so --teacher={cfg.teacher} "
                              "is not its teacher")
         systems = []
-        for steps in cfg.steps or [sampling["steps"]]:
-            for scale in cfg.guidance or [sampling["guidance"]]:
-                tried = sampling | {"steps": steps, "guidance": scale}
-                systems.append(System(f"{steps} steps, s={scale:g}", student, weights, tried))
+        ways = product(cfg.solver or [sampling.get("solver", "euler")],
+                       cfg.steps or [sampling["steps"]],
+                       cfg.guidance or [sampling["guidance"]])
+        for solver, steps, scale in ways:
+            name, tried = f"{steps} steps, s={scale:g}", sampling | {"steps": steps, "guidance": scale}
+            if solver != "euler":
+                name, tried = f"{name}, {solver}", tried | {"solver": solver}
+            systems.append(System(name, student, weights, tried))
         return systems
 
-    if cfg.guidance or cfg.steps:
+    if cfg.guidance or cfg.steps or cfg.solver:
         raise ValueError(f"{cfg.ckpt} is a student: it has its own times {sampling['times']} "
                          "and no guidance")
     few = f"{len(sampling['times'])} steps"

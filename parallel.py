@@ -384,6 +384,23 @@ def grad_norm(rows, world):
     return squares.sqrt()
 
 
+def gatherer(world):
+    """-> function of [this rank's rows (n_i, columns) of a matrix] and their number in all: the matrices, stacked whole.
+
+    What step.muon asks for: matrices of one shape, split as `local_rows` says, are gathered over the shard dimension.
+    """
+    def gather(parts, rows):
+        size = world.mesh.size(1)
+        if size == 1:
+            return torch.stack(parts)
+        most = math.ceil(rows / size)
+        ours = torch.stack([F.pad(part, (0, 0, 0, most - len(part))) for part in parts])
+        every = ours.new_empty(size * len(parts), most, ours.shape[2])
+        dist.all_gather_into_tensor(every, ours, group=world.mesh.get_group("shard"))
+        return rearrange(every, "(s n) r c -> n (s r) c", s=size)[:, :rows]
+    return gather
+
+
 def norm(net, rows, world):
     """-> function: `collect`, then `grad_norm`; what step.Learner asks for."""
     def collected_norm():

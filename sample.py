@@ -45,6 +45,7 @@ class Config:
     steps: int | None = None                            # number of sampling steps
     guidance: float | None = None                       # guidance scale s in u + s (c - u); 1 turns it off
     shift: float | None = None                          # shift of the sampling times towards noise
+    solver: Literal["euler", "ab2"] | None = None       # ab2: second order, as good in a third of the steps
     size: tuple[int, int, int] | None = None            # frames, height, width in pixels; None: most clips' size
 
     batch: int | None = None                            # videos that a rank samples at once; None: what 8 GB hold
@@ -194,7 +195,7 @@ def captions_of(cfg):
 
 def chosen(sampling, cfg):
     """The checkpoint's sampling block with what the flags change; a student keeps the times it was trained for."""
-    given = dict(steps=cfg.steps, guidance=cfg.guidance, shift=cfg.shift)
+    given = dict(steps=cfg.steps, guidance=cfg.guidance, shift=cfg.shift, solver=cfg.solver)
     given = {name: value for name, value in given.items() if value is not None}
     if "times" in sampling and given:
         raise ValueError(f"{cfg.ckpt} is a student distilled for times {sampling['times']} "

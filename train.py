@@ -24,7 +24,7 @@ import plan
 from data import Latents, holds_latents, noise, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of, token_grid
-from step import (BINS, Learner, adamw, averaged, copies, euler, flow_loss, grid, lr_at, numbers, sample_t,
+from step import (BINS, Learner, adamw, averaged, copies, flow_loss, grid, lr_at, muon, numbers, ode, sample_t,
                   start_average, train_step)
 
 
@@ -41,6 +41,7 @@ class Config:
     seed: int = 0                                         # random seed
 
     # optimizer
+    optimizer: Literal["adamw", "muon"] | None = None     # muon: orthogonal updates of the blocks' matrices
     steps: int | None = None                              # number of updates
     batch: int | None = None                              # samples per update, over all ranks
     micro_batch: int | None = None                        # samples a rank forwards at once; None = batch / data ranks
@@ -92,8 +93,10 @@ class Config:
     dry_run: tuple[int, ...] = ()                         # plan for this many ranks (and GB per GPU), then exit
 
 
-# A row per model. The last block of each has no flags: edit it here. Only matrices are decayed.
+# A row per model, and for an optimizer that asks for other values. The last block of each has no flags: edit it here.
+# Only matrices are decayed.
 TINY = dict(
+    optimizer="adamw",
     steps=5500,
     batch=16,
     lr=8e-3,
@@ -113,6 +116,7 @@ TINY = dict(
     sample_shift=1.0,
 )
 WAN = dict(
+    optimizer="adamw",
     steps=5000,
     batch=64,
     micro_batch=1,
@@ -134,6 +138,7 @@ WAN = dict(
 )
 DEFAULTS = {
     "tiny": TINY,
+    "tiny with muon": TINY | dict(optimizer="muon", steps=3000, val_every=1000, save_every=1000),
     "wan-1.3b": WAN | dict(shift=3.0, sample_shift=3.0),
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
@@ -142,7 +147,7 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet
-BEFORE = {"deterministic": False, "lora_init": None, "mix": ()}
+BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw"}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -200,7 +205,7 @@ def main(cfg):
                 micros = data.at(step)
             bound = bound_at(step, net, micros[0].x0.shape, cfg, world)
             losses = [partial(loss_of, bound, micro, cfg) for micro in micros]
-            seen = train_step(me, losses, lr=rate(step, cfg), clip=DEFAULTS[cfg.model]["clip"], ema=cfg.ema)
+            seen = train_step(me, losses, lr=rate(step, cfg), clip=row_of(cfg)["clip"], ema=cfg.ema)
         if me.counts["in_a_row"]:
             log.say(f"step {step}: gradient norm {seen['grad_norm']:.3g}, update skipped; "
                     f"samples {data.batch_ids(step)[1]}")
@@ -335,8 +340,12 @@ def begin(cfg):
 
 def resolve(cfg):
     """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
-    row = DEFAULTS[cfg.model]
     saved = ckpt.flags_of(cfg.out, cfg.resume)
+    if saved:
+        saved = BEFORE | saved
+    chosen = {} if "optimizer" in cfg.allow else {"optimizer": saved.get("optimizer")}
+    cfg = flags.filled(cfg, chosen, {"optimizer": DEFAULTS[cfg.model]["optimizer"]})
+    row = row_of(cfg)
     kept = {*row, "precision", "lora_alpha", "decay_steps"} - set(cfg.allow)
     if cfg.steps not in (None, saved.get("steps")):
         kept -= {"decay_steps"}     # another length is another decay, which is refused unless allowed
@@ -383,16 +392,24 @@ def adapter(cfg):
     return {"main": (cfg.lora_rank, cfg.lora_alpha)} if cfg.lora_rank else {}
 
 
-def optimizer(cfg):
-    """-> function of rows: their optimizer, and the rows of its state."""
-    row = DEFAULTS[cfg.model]
-    return partial(adamw, betas=(0.9, row["beta2"]), weight_decay=row["weight_decay"])
+def row_of(cfg):
+    """The defaults of a model, and of an optimizer where it has a row of its own."""
+    return DEFAULTS.get(f"{cfg.model} with {cfg.optimizer}", DEFAULTS[cfg.model])
+
+
+def optimizer(cfg, gather=None):
+    """-> function of rows: their optimizer, and the rows of its state. gather: see step.muon."""
+    row = row_of(cfg)
+    given = dict(betas=(0.9, row["beta2"]), weight_decay=row["weight_decay"])
+    if cfg.optimizer == "muon":
+        return partial(muon, gather=gather, **given)
+    return partial(adamw, **given)
 
 
 def learner(net, cfg, world):
     """All that is trained of a net, its optimizer and its average, as train_step takes it."""
     rows = parallel.local_rows(net, trained=True)
-    opt, opt_rows = optimizer(cfg)(rows)
+    opt, opt_rows = optimizer(cfg, parallel.gatherer(world))(rows)
     return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world), copies(rows))
 
 
@@ -439,7 +456,7 @@ def finished(cfg, origin):
 
 def about(step, me, data, cfg, origin):
     """What a checkpoint says beside its tensors: it stands alone."""
-    row = DEFAULTS[cfg.model]
+    row = row_of(cfg)
     window = cfg.window
     if step < cfg.window_steps:     # still shrinking: that of the largest bucket
         windows = [window_at(step, cfg, token_grid(MODELS[cfg.model], shape)) for shape in data.shapes]
@@ -502,7 +519,7 @@ def show(net, step, data, cfg, world, log):
         return
     ids = data.for_videos(cfg.samples)
     shape = data.shape_of(ids[0])
-    row = DEFAULTS[cfg.model]
+    row = row_of(cfg)
     bound = bound_at(step, net, shape, cfg, world)
     times = grid(row["sample_steps"], row["sample_shift"])
 
@@ -510,7 +527,7 @@ def show(net, step, data, cfg, world, log):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
         text = data.text([ids[i] for i in places]).to(world.device)
         null = data.null.to(world.device).expand_as(text)
-        return euler(bound, z, Cond(text), times, Cond(null), cfg.guidance)
+        return ode(bound, z, Cond(text), times, Cond(null), cfg.guidance)
 
     x0 = parallel.spread(make, len(ids), cfg.micro_batch or CHUNK, world)
     if world.main:

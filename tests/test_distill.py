@@ -25,7 +25,7 @@ from helpers import (as_flags, as_version_1, close, copied, full_disk, log_of, m
                      ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
                      spied, state)
 from model import MODELS, Bound, Cond, DiT
-from step import Learner, adamw, averaged, copies, dmd_loss, euler, flow_loss, grid, rollout, sample_t, train_step
+from step import Learner, adamw, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t, train_step
 
 QUIET = dict(val_every=0, samples=0)    # no videos, no figures of them
 LOSSES = "student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"
@@ -511,7 +511,7 @@ def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, t
         z, *noises = [noise(0, "sample", k, list(range(8)), shape) for k in range(4)]
         student = rollout(net_of(state(whole)), z, Cond(text), cfg.times, noises, 3)
         cond, uncond, times = Cond(text), Cond(latents.null.expand_as(text)), grid(how["steps"], how["shift"])
-        clips = euler(net_of(state(teacher)), z, cond, times, uncond, 2.0)
+        clips = ode(net_of(state(teacher)), z, cond, times, uncond, 2.0)
     for name, value in distill.likeness(student, clips).items():
         assert log_of(whole)[-1][name] == pytest.approx(value.item(), rel=1e-4), name
 
@@ -749,7 +749,7 @@ def test_a_one_step_student_of_a_mixture_finds_its_modes():
         train_step(other, [lambda: flow_loss(critic, x0, None, t, randn(256))], lr=3e-3, clip=10.0)
     with averaged(me), torch.no_grad():
         x = generate(1500)
-        true = euler(mixture, randn(1500), None, grid(50, 1.0))
+        true = ode(mixture, randn(1500), None, grid(50, 1.0))
     assert (share_of_modes(x) - 1 / 3).abs().max() < 0.1                        # their sampling error is 0.012
     assert from_a_mode(true).median() == pytest.approx(SPREAD * 1.18, rel=0.1)  # the sampler's floor: Rayleigh's median
     assert from_a_mode(x).median() < 0.8                                        # of 2 from the mean to any mode

@@ -230,6 +230,10 @@ def test_guidance_and_steps_are_tried_in_every_combination(runs):
     assert tried == [(2, 1.0), (2, 2.5), (3, 1.0), (3, 2.5)]
     system, = evaluate.systems_of(source, None, evaluate.Config())
     assert system.sampling == source.sampling
+    first, second = evaluate.systems_of(source, None, evaluate.Config(solver=("euler", "ab2")))
+    assert (first.name, first.sampling) == (system.name, system.sampling)
+    assert second.name == f"{system.name}, ab2"
+    assert second.sampling == source.sampling | {"solver": "ab2"}
 
 
 def test_what_is_asked_undistilled_has_the_students_sampler_and_the_teachers_window(runs):
@@ -275,6 +279,7 @@ def test_only_the_files_of_the_weights_and_the_null_text_are_read(runs, few, tmp
 REFUSED = [
     (dict(guidance=(2.0,)), "is a student"),
     (dict(steps=(2,)), "is a student"),
+    (dict(solver=("ab2",)), "is a student"),
     (dict(n=10), "--n=10"),
     (dict(batch=0), "--batch=0"),
     (dict(ckpt="nowhere"), "nowhere"),

@@ -18,6 +18,7 @@ import parallel
 from attention import attention, build_metadata
 from conftest import ROOT
 from model import LOCAL, Cond, DiT, ModelConfig, Seq, add_lora
+from step import adamw, muon
 
 # Rows that nothing divides: ffn has 27; modulations have 1, so that some ranks hold none.
 CONFIG = ModelConfig(dim=32, blocks=2, heads=4, ffn=27, channels=3, text_dim=8, freq_dim=8)
@@ -65,11 +66,16 @@ def backward(net, rows, world, loss):
             "grads": {name: (p.grad, first, shape) for name, (p, first, shape) in rows.items()}}
 
 
-def trained(world, micros, precision="fp32", steps=3, **kind):
-    """Losses and norms of some AdamW updates, each rank's samples in so many micro-batches."""
+def trained(world, micros, precision="fp32", steps=3, orthogonal=False, **kind):
+    """Losses and norms of some updates by AdamW, or Muon, each rank's samples in so many micro-batches."""
     net, rows = build(world, precision)
     (x, t, cond), more = batch(world, **kind)
-    opt = torch.optim.AdamW([p for p, _, _ in rows.values()], lr=1e-3, fused=True)
+    opt, _ = adamw(rows, (0.9, 0.999), 0.01)
+    if orthogonal:
+        opt, _ = muon(rows, (0.9, 0.999), 0.01, parallel.gatherer(world))
+    opt.found_inf = torch.zeros(())
+    for group in opt.param_groups:
+        group["lr"] = 1e-3
     sync, history = parallel.sync(net), []
     for _ in range(steps):
         losses = []
@@ -167,7 +173,7 @@ def report(world):
     micros = 1 if world.size == 1 else 4 // world.data_size     # alone all four samples at once, elsewhere one by one
     if world.size == 1 or world.sp > 1:
         seen["dense"] = trained(world, micros, sparse=False)
-    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2),
+    seen |= {"sparse": trained(world, micros), "muon": trained(world, micros, orthogonal=True), "bf16": trained(world, micros, "bf16", steps=2),
              "swapped": swapped(world), "interleaved": interleaved(world), "adapted": adapted(world, "fp32"),
              "half_adapted": adapted(world, "bf16"), "dtypes": dtypes(world)}
     if (world.size, world.sp) == (2, 2):
@@ -289,6 +295,7 @@ def test_training_is_the_same_on_every_mesh_and_in_micro_batches(ran, mesh):
     alone = ran[ALONE][0]
     for r in ran[mesh]:
         torch.testing.assert_close(r["sparse"], alone["sparse"], rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(r["muon"], alone["muon"], rtol=1e-5, atol=1e-6)
         if mesh[2] > 1:
             torch.testing.assert_close(r["dense"], alone["dense"], rtol=2e-6, atol=1e-6)
 

@@ -192,7 +192,7 @@ def test_what_cannot_be_sampled_is_refused_in_a_line(teacher, tmp_path, capsys, 
 
 
 def test_a_students_times_cannot_be_chosen(student, tmp_path, capsys):
-    for given in (dict(steps=3), dict(guidance=2.0), dict(shift=2.0)):
+    for given in (dict(steps=3), dict(guidance=2.0), dict(shift=2.0), dict(solver="ab2")):
         with pytest.raises(SystemExit):
             run(sample.main, config(student, tmp_path / "s", **given))
         message = capsys.readouterr().err

@@ -6,8 +6,8 @@ import torch
 
 import step
 from parallel import Part
-from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, euler, flow_loss,
-                  grid, guided, guided_x0, lr_at, numbers, rollout, sample, sample_t, shifted, start_average, tensors,
+from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, flow_loss,
+                  grid, guided, guided_x0, lr_at, muon, numbers, ode, rollout, sample, sample_t, shifted, start_average, tensors,
                   to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
@@ -276,13 +276,35 @@ def test_rescale_takes_back_the_contrast_that_guidance_adds_sample_by_sample(res
 # ---- samplers -------------------------------------------------------------------------------------------------------
 
 
+def gaussian(x, t, cond):
+    """v of data N(0, 0.3²), whose flow map takes z to 0.3 z."""
+    t = over(t)
+    return (t - 0.09 * (1 - t)) / (0.09 * (1 - t)**2 + t**2) * x
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("ab2", 2)])
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_a_solvers_error_falls_with_the_step_to_its_order(solver, order, shift):
+    z = randn(*SHAPE, dtype=torch.float64)
+    few, many = ((ode(gaussian, z, None, grid(n, shift), solver=solver) - 0.3 * z).abs().max() for n in (160, 320))
+    assert few / many == pytest.approx(2**order, rel=0.1)
+
+
+def test_ab2_is_exact_where_v_is_a_straight_line_in_time_from_its_second_step_on():
+    times, z = [1.0, 0.7, 0.2], randn(*SHAPE, dtype=torch.float64)
+    x0 = ode(lambda x, t, cond: over(t.double()).expand_as(x), z, None, times, solver="ab2")
+    first = -0.3 * 1.0                                  # Euler's, with v at t = 1
+    rest = -0.7**2 / 2                                  # the integral of t from 0.7 to 0
+    assert torch.allclose(x0, z + first + rest, atol=1e-6)
+
+
 def test_euler_follows_the_straight_path_exactly():
     x0, e, _ = example(torch.float64)
 
     def straight(x, t, cond):
         return e - x0
 
-    assert torch.allclose(euler(straight, e, None, grid(7, 3)), x0, atol=1e-12)
+    assert torch.allclose(ode(straight, e, None, grid(7, 3)), x0, atol=1e-12)
 
 
 def test_euler_is_guided_by_its_scale_and_asks_once_a_step_where_that_is_1():
@@ -292,10 +314,10 @@ def test_euler_is_guided_by_its_scale_and_asks_once_a_step_where_that_is_1():
         asked.append(cond)
         return torch.full_like(x, cond)
 
-    assert torch.allclose(euler(net, z, 3.0, [1.0, 0.5], 1.0, 4.0), z - 9)
+    assert torch.allclose(ode(net, z, 3.0, [1.0, 0.5], 1.0, 4.0), z - 9)
     assert asked == [3.0, 1.0] * 2
     asked.clear()
-    assert torch.allclose(euler(net, z, 3.0, [1.0, 0.5], 1.0, 1.0), z - 3)
+    assert torch.allclose(ode(net, z, 3.0, [1.0, 0.5], 1.0, 1.0), z - 3)
     assert asked == [3.0] * 2
 
 
@@ -342,7 +364,10 @@ def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many
     assert torch.equal(few, rollout(wave, noises[0], cond, times, noises[1:], 2))
     how = {"sampler": "euler", "steps": 5, "shift": 3.0, "guidance": 2.0}
     many = sample(wave, noises.__getitem__, cond, uncond, how)
-    assert torch.equal(many, euler(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0))
+    assert torch.equal(many, ode(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0))
+    second_order = sample(wave, noises.__getitem__, cond, uncond, how | {"solver": "ab2"})
+    assert torch.equal(second_order, ode(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0, "ab2"))
+    assert not torch.equal(second_order, many)
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -524,6 +549,139 @@ def test_adamw_of_a_shard_knows_its_place_and_which_parameter_is_a_matrix():
     assert (state["w.exp_avg"].first, state["w.exp_avg"].shape) == (8, (8, 4))
     assert (state["bias.exp_avg_sq"].first, state["bias.exp_avg_sq"].shape) == (3, (5,))
     assert (state["w.step"].first, state["w.step"].shape) == (0, ())
+
+
+# ---- muon -----------------------------------------------------------------------------------------------------------
+
+# two pairs of one shape, a wide one, and what AdamW updates
+KINDS = {"blocks.0.q": (12, 8), "blocks.1.q": (12, 8), "blocks.0.ffn": (6, 20), "blocks.0.bias": (8,),
+         "blocks.0.modulation": (1, 6, 8), "head": (5, 8)}
+MUONS = ("blocks.0.q", "blocks.1.q", "blocks.0.ffn")
+
+
+def stacked(parts, rows):
+    """What gathers on one rank."""
+    assert all(len(part) == rows for part in parts)
+    return torch.stack(parts)
+
+
+def grown(updates, lr=0.1, decay=0.5, bad=(), rows=None):
+    """Rows after so many updates of Muon, the gradients drawn by number -> rows, state, optimizer."""
+    if rows is None:
+        rows = {name: Part(randn(*shape, seed=i), 0, shape) for i, (name, shape) in enumerate(KINDS.items())}
+    opt, state = muon(rows, (0.9, 0.99), decay, stacked)
+    for n in range(updates):
+        update(opt, rows, n, lr, n in bad)
+    return rows, state, opt
+
+
+def update(opt, rows, n, lr, bad=False):
+    for i, part in enumerate(rows.values()):
+        g = randn(*part.shape, seed=100 * n + i)
+        part.tensor.grad = g * math.nan if bad else g
+    for group in opt.param_groups:
+        group["lr"] = lr * group["scale"]
+    opt.found_inf = torch.tensor(float(bad))
+    opt.step()
+    opt.zero_grad()
+
+
+def by_hand(name, updates, lr=0.1, decay=0.5):
+    """One matrix by the paper's formulas, in float64 and with loops."""
+    i = list(KINDS).index(name)
+    w = randn(*KINDS[name], seed=i).double()
+    m = torch.zeros_like(w)
+    for n in range(updates):
+        g = randn(*KINDS[name], seed=100 * n + i).double()
+        m = 0.95 * m + 0.05 * g
+        x = 0.05 * g + 0.95 * m             # Nesterov: momentum as it will be
+        x = x / x.square().sum().sqrt()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        w = w * (1 - lr * decay) - lr * 0.2 * max(w.shape)**0.5 * x
+    return w
+
+
+@pytest.mark.parametrize("name", MUONS)
+def test_muon_is_its_formulas_in_float64(name):
+    rows, _, _ = grown(4)
+    wanted = by_hand(name, 4)
+    assert (rows[name].tensor - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", MUONS)
+def test_muon_is_torchs_own_to_what_bf16_leaves(name):
+    rows, _, _ = grown(4)
+    i = list(KINDS).index(name)
+    p = torch.nn.Parameter(randn(*KINDS[name], seed=i))
+    theirs = torch.optim.Muon([p], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for n in range(4):
+        p.grad = randn(*KINDS[name], seed=100 * n + i)
+        theirs.step()
+    moved = p.detach() - randn(*KINDS[name], seed=i)
+    assert (rows[name].tensor - p.detach()).norm() <= 3e-2 * moved.norm()
+
+
+def test_muon_leaves_to_adamw_what_is_no_matrix_of_a_block():
+    rows, state, _ = grown(3)
+    mine = {name: Part(randn(*shape, seed=i), 0, shape) for i, (name, shape) in enumerate(KINDS.items())}
+    opt, moments = adamw({name: mine[name] for name in KINDS if name not in MUONS}, (0.9, 0.99), 0.5)
+    opt.zero_grad(set_to_none=True)
+    for n in range(3):
+        update(opt, mine, n, 0.1)
+    for name in set(KINDS) - set(MUONS):
+        assert torch.equal(rows[name].tensor, mine[name].tensor)
+    assert set(state) == set(moments) | {f"{name}.momentum" for name in MUONS}
+
+
+def test_muons_update_that_is_not_finite_changes_nothing_to_the_bit():
+    rows, state, opt = grown(2)
+    before = [part.tensor.clone() for part in [*rows.values(), *state.values()]]
+    update(opt, rows, 2, 0.1, bad=True)
+    after = [part.tensor for part in [*rows.values(), *state.values()]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(part.tensor.grad is None for part in rows.values())
+
+
+def test_muon_goes_on_from_its_state():
+    whole, _, _ = grown(4)
+    rows, state, _ = grown(2)
+    opt, fresh = muon(rows, (0.9, 0.99), 0.5, stacked)
+    for name, part in fresh.items():
+        part.tensor.copy_(state[name].tensor)
+    for n in (2, 3):
+        update(opt, rows, n, 0.1)
+    assert all(torch.equal(rows[name].tensor, whole[name].tensor) for name in KINDS)
+
+
+def test_muon_takes_adapters_all_of_which_are_matrices_and_one_matrix_at_a_time(monkeypatch):
+    wanted, _, _ = grown(2)
+    monkeypatch.setattr(step.Muon, "AT_ONCE", 1)
+    rows = {name: Part(randn(*KINDS[name], seed=list(KINDS).index(name)), 0, KINDS[name]) for name in KINDS}
+    one_by_one, _, _ = grown(2, rows=rows)
+    for name in MUONS:
+        assert torch.allclose(one_by_one[name].tensor, wanted[name].tensor, atol=1e-6)
+    _, state, _ = grown(1, rows={"blocks.0.q": Part(randn(12, 8), 0, (12, 8))})
+    assert set(state) == {"blocks.0.q.momentum"}
+
+
+def test_a_matrix_without_a_gradient_stays_as_it_is():
+    rows, _, opt = grown(1)
+    kept = rows["blocks.0.q"].tensor.clone()
+    for name in MUONS[1:]:
+        rows[name].tensor.grad = torch.ones(KINDS[name])
+    opt.found_inf = torch.tensor(0.0)
+    opt.step()
+    assert torch.equal(rows["blocks.0.q"].tensor, kept)
+    assert not torch.equal(rows["blocks.1.q"].tensor, kept)
+
+
+def test_singular_values_are_brought_near_one():
+    for shape in ((2, 16, 40), (2, 40, 16), (1, 1, 5)):
+        s = torch.linalg.svdvals(step.orthogonal(randn(*shape)))
+        assert 0.5 < s.min()
+        assert s.max() < 1.3
 
 
 def test_learning_rate_at_its_corners():

@@ -388,9 +388,30 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(data, whole, tmp_path
 
 
 @pytest.mark.slow
+def test_muon_has_its_row_and_resumes_to_the_bit(data, tmp_path):
+    cfg = config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0, val_every=0, optimizer="muon")
+    assert train.resolve(replace(cfg, steps=None, decay_steps=None)).steps == 3000
+    run(train.main, cfg)
+    for steps in (2, 4):
+        run(train.main, replace(cfg, out=str(tmp_path / "run"), steps=steps))
+    whole = state(tmp_path / "whole")
+    assert same(state(tmp_path / "run"), whole)
+    assert whole["opt.blocks.0.self_attn.q.weight.momentum"].abs().sum() > 0
+    assert "opt.blocks.0.self_attn.q.weight.exp_avg" not in whole
+
+
+def test_a_run_keeps_its_optimizer_and_another_is_refused(data, tmp_path, capsys):
+    cfg = config(data, tmp_path / "run", steps=1, decay_steps=1, samples=0, val_every=0, optimizer="muon")
+    run(train.main, cfg)
+    assert train.resolve(replace(cfg, optimizer=None)).optimizer == "muon"
+    assert "--optimizer=adamw (was muon)" in refused(train.main, replace(cfg, optimizer="adamw", steps=2), capsys)
+
+
+@pytest.mark.slow
 def test_two_datasets_are_mixed_by_share_and_resumed_exactly(data, tmp_path):
     other = shapes_dataset(tmp_path / "data", clips=61)
-    cfg = replace(config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0), data=(data, other), mix=(1.0, 3.0))
+    cfg = config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0)
+    cfg = replace(cfg, data=(data, other), mix=(1.0, 3.0))
     run(train.main, cfg)
     for steps in (2, 4):
         run(train.main, replace(cfg, out=str(tmp_path / "run"), steps=steps))
