@@ -8,8 +8,11 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"     # tests run side by side, a core each; tiny nets gain little from a second
 
 
+SLOW = {"ran", "events", "runs", "trained"}     # fixtures: the walk through all meshes, runs that many tests look at
+
+
 def pytest_collection_modifyitems(items):
-    """Tests that need the walk through all meshes are slow, for whichever comes first waits for it."""
+    """A test is slow if it needs a slow fixture, for whichever comes first waits for it."""
     for item in items:
-        if "ran" in item.fixturenames:
+        if SLOW & set(item.fixturenames):
             item.add_marker("slow")

@@ -278,7 +278,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(os, "scandir", unreadable)
     assert [row[0] for row in stored(run(videos=folder, out=tmp_path / "set"))] == ["d.mp4"]
     out = capsys.readouterr().out
-    for name, reason in {"a.mp4": "Input/output error", "b.mp4": "Is a directory", "c.mp4": "Input/output error",
+    for name, reason in {"a.mp4": "Input/output error", "b.mp4": "is no file", "c.mp4": "Input/output error",
                          folder / "e": "Input/output error"}.items():
         assert any(f"skipped {name}: " in line and reason in line for line in out.splitlines()), (name, out)
     assert "3 films skipped, named above" in out
