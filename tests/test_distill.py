@@ -67,8 +67,8 @@ def whole(data, teacher, tmp_path_factory):
     return out
 
 
-def test_a_run_logs_both_nets_apart_and_leaves_videos_of_all_three(whole):
-    lines = log_of(whole)
+def test_a_run_logs_both_nets_apart_and_leaves_videos_of_all_three(distilled):
+    lines = log_of(distilled)
     last = lines[-1]
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
     assert {*LOSSES, "student_x0_std", "val_diversity", "val_motion", "val_std"} <= last.keys()
@@ -76,18 +76,18 @@ def test_a_run_logs_both_nets_apart_and_leaves_videos_of_all_three(whole):
     assert any(name.startswith("critic_loss_by_t") for name in last)
     assert last["student_updates"] == 4
     for kind in ("samples", "inside"):
-        assert sorted(p.name for p in (whole / kind).glob("*.mp4")) == [f"step_{n:07d}.mp4" for n in (0, 4, 8)]
-    assert "inside/step_0000008.mp4" in (whole / "index.html").read_text()
+        assert sorted(p.name for p in (distilled / kind).glob("*.mp4")) == [f"step_{n:07d}.mp4" for n in (0, 4, 8)]
+    assert "inside/step_0000008.mp4" in (distilled / "index.html").read_text()
 
 
-def test_a_checkpoint_holds_student_and_critic_and_says_how_to_sample(whole):
-    roles = {name.split(".")[0] for name in state(whole)}
+def test_a_checkpoint_holds_student_and_critic_and_says_how_to_sample(distilled):
+    roles = {name.split(".")[0] for name in state(distilled)}
     assert roles == {"net", "opt", "critic", "critic_opt", "ema", "null"}     # never the teacher
-    how = meta(whole)["sampling"]
+    how = meta(distilled)["sampling"]
     assert how["sampler"] == "rollout"
     assert how["times"] == pytest.approx([1, 0.9375, 5 / 6, 0.625])
     assert (how["guidance"], how["shift"]) == (1, 5)
-    assert meta(whole)["counts"] == {"student": {"updates": 4, "skipped": 0, "in_a_row": 0},
+    assert meta(distilled)["counts"] == {"student": {"updates": 4, "skipped": 0, "in_a_row": 0},
                                      "critic": {"updates": 8, "skipped": 0, "in_a_row": 0}}
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_holds_student_and_critic_and_says_how_to_sample(whole):
 
 
 @pytest.mark.slow
-def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(data, teacher, whole, tmp_path, capsys):
+def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(data, teacher, distilled, tmp_path, capsys):
     """Stopped in a student's update and a critic's; where a validation is due; at the last step."""
     cfg = config(data, teacher, tmp_path / "run")
     for step, updates in ((2, 2), (3, 1), (4, 1), (8, 5)):      # calls of train_step: critic; student, critic; …
@@ -103,22 +103,22 @@ def test_a_run_stopped_and_resumed_is_the_uninterrupted_run_to_the_bit(data, tea
         assert f"step {step} of 8 is saved" in capsys.readouterr().out
         assert step % 2 or "val_std" not in log_of(cfg.out)[-1]
     run(distill.main, cfg)
-    assert log_of(cfg.out) == log_of(whole)
-    assert same(state(cfg.out), state(whole))
+    assert log_of(cfg.out) == log_of(distilled)
+    assert same(state(cfg.out), state(distilled))
     run(distill.main, cfg)
     assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data, teacher, whole, tmp_path):
+def test_a_run_killed_between_save_and_validation_validates_when_it_resumes(data, teacher, distilled, tmp_path):
     cfg = config(data, teacher, tmp_path / "run", save_every=4)
     for step, function in ((4, "show"), (8, "validate")):
         run_killed(distill, cfg, step, function)
         assert ckpt.latest(cfg.out).name == f"step_{step:07d}"
         assert "val_std" not in log_of(cfg.out)[-1]
     run(distill.main, cfg)
-    assert log_of(cfg.out) == log_of(whole)
-    assert same(state(cfg.out), state(whole))
+    assert log_of(cfg.out) == log_of(distilled)
+    assert same(state(cfg.out), state(distilled))
     for kind in ("samples", "inside"):
         assert sorted(p.name for p in (tmp_path / "run" / kind).glob("*.mp4")) == [
             f"step_{n:07d}.mp4" for n in (0, 4, 8)]
@@ -202,26 +202,26 @@ def test_a_student_that_cannot_be_updated_ends_the_run_whatever_the_critic_does(
 
 
 @pytest.mark.slow
-def test_flags_left_out_stay_as_they_were_when_the_defaults_change(data, teacher, whole, tmp_path, monkeypatch):
+def test_flags_left_out_stay_as_they_were_when_the_defaults_change(data, teacher, distilled, tmp_path, monkeypatch):
     cfg = config(data, teacher, tmp_path / "run", samples=0)
     run(distill.main, replace(cfg, steps=4))
     new = distill.TINY | dict(student_lr=1.0, critic_lr=1.0, ema=0.1, guidance=7.0, score_shift=1.0)
     monkeypatch.setitem(distill.DEFAULTS, "tiny", new)
     run(distill.main, cfg)
-    assert same(state(cfg.out), state(whole))
+    assert same(state(cfg.out), state(distilled))
     assert distill.resolve(replace(cfg, allow=("ema",))).ema == 0.1
     assert distill.resolve(replace(cfg, ema=0.7)).ema == 0.7
 
 
-def test_values_that_were_worked_out_when_a_run_began_stay(data, teacher, whole):
-    cfg = distill.resolve(config(data, teacher, whole, steps=None, shift=None))
+def test_values_that_were_worked_out_when_a_run_began_stay(data, teacher, distilled):
+    cfg = distill.resolve(config(data, teacher, distilled, steps=None, shift=None))
     assert (cfg.steps, cfg.shift, cfg.precision) == (8, 5.0, "fp32")
 
 
 @pytest.mark.slow
 def test_a_run_from_before_a_flag_goes_on_and_one_with_a_flag_that_is_gone_is_refused(
-        data, teacher, whole, tmp_path, capsys):
-    cfg = config(data, teacher, copied(whole, tmp_path / "run"), steps=10, samples=0)
+        data, teacher, distilled, tmp_path, capsys):
+    cfg = config(data, teacher, copied(distilled, tmp_path / "run"), steps=10, samples=0)
 
     def change(start):
         def changed(manifest):
@@ -238,9 +238,9 @@ def test_a_run_from_before_a_flag_goes_on_and_one_with_a_flag_that_is_gone_is_re
 
 
 @pytest.mark.slow
-def test_a_run_of_the_first_layout_goes_on(data, teacher, whole, tmp_path, capsys):
+def test_a_run_of_the_first_layout_goes_on(data, teacher, distilled, tmp_path, capsys):
     """As 496ae65 wrote it: one file a rank, and one count of what both nets skipped."""
-    cfg = config(data, teacher, copied(whole, tmp_path / "run"))
+    cfg = config(data, teacher, copied(distilled, tmp_path / "run"))
     shutil.rmtree(tmp_path / "run/ckpt/step_0000008")
 
     def then(manifest):
@@ -251,8 +251,8 @@ def test_a_run_of_the_first_layout_goes_on(data, teacher, whole, tmp_path, capsy
     rewrite(as_version_1(ckpt.latest(cfg.out)), then)
     run(distill.main, cfg)
     assert "on from step 6" in capsys.readouterr().out
-    assert same(state(cfg.out), state(whole))
-    assert log_of(cfg.out)[-1] == log_of(whole)[-1] | {"skipped": 5}
+    assert same(state(cfg.out), state(distilled))
+    assert log_of(cfg.out)[-1] == log_of(distilled)[-1] | {"skipped": 5}
     assert meta(cfg.out)["counts"]["critic"]["updates"] == 8
 
 
@@ -265,7 +265,7 @@ def test_counts_of_the_first_layout_are_told_apart():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["first layout", "wan"])
-def test_teachers_of_any_form_teach_the_same(data, teacher, whole, tmp_path, form):
+def test_teachers_of_any_form_teach_the_same(data, teacher, distilled, tmp_path, form):
     other, more = tmp_path / "other", {}
     if form == "wan":
         export.main(export.Config(ckpt=teacher, format="wan", out=str(other)))
@@ -273,22 +273,22 @@ def test_teachers_of_any_form_teach_the_same(data, teacher, whole, tmp_path, for
     else:
         as_version_1(ckpt.latest(copied(teacher, other)))
     run(distill.main, config(data, str(other), tmp_path / "run", steps=2, **QUIET, **more))
-    close(log_of(tmp_path / "run"), log_of(whole), 1e-6, *LOSSES)
+    close(log_of(tmp_path / "run"), log_of(distilled), 1e-6, *LOSSES)
 
 
-def test_a_teacher_is_known_by_its_content_and_no_student_is_one(data, teacher, whole, tmp_path, capsys):
+def test_a_teacher_is_known_by_its_content_and_no_student_is_one(data, teacher, distilled, tmp_path, capsys):
     other = tmp_path / "other"
     run(train.main, train.Config(data=(data,), out=str(other), steps=1, batch=4, warmup=2, **QUIET))
     moved = copied(teacher, tmp_path / "moved")
-    assert "other (is not what" in refused(distill.main, config(data, str(other), whole), capsys)
-    for cfg in (config(data, str(moved), whole), config(data, str(other), whole, allow=("teacher",))):
+    assert "other (is not what" in refused(distill.main, config(data, str(other), distilled), capsys)
+    for cfg in (config(data, str(moved), distilled), config(data, str(other), distilled, allow=("teacher",))):
         run(distill.main, cfg)
         assert "is finished" in capsys.readouterr().out
     clips = shapes_dataset(tmp_path / "data", clips=61)
-    assert "data (is not what" in refused(distill.main, config(clips, teacher, whole), capsys)
-    student = config(data, str(whole), tmp_path / "run")
+    assert "data (is not what" in refused(distill.main, config(clips, teacher, distilled), capsys)
+    student = config(data, str(distilled), tmp_path / "run")
     assert "itself a few-step student" in refused(distill.main, student, capsys)
-    export.main(export.Config(ckpt=str(whole), out=str(tmp_path / "exported")))
+    export.main(export.Config(ckpt=str(distilled), out=str(tmp_path / "exported")))
     student = replace(student, teacher=str(tmp_path / "exported"), model="tiny")
     assert "itself a few-step student" in refused(distill.main, student, capsys)
 
@@ -307,10 +307,10 @@ def test_an_exported_teacher_attends_as_it_was_trained_and_so_does_its_student(d
 
 
 @pytest.mark.slow
-def test_two_ranks_distil_as_one_does_and_stop_at_a_signal_to_one(data, teacher, whole, tmp_path):
+def test_two_ranks_distil_as_one_does_and_stop_at_a_signal_to_one(data, teacher, distilled, tmp_path):
     cfg = config(data, teacher, tmp_path / "run", steps=10**4, keep=100, micro_batch=1, shard=-1)
     signal_one_of_two("distill.py", as_flags(cfg), tmp_path / "run")
-    close(log_of(cfg.out)[:5], log_of(whole), 2e-4, *LOSSES, "val_diversity")
+    close(log_of(cfg.out)[:5], log_of(distilled), 2e-4, *LOSSES, "val_diversity")
 
 
 # ---- who is updated when, and on what -------------------------------------------------------------------------------
@@ -481,9 +481,9 @@ def test_both_learning_rates_fall_to_0_at_the_last_step_which_then_is_no_free_fl
 
 
 @pytest.mark.slow
-def test_accumulation_is_the_large_batch(data, teacher, whole, tmp_path):
+def test_accumulation_is_the_large_batch(data, teacher, distilled, tmp_path):
     run(distill.main, config(data, teacher, tmp_path / "run", micro_batch=1, steps=4, samples=0))
-    close(log_of(tmp_path / "run"), log_of(whole), 1e-4, *LOSSES)
+    close(log_of(tmp_path / "run"), log_of(distilled), 1e-4, *LOSSES)
 
 
 @pytest.mark.slow
@@ -494,9 +494,9 @@ def test_validation_forwards_no_more_than_a_micro_batch(data, teacher, tmp_path,
 
 
 @pytest.mark.slow
-def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, teacher, whole):
+def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, teacher, distilled):
     """The last validation's figures, made again from the checkpoints alone."""
-    cfg = distill.resolve(config(data, teacher, whole))
+    cfg = distill.resolve(config(data, teacher, distilled))
     latents, how = Latents(data, seed=0, batch=4), meta(teacher)["sampling"]
     shape = latents.shape_of(0)
     ids = [i for i in range(latents.count) if latents.shape_of(i) == shape][:2]
@@ -509,11 +509,11 @@ def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, t
 
     with torch.no_grad():
         z, *noises = [noise(0, "sample", k, list(range(8)), shape) for k in range(4)]
-        student = rollout(net_of(state(whole)), z, Cond(text), cfg.times, noises, 3)
+        student = rollout(net_of(state(distilled)), z, Cond(text), cfg.times, noises, 3)
         cond, uncond, times = Cond(text), Cond(latents.null.expand_as(text)), grid(how["steps"], how["shift"])
         clips = ode(net_of(state(teacher)), z, cond, times, uncond, 2.0)
     for name, value in distill.likeness(student, clips).items():
-        assert log_of(whole)[-1][name] == pytest.approx(value.item(), rel=1e-4), name
+        assert log_of(distilled)[-1][name] == pytest.approx(value.item(), rel=1e-4), name
 
 
 @pytest.mark.slow

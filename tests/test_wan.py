@@ -21,11 +21,16 @@ from helpers import kept_in, run
 from model import MODELS, ModelConfig
 from test_codec import pipeline  # noqa: F401
 
-diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-
 SMALL = ModelConfig(dim=48, blocks=2, heads=4, ffn=80, channels=4, text_dim=32, freq_dim=32)
 PROMPTS = ("a red circle", "the blue square, moving")
 LENGTH = 26             # text tokens
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages():
+    """Imported when a test of this file runs, not when all files are collected: they take seconds."""
+    global diffusers, transformers
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module", autouse=True)
