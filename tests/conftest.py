@@ -8,7 +8,8 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"     # tests run side by side, a core each; tiny nets gain little from a second
 
 
-SLOW = {"ran", "distilled", "events", "runs", "trained"}     # fixtures: the walk through all meshes, runs that many tests look at
+# fixtures: the walk through all meshes, and runs that many tests look at
+SLOW = {"ran", "distilled", "events", "runs", "trained"}
 
 
 def pytest_collection_modifyitems(items):

@@ -337,6 +337,7 @@ def test_the_next_draw_and_its_copy_begin_before_they_are_asked_for(gpu):
     assert len(drawn) == len(set(drawn)), "something was drawn twice"
     assert draws("student", 3)[0].ids == [3] and draws("student", 8)[0].ids == [8]
     assert drawn.count(("student", 8)) == 1
+    draws.thread.shutdown()                         # what it draws ahead is not the next test's
 
 
 def test_on_a_cpu_nothing_is_copied():

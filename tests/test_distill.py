@@ -60,7 +60,7 @@ def config(data, teacher, out, **flags):
 
 
 @pytest.fixture(scope="module")
-def whole(data, teacher, tmp_path_factory):
+def distilled(data, teacher, tmp_path_factory):
     """A run that nobody interrupts."""
     out = tmp_path_factory.mktemp("whole") / "run"
     run(distill.main, config(data, teacher, out))

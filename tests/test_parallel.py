@@ -173,7 +173,8 @@ def report(world):
     micros = 1 if world.size == 1 else 4 // world.data_size     # alone all four samples at once, elsewhere one by one
     if world.size == 1 or world.sp > 1:
         seen["dense"] = trained(world, micros, sparse=False)
-    seen |= {"sparse": trained(world, micros), "muon": trained(world, micros, orthogonal=True), "bf16": trained(world, micros, "bf16", steps=2),
+    seen["muon"] = trained(world, micros, orthogonal=True)
+    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2),
              "swapped": swapped(world), "interleaved": interleaved(world), "adapted": adapted(world, "fp32"),
              "half_adapted": adapted(world, "bf16"), "dtypes": dtypes(world)}
     if (world.size, world.sp) == (2, 2):
