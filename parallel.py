@@ -385,7 +385,7 @@ def grad_norm(rows, world):
 
 
 def gatherer(world):
-    """-> function of [this rank's rows (n_i, columns) of a matrix] and their number in all: the matrices, stacked whole.
+    """-> function of [this rank's rows of a matrix] and the number of all its rows: the matrices, stacked whole.
 
     What step.muon asks for: matrices of one shape, split as `local_rows` says, are gathered over the shard dimension.
     """

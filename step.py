@@ -291,8 +291,8 @@ def adamw(rows, betas, weight_decay):
 def muon(rows, betas, weight_decay, gather):
     """Muon for the matrices of the blocks, AdamW for the rest -> (optimizer, {name: Part} of its state).
 
-    gather([(rows here, columns)], rows) -> (n, rows, columns): stacks matrices of one shape whole, of each of which this
-    rank holds a part. See `Muon`, `adamw`.
+    gather([(rows here, columns)], rows) -> (n, rows, columns): stacks n matrices of one shape whole, of each of which
+    this rank holds a part. See `Muon`, `adamw`.
     """
     matrices = {name: part for name, part in rows.items() if name.startswith("blocks.") and len(part.shape) == 2}
     rest = {name: part for name, part in rows.items() if name not in matrices}
