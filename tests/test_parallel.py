@@ -66,7 +66,7 @@ def backward(net, rows, world, loss):
             "grads": {name: (p.grad, first, shape) for name, (p, first, shape) in rows.items()}}
 
 
-def trained(world, micros, precision="fp32", steps=3, orthogonal=False, **kind):
+def trained(world, micros, precision="fp32", steps=2, orthogonal=False, **kind):
     """Losses and norms of some updates by AdamW, or Muon, each rank's samples in so many micro-batches."""
     net, rows = build(world, precision)
     (x, t, cond), more = batch(world, **kind)
@@ -173,8 +173,9 @@ def report(world):
     micros = 1 if world.size == 1 else 4 // world.data_size     # alone all four samples at once, elsewhere one by one
     if world.size == 1 or world.sp > 1:
         seen["dense"] = trained(world, micros, sparse=False)
-    seen["muon"] = trained(world, micros, orthogonal=True)
-    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16", steps=2),
+    if world.size == 1 or world.mesh.size(1) > 1:
+        seen["muon"] = trained(world, micros, orthogonal=True)      # gathers what is split
+    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16"),
              "swapped": swapped(world), "interleaved": interleaved(world), "adapted": adapted(world, "fp32"),
              "half_adapted": adapted(world, "bf16"), "dtypes": dtypes(world)}
     if (world.size, world.sp) == (2, 2):
@@ -296,7 +297,8 @@ def test_training_is_the_same_on_every_mesh_and_in_micro_batches(ran, mesh):
     alone = ran[ALONE][0]
     for r in ran[mesh]:
         torch.testing.assert_close(r["sparse"], alone["sparse"], rtol=2e-6, atol=1e-6)
-        torch.testing.assert_close(r["muon"], alone["muon"], rtol=1e-5, atol=1e-6)
+        if "muon" in r:
+            torch.testing.assert_close(r["muon"], alone["muon"], rtol=1e-5, atol=1e-6)
         if mesh[2] > 1:
             torch.testing.assert_close(r["dense"], alone["dense"], rtol=2e-6, atol=1e-6)
 
