@@ -24,7 +24,8 @@ from step import adamw, muon
 CONFIG = ModelConfig(dim=32, blocks=2, heads=4, ffn=27, channels=3, text_dim=8, freq_dim=8)
 GRID = (3, 1, 3)        # 9 tokens: neither 2 nor 4 ranks divide them
 ALONE = (1, 1, 1)       # processes, --shard, --sp
-MESHES = [(2, 1, 1), (2, -1, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, -1, 1), (4, 2, 2), (4, -1, 4)]
+MESHES = [(2, 1, 1), (2, -1, 1), (2, 1, 2), (4, 2, 1), (4, 2, 2), (4, -1, 4)]
+HALF = [(2, 1, 1), (2, -1, 1), (4, 2, 2)]       # on which dtypes are looked at: whole, split, both and shared
 
 
 def build(world, precision="fp32", adapters=(), compile=False, **more):
@@ -164,7 +165,7 @@ def compiled(world):
         return backward(net, rows, world, objective(net(*inputs, **more)))
 
 
-def report(world):
+def report(world, mesh):
     """All that the tests want to know of one mesh, from one rank."""
     net, rows = build(world)
     inputs, more = batch(world)
@@ -175,9 +176,11 @@ def report(world):
         seen["dense"] = trained(world, micros, sparse=False)
     if world.size == 1 or world.mesh.size(1) > 1:
         seen["muon"] = trained(world, micros, orthogonal=True)      # gathers what is split
-    seen |= {"sparse": trained(world, micros), "bf16": trained(world, micros, "bf16"),
-             "swapped": swapped(world), "interleaved": interleaved(world), "adapted": adapted(world, "fp32"),
-             "half_adapted": adapted(world, "bf16"), "dtypes": dtypes(world)}
+    seen |= {"sparse": trained(world, micros), "swapped": swapped(world), "interleaved": interleaved(world),
+             "adapted": adapted(world, "fp32")}
+    if mesh in (ALONE, *HALF):
+        seen |= {"bf16": trained(world, micros, "bf16"), "half_adapted": adapted(world, "bf16"),
+                 "dtypes": dtypes(world)}
     if (world.size, world.sp) == (2, 2):
         seen["compiled"] = compiled(world)
     seen["mean"] = parallel.mean({"a": float(world.rank), "b": torch.tensor([world.rank, 1.0])}, world)
@@ -230,7 +233,7 @@ def walk(rank, folder, ports):
         if rank < size:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            torch.save(report(parallel.init("cpu", shard, sp)), folder / f"{mesh} {rank}")
+            torch.save(report(parallel.init("cpu", shard, sp), mesh), folder / f"{mesh} {rank}")
             parallel.close()
 
 
@@ -307,10 +310,9 @@ def test_training_is_the_same_on_every_mesh_and_in_micro_batches(ran, mesh):
 def test_all_ranks_hold_the_same_norm_to_the_bit(ran, mesh):
     for r in ran[mesh]:
         assert torch.equal(r["sparse"], ran[mesh][0]["sparse"])
-        assert torch.equal(r["bf16"], ran[mesh][0]["bf16"])
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mesh", HALF, ids=str)
 def test_every_world_size_takes_the_same_dtypes(ran, mesh):
     alone = ran[ALONE][0]["dtypes"]
     half, full = torch.bfloat16, torch.float32
@@ -327,7 +329,7 @@ def test_every_world_size_takes_the_same_dtypes(ran, mesh):
         torch.testing.assert_close(r["bf16"], ran[ALONE][0]["bf16"], rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)
+@pytest.mark.parametrize("mesh", [ALONE, *HALF], ids=str)
 def test_what_is_frozen_is_stored_in_what_it_computes_in(ran, mesh):
     for r in ran[mesh]:
         half = r["half_adapted"]
@@ -340,7 +342,7 @@ def test_what_is_frozen_is_stored_in_what_it_computes_in(ran, mesh):
             assert all(g.dtype == torch.float32 for g, _, _ in grads.values())
 
 
-@pytest.mark.parametrize("mesh", [ALONE, *MESHES], ids=str)
+@pytest.mark.parametrize("mesh", [ALONE, *HALF], ids=str)
 def test_fsdp_keeps_no_second_copy_of_a_base_that_every_rank_holds_whole(ran, mesh):
     for r in ran[mesh]:
         half = r["half_adapted"]
