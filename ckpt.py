@@ -217,8 +217,7 @@ def sampling_of(path):
 
     None of other weights. ValueError where the file that an export has for it does not say it.
     """
-    path = Path(path)
-    beside = (path if path.is_dir() else path.parent) / "nanovideo.json"
+    beside = folder_of(path) / "nanovideo.json"
     if is_ours(path) or not beside.is_file():
         return meta_of(path, path).get("sampling")
     told = read_json(beside)
@@ -228,10 +227,14 @@ def sampling_of(path):
     return sampling
 
 
+def folder_of(path):
+    """A folder itself, or that of a file."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def null_of(path, **ranks):
     """The null text that a run or an export of it was trained with, None of other weights."""
-    path = Path(path)
-    beside = (path if path.is_dir() else path.parent) / NULL
+    beside = folder_of(path) / NULL
     if is_ours(path):
         return stored(path, ["null"], **ranks).tensor("null")
     return torch.load(beside, weights_only=True) if beside.is_file() else None

@@ -368,7 +368,7 @@ def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
         first = next(pictures)
         turn, aspect = turn_of(first, film), float(stream.sample_aspect_ratio or 1)
         h, w = shown(first, turn, aspect)
-        size = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
+        size = nearest(sizes, h, w)
         if still and choice[0] > 1:
             raise ValueError(f"a still picture, and clips of {choice[0]} frames are wanted")
         usual = 1 / float(stream.guessed_rate or fps)
@@ -395,6 +395,11 @@ def read_video(path, *, sizes, frames, fps, cuts="first", report=print):
     for length in rest:
         yield np.stack(held[:length]), size
         del held[:length]
+
+
+def nearest(sizes, h, w):
+    """The size (H, W) that is nearest in log aspect to a picture of h rows and w columns."""
+    return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
 
 
 def timed(pictures, usual, report):

@@ -545,8 +545,7 @@ def videos(cfg, coder, embed):
         if not made:
             raise ValueError(f"too short: {seen} frames at {cfg.fps:g} per second, "
                              f"{min(lengths(cfg))} are wanted")
-        h, w = head.size
-        size = min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(w / h)))
+        size = films.nearest(sizes, *head.size)
         return [latent_shape(coder, length, size) for length in made]
 
     return Source(lambda done: sorted(found), look, samples, clips, passed)

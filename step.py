@@ -358,7 +358,8 @@ def orthogonal(x):
     than at 1. bf16 on a GPU; -> fp32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    flat = x if x.shape[1] <= x.shape[2] else x.mT
+    tall = x.shape[1] > x.shape[2]
+    flat = x.mT if tall else x          # the smaller of the two products is iterated
     flat = flat / flat.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     if x.is_cuda:
         flat = flat.bfloat16()
@@ -366,7 +367,7 @@ def orthogonal(x):
         gram = flat @ flat.mT
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         flat = torch.baddbmm(flat, gram, flat, beta=a)
-    return (flat if x.shape[1] <= x.shape[2] else flat.mT).float()
+    return (flat.mT if tall else flat).float()
 
 
 def lr_at(step, *, lr, warmup, decay_steps, schedule):

@@ -377,8 +377,8 @@ class Writer:
         shapes, samples, rows = self.done.samples()
         if not len(samples):
             raise Nothing(f"nothing was stored in {self.path}: there is no dataset to finish")
-        buckets, places, sizes = self.buckets(shapes, samples, rows)
-        _, _, text_sizes = self.texts(samples, rows)
+        layout = self.layout(shapes, samples, rows)
+        buckets, places, sizes, _, _, text_sizes = layout
 
         # 2) no file is longer than it says: a rank that was killed, and is not back, has left a tail
         for name, size in (sizes | text_sizes).items():
@@ -391,12 +391,15 @@ class Writer:
 
         # 4) the manifest, which makes a dataset of them
         self.about = {"null": null_text.to(self.dtype), "mean": mean, "std": std}
-        return self.publish(shapes, samples, rows, self.done.compact)
+        return self.publish(samples, layout, self.done.compact)
 
-    def publish(self, shapes, samples, rows, compact):
+    def layout(self, shapes, samples, rows):
+        """Where all samples lie: what `buckets` and what `texts` says, side by side."""
+        return *self.buckets(shapes, samples, rows), *self.texts(samples, rows)
+
+    def publish(self, samples, layout, compact):
         """Writes the small files of these samples, each there whole or not at all, then the manifest -> it."""
-        buckets, places, sizes = self.buckets(shapes, samples, rows)
-        text, first, text_sizes = self.texts(samples, rows)
+        buckets, places, sizes, text, first, text_sizes = layout
         files = {name: {"size": size} for name, size in (sizes | text_sizes).items()}
         null = self.about["null"]
         with self.small("text.null.bin", files) as file:
@@ -583,7 +586,7 @@ class Writer:
                 moved |= self.move_latents(i, shape, samples, rows, number)
         if moved:
             self.write_journal(samples, number)
-            self.publish(shapes, samples, rows, number)
+            self.publish(samples, self.layout(shapes, samples, rows), number)
             self.done.compact = number
 
         journals = {file.name for file in self.done.files().values()}
