@@ -792,6 +792,7 @@ def test_mean_and_std_are_the_same_bits_whatever_is_read_at_once(tmp_path, monke
 def test_many_samples_take_little_memory(tmp_path, monkeypatch):
     """Bytes for each. At 496ae65: 1349 of a Writer's start, on every rank, 1639 of `finish`, 135 of Latents."""
     monkeypatch.setattr(data, "BLOCK", 1 << 16)
+    make(tmp_path / "before", 3)        # what is imported at the first time is no sample's
     count, prompts = 20_000, spec(shape=list(SMALL))
     line = {"rank": 1, "key": "", "caption": "a dozen words " * 6, "source": "film.mp4", "rows": 2,
             "shape": list(SMALL), "crc": [0, zlib.crc32(bytes(32))]}
