@@ -635,7 +635,8 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
     def many_steps(places):
         cond, uncond = conds(places)
-        return ode(teacher, draw("sample", 0, places), cond, times, uncond, cfg.guidance)
+        solver = origin.teacher_sampling.get("solver", "euler")     # of old checkpoints
+        return ode(teacher, draw("sample", 0, places), cond, times, uncond, cfg.guidance, solver)
 
     def inside(some):
         places = [i * SEEDS for i in some]

@@ -96,8 +96,8 @@ class Config:
 # A row per model, and for an optimizer that asks for other values. The last block of each has no flags: edit it here.
 # Only matrices are decayed.
 TINY = dict(
-    optimizer="adamw",
-    steps=5500,
+    optimizer="muon",
+    steps=3000,
     batch=16,
     lr=8e-3,
     warmup=100,
@@ -106,14 +106,15 @@ TINY = dict(
     shift=2.0,
     guidance=2.0,
     remat=False,
-    val_every=1500,
-    save_every=1500,
+    val_every=1000,
+    save_every=1000,
 
     beta2=0.99,
     weight_decay=0.01,
     clip=1.0,
-    sample_steps=50,
+    sample_steps=25,
     sample_shift=1.0,
+    sample_solver="ab2",
 )
 WAN = dict(
     optimizer="adamw",
@@ -135,10 +136,18 @@ WAN = dict(
     clip=1.0,
     sample_steps=50,
     sample_shift=5.0,
+    sample_solver="euler",
 )
 DEFAULTS = {
     "tiny": TINY,
-    "tiny with muon": TINY | dict(optimizer="muon", steps=3000, val_every=1000, save_every=1000),
+    "tiny with adamw": TINY | dict(
+        optimizer="adamw",
+        steps=5500,
+        val_every=1500,
+        save_every=1500,
+        sample_steps=50,
+        sample_solver="euler",
+    ),
     "wan-1.3b": WAN | dict(shift=3.0, sample_shift=3.0),
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
@@ -470,6 +479,7 @@ def about(step, me, data, cfg, origin):
         "sampler": "euler",
         "steps": row["sample_steps"],
         "shift": row["sample_shift"],
+        "solver": row["sample_solver"],
         "guidance": cfg.guidance,
     }
     return {
@@ -527,7 +537,7 @@ def show(net, step, data, cfg, world, log):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
         text = data.text([ids[i] for i in places]).to(world.device)
         null = data.null.to(world.device).expand_as(text)
-        return ode(bound, z, Cond(text), times, Cond(null), cfg.guidance)
+        return ode(bound, z, Cond(text), times, Cond(null), cfg.guidance, row["sample_solver"])
 
     x0 = parallel.spread(make, len(ids), cfg.micro_batch or CHUNK, world)
     if world.main:

@@ -389,8 +389,9 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(data, whole, tmp_path
 
 @pytest.mark.slow
 def test_muon_has_its_row_and_resumes_to_the_bit(data, tmp_path):
-    cfg = config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0, val_every=0, optimizer="muon")
+    cfg = config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0, val_every=0)
     assert train.resolve(replace(cfg, steps=None, decay_steps=None)).steps == 3000
+    assert train.resolve(replace(cfg, steps=None, decay_steps=None, optimizer="adamw")).steps == 5500
     run(train.main, cfg)
     for steps in (2, 4):
         run(train.main, replace(cfg, out=str(tmp_path / "run"), steps=steps))
@@ -401,10 +402,10 @@ def test_muon_has_its_row_and_resumes_to_the_bit(data, tmp_path):
 
 
 def test_a_run_keeps_its_optimizer_and_another_is_refused(data, tmp_path, capsys):
-    cfg = config(data, tmp_path / "run", steps=1, decay_steps=1, samples=0, val_every=0, optimizer="muon")
+    cfg = config(data, tmp_path / "run", steps=1, decay_steps=1, samples=0, val_every=0, optimizer="adamw")
     run(train.main, cfg)
-    assert train.resolve(replace(cfg, optimizer=None)).optimizer == "muon"
-    assert "--optimizer=adamw (was muon)" in refused(train.main, replace(cfg, optimizer="adamw", steps=2), capsys)
+    assert train.resolve(replace(cfg, optimizer=None)).optimizer == "adamw"
+    assert "--optimizer=muon (was adamw)" in refused(train.main, replace(cfg, optimizer="muon", steps=2), capsys)
 
 
 @pytest.mark.slow
