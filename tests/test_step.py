@@ -460,6 +460,21 @@ def test_dmd_of_a_clip_is_the_one_of_its_free_frames(rescale):
     assert seen["x0_std"].item() == pytest.approx(spread.sqrt().item(), rel=1e-6)
 
 
+def test_teacher_and_critic_see_given_frames_as_they_are_at_0():
+    x0, e, t = three_frames(torch.float32)
+    asked = []
+
+    def net(x, t, cond):
+        asked.append((x, t))
+        return x
+
+    dmd_loss(x0, net, net, 1, 0, t, e, torch.full((4,), 2.0), 0.6, FREE)
+    assert len(asked) == 3
+    for x, seen in asked:
+        assert torch.equal(x.movedim(2, 1)[FREE == 0], x0.movedim(2, 1)[FREE == 0])
+        assert torch.equal(seen, t[:, None] * FREE)
+
+
 def test_losses_with_all_frames_free_are_the_ones_without_the_argument():
     x0, e, t = three_frames()
     ones = torch.ones_like(FREE)
