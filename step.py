@@ -39,6 +39,20 @@ def add_noise(x0, e, t):
     return (1 - t) * x0 + t * e
 
 
+def first_given(x, given):
+    """free (B, F) for clips x (B, C, F, H, W) whose first frame is given where given (B,) is true; None for stills."""
+    if x.shape[2] == 1:
+        return None
+    free = torch.ones(len(x), x.shape[2], device=x.device)
+    free[:, 0] -= given.float()
+    return free
+
+
+def place(z, x0, free):
+    """What a sampler begins with: noise z in free frames (add_noise at t = 1), those of x0 where they are given."""
+    return z if free is None else add_noise(x0, z, free)
+
+
 def on_free(x, free):
     """x (B,) or per frame (B, F), 0 in given frames: (B, F); x itself where free is None."""
     return x if free is None else x.view(len(x), -1) * free
@@ -120,11 +134,6 @@ def grid(steps, shift):
     return [shifted(i / steps, shift) for i in range(steps, 0, -1)]
 
 
-def place(z, given, free):
-    """Where a sampler begins: noise z in free frames (add_noise at t = 1), clips `given` in the others (at 0)."""
-    return z if free is None else add_noise(given, z, free)
-
-
 @torch.no_grad()
 def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
     """x0 from noise z (B, C, F, H, W) along dx = v dt over descending times, guided by scale; a net's call a step.
@@ -163,20 +172,19 @@ def rollout(net, z, cond, times, noises, exit, free=None):
     return x0
 
 
-def sample(net, draw, cond, uncond, sampling, given=None, free=None):
+def sample(net, draw, cond, uncond, sampling, free=None):
     """x0 by a checkpoint's own sampler: a teacher's guided steps, or a student's few, each with fresh noise.
 
-    sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W). given: clips
-    of that shape whose frames are given where free (B, F) is 0.
+    sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W), in the first
+    of which given frames are in place.
     """
     if sampling["sampler"] == "rollout":
         times = sampling["times"]
         z, *noises = [draw(k) for k in range(len(times))]
-        return rollout(net, place(z, given, free), cond, times, noises, len(times) - 1, free)
+        return rollout(net, z, cond, times, noises, len(times) - 1, free)
     times = grid(sampling["steps"], sampling["shift"])
     solver = sampling.get("solver", "euler")            # of old checkpoints
-    z = place(draw(0), given, free)
-    return ode(net, z, cond, times, uncond, sampling["guidance"], solver, free)
+    return ode(net, draw(0), cond, times, uncond, sampling["guidance"], solver, free)
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------

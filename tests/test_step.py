@@ -6,9 +6,9 @@ import torch
 
 import step
 from parallel import Part
-from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, flow_loss, grid,
-                  guided, guided_x0, lr_at, muon, numbers, ode, rollout, sample, sample_t, shifted, start_average,
-                  tensors, to_x0, train_step)
+from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, first_given, flow_loss,
+                  grid, guided, guided_x0, lr_at, muon, numbers, ode, place, rollout, sample, sample_t, shifted,
+                  start_average, tensors, to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
 
@@ -376,6 +376,19 @@ def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many
 FREE = torch.tensor([[0.0, 1, 1], [1, 1, 1], [0, 0, 1], [0, 1, 1]])
 
 
+def test_a_first_frame_is_given_where_it_is_said_and_never_that_of_a_still():
+    given = torch.tensor([True, False, True, False])
+    x0, z = randn(4, 3, 3, 4, 4, seed=1), randn(4, 3, 3, 4, 4, seed=2)
+    free = first_given(x0, given)
+    assert free.tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1]]
+    begun = place(z, x0, free)
+    assert torch.equal(begun[given][:, :, 0], x0[given][:, :, 0])
+    assert torch.equal(begun[~given], z[~given])
+    assert torch.equal(begun[given][:, :, 1:], z[given][:, :, 1:])
+    assert first_given(x0[:, :, :1], given) is None
+    assert torch.equal(place(z, x0, None), z)
+
+
 def by_frame(x, t, cond):
     """A net whose frames do not see each other: what is given might as well not be there."""
     t = t.view(len(t), 1, -1, 1, 1)
@@ -504,7 +517,7 @@ def test_samplers_leave_given_frames_as_they_are_to_the_bit_and_ask_at_0_there(s
     def draw(k):
         return randn(4, 3, 3, 4, 4, seed=20 + k)
 
-    x0 = sample(net, draw, 0.3, None, sampling, given, FREE)
+    x0 = sample(net, lambda k: draw(k) if k else place(draw(0), given, FREE), 0.3, None, sampling, FREE)
     for x, t in [*asked, (x0, 0 * FREE)]:
         assert torch.equal(x.movedim(2, 1)[FREE == 0], given.movedim(2, 1)[FREE == 0])
         assert t.shape == FREE.shape
