@@ -58,7 +58,7 @@ class Config:
     t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
     shift: float | None = None                            # time shift towards noise: t -> s t / (1 + (s - 1) t)
     text_dropout: float = 0.1                             # share of samples whose text is replaced by the null text
-    first_frame: float = 0.0                              # share of clips whose first frame is given: image to video
+    first_frame: float = 0.0                              # share of clips begun by a given frame: image to video
 
     # sparse attention
     window: tuple[int, int, int] | None = None            # attention window in tiles, frames rows columns; None = dense
