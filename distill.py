@@ -568,6 +568,8 @@ def build(cfg, data, world, trainable=True):
     lora = adapters(cfg)
     net = blank(cfg.model, cfg.remat, lora)
     ways = 2 * (1 + len(lora))      # a block computes one shape: dense or sparse, by the base or with an adapter
+    if cfg.first_frame:
+        ways *= 2                   # with a t per frame, and per clip
     parallel.prepare(net, world, trainable=trainable, shapes=ways * len(data.shapes))
     return net
 

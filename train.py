@@ -449,7 +449,7 @@ def patterns(cfg, shapes):
         tokens = token_grid(MODELS[cfg.model], shape)
         windows = {window_at(step, cfg, tokens) for step in range(cfg.window_steps + 1)}
         count += len(windows | {None})
-    return count
+    return 2 * count if cfg.first_frame else count      # validated with a t per clip too
 
 
 def validated(cfg, step, data, world):

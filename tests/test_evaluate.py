@@ -85,7 +85,7 @@ def test_a_verdict_compares_each_word():
 def clips(n, seed, right):
     x = points(n + evaluate.PROMPTS * evaluate.SEEDS, seed, D=6)
     latents = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(x), 2, 3, 1, 1)))
-    return Clips(latents, [], np.array(right), x)
+    return Clips(latents, [], np.array(right), x, None)
 
 
 def test_figures_of_real_clips_are_the_unit_and_joint_wants_all_three_right():
@@ -194,7 +194,7 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     monkeypatch.setattr(evaluate.step, "sample", recorded)
     coder = evaluate.codec.load("dct")
     cfg = evaluate.Config(n=5, batch=3, seed=9)
-    x0 = run(lambda cfg: evaluate.sampled(system, coder, captions, cfg, parallel.init("cpu")), cfg)
+    x0 = run(lambda cfg: evaluate.sampled(system, coder, captions, None, cfg, parallel.init("cpu")), cfg)
     assert torch.equal(x0, noise(9, "sample", K - 1, range(5), (24, 5, 8, 8)))
     for places, (noises, text, null) in zip(([0, 1, 2], [3, 4]), seen, strict=True):
         assert len(noises) == K
@@ -216,7 +216,7 @@ def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, mo
     for given, seed in asked:
         system = system_of(runs[0], **given)
         system = system._replace(saved=system.saved._replace(origin=origin))
-        draw = partial(evaluate.sampled, system, coder, evaluate.CAPTIONS[:2], evaluate.Config(seed=seed))
+        draw = partial(evaluate.sampled, system, coder, evaluate.CAPTIONS[:2], None, evaluate.Config(seed=seed))
         run(lambda draw: draw(parallel.init("cpu")), draw)
     assert len(list((tmp_path / "run/evaluate").iterdir())) == 3
 

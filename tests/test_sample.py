@@ -74,10 +74,10 @@ def asked(monkeypatch):
     """What the sampler was asked for: a list of (net, noises, cond, uncond, sampling)."""
     calls, original = [], sample.step.sample
 
-    def recorded(net, draw, cond, uncond, sampling):
+    def recorded(net, draw, cond, uncond, sampling, free=None):
         noises = []
         calls.append((net, noises, cond, uncond, sampling))
-        return original(net, kept_in(noises, draw), cond, uncond, sampling)
+        return original(net, kept_in(noises, draw), cond, uncond, sampling, free)
 
     monkeypatch.setattr(sample.step, "sample", recorded)
     return calls
@@ -156,7 +156,7 @@ def test_flags_change_the_sampler_and_a_negative_prompt_takes_the_place_of_null(
 def test_prompts_come_from_a_file_too_and_empty_lines_do_not(teacher, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(f"\ufeff{PROMPTS[1]}\r\n\n  \n{PROMPTS[2]}\n".encode())
     cfg = config(teacher, "", prompts=PROMPTS[:1], file=str(tmp_path / "prompts.txt"), n=2)
-    assert sample.captions_of(cfg) == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert sample.asked_of(cfg) == [[prompt for prompt in PROMPTS for _ in range(2)], [None] * 6]
 
 
 def test_the_first_bucket_is_sampled_unless_a_size_is_given():
@@ -426,7 +426,7 @@ def test_a_file_of_prompts_is_read_as_people_write_it_or_refused(tmp_path, capsy
     if said:
         assert said in refused(sample.main, cfg, capsys)
     else:
-        assert sample.captions_of(cfg) == ["a red circle", " a blue\x0bsquare "]
+        assert sample.asked_of(cfg)[0] == ["a red circle", " a blue\x0bsquare "]
 
 
 def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_path, monkeypatch):
@@ -487,7 +487,7 @@ def test_the_sheet_reads_large_videos_small(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(codec, "contact_sheet", lambda path, clips, captions: seen.extend(clips))
     files = [tmp_path / "a.mp4", tmp_path / "on another node.mp4"]
-    sample.contact_sheet(tmp_path / "s.png", files, ["a", "b"], (16, 2, 40, 60), (4, 8, 8), 8)
+    sample.contact_sheet(tmp_path / "s.png", files, ["a", "b"], [(16, 2, 40, 60)] * 2, (4, 8, 8), 8)
     assert [strip.shape for strip in seen] == [(6, 160, 240, 3)]
 
 
