@@ -157,7 +157,7 @@ def captions(root):
 
 
 def caption_of(root, name, lists):
-    """A film's caption by NAME.txt beside it, or by the folder's lists (see `captions`); None or "" where it has none."""
+    """A film's caption, by NAME.txt beside it or by the lists of `captions`; None or "" where it has none."""
     beside = (Path(root) / name).with_suffix(".txt")
     caption = lists.get(compose(name))
     if beside.exists():

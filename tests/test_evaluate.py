@@ -208,6 +208,58 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     assert torch.equal(torch.from_numpy(np.load(file)), x0)
 
 
+@pytest.mark.parametrize("begins", ["captions", "directions"])
+def test_a_system_begins_with_the_frames_of_real_clips(runs, tmp_path, monkeypatch, begins):
+    system, seen = system_of(runs[0]), []
+    system = system._replace(begins=begins, saved=system.saved._replace(origin=str(tmp_path / "run/ckpt/step_2")))
+    (tmp_path / "run").mkdir()
+    frames, captions = noise(1, "sample", 0, range(5), (24, 5, 8, 8)), evaluate.CAPTIONS[:5]
+
+    def recorded(net, draw, cond, uncond, sampling, free):
+        assert not free[:, 0].any()
+        assert free[:, 1:].all()
+        seen.extend(cond.text)
+        return draw(0)
+
+    monkeypatch.setattr(evaluate.step, "sample", recorded)
+    coder, cfg = evaluate.codec.load("dct"), evaluate.Config(n=5, batch=3, seed=9)
+    x0 = run(lambda cfg: evaluate.sampled(system, coder, captions, frames, cfg, parallel.init("cpu")), cfg)
+    assert torch.equal(x0[:, :, 0], frames[:, :, 0])
+    assert torch.equal(x0[:, :, 1:], noise(9, "sample", 0, range(5), (24, 5, 8, 8))[:, :, 1:])
+    for row, caption in zip(seen, captions, strict=True):
+        said = caption if begins == "captions" else " ".join(caption.split()[-2:])
+        words, = coder.embed([said])
+        assert torch.equal(row[:len(words)], words)
+        assert not row[len(words):].any()
+
+
+def test_given_frames_are_left_out_of_std_and_motion():
+    right = np.ones((20, 3), bool)
+    real, other = clips(20, 0, right), clips(20, 1, right)
+    odd = real._replace(latents=real.latents.clone())
+    odd.latents[:, :, 0] *= 50
+    seen = figures(odd, real, [other], given=True)
+    assert (seen["std"], seen["motion"]) == (1, 1)
+    assert figures(odd, real, [other])["std"] > 5
+
+
+def test_the_jump_after_the_first_frame_is_told_from_later_ones():
+    gone = np.array([[3.0, 1, 1], [5, 1, np.nan], [np.nan, 2, 1]])
+    assert evaluate.jumps(gone) == {"jump": 4, "later": 1.2}
+    assert np.isnan(evaluate.jumps(gone * np.nan)["jump"])
+
+
+@pytest.mark.slow
+def test_first_frames_add_two_rows_to_each_system_and_two_figures(runs, few, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    run(evaluate.main, evaluate.Config(ckpt=runs[1], n=12, first_frame=True, out=str(out), device="cpu"))
+    table = json.loads(out.read_text())["table"]
+    student = "student, 4 steps"
+    assert list(table)[2:] == [student, f"{student}, first frame", f"{student}, first frame, moving …"]
+    assert table["real clips"]["jump"] == pytest.approx(table["real clips"]["later"], abs=0.6)
+    assert "jump      later" in capsys.readouterr().out
+
+
 def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.step, "sample", lambda net, draw, *rest: draw(0))
     coder, origin = evaluate.codec.load("dct"), str(tmp_path / "run/ckpt/step_0000002")

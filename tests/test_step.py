@@ -6,8 +6,8 @@ import torch
 
 import step
 from parallel import Part
-from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, first_given, flow_loss,
-                  grid, guided, guided_x0, lr_at, muon, numbers, ode, place, rollout, sample, sample_t, shifted,
+from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, first_given,
+                  flow_loss, grid, guided, guided_x0, lr_at, muon, numbers, ode, place, rollout, sample, sample_t, shifted,
                   start_average, tensors, to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
@@ -461,7 +461,8 @@ def test_dmd_of_a_clip_is_the_one_of_its_free_frames(rescale):
     loss, grad, seen = lost(x0, e, t, f, c, u, scale, FREE)
     alone = []
     for i in range(4):
-        alone.append(lost(left(x0, i), left(e, i), t[i:i + 1], left(f, i), left(c, i), left(u, i), scale[i:i + 1], None))
+        one = slice(i, i + 1)
+        alone.append(lost(left(x0, i), left(e, i), t[one], left(f, i), left(c, i), left(u, i), scale[one], None))
         assert torch.allclose(left(grad, i), alone[i][1] / 4, rtol=3e-3, atol=1e-9)     # stds of n, not n - 1
     assert grad.movedim(2, 1)[FREE == 0].abs().max() == 0
     assert loss == pytest.approx(sum(loss for loss, _, _ in alone) / 4, rel=1e-3)
