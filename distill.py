@@ -701,7 +701,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     ways = (False, True) if cfg.first_frame else (False,)
     drawn = [parallel.spread(partial(few_steps, given), n, chunk, world) for given in ways]
     if not goal:
-        goal.extend(parallel.spread(partial(many_steps, given), n, chunk, world) for given in ways)
+        goal += [parallel.spread(partial(many_steps, given), n, chunk, world) for given in ways]
     seen = parallel.spread(inside, len(ids), chunk, world)
     if world.main:
         captions, rows, figures = [data.caption(i) for i in ids], {}, {}
