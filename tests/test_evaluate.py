@@ -185,7 +185,8 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     K = 4 if of else 1
     captions = evaluate.CAPTIONS[:5]
 
-    def recorded(net, draw, cond, uncond, sampling):
+    def recorded(net, draw, cond, uncond, sampling, free):
+        assert free is None
         noises = [draw(k) for k in range(K)]
         seen.append((noises, cond.text, uncond.text))
         assert sampling == system.sampling
