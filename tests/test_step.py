@@ -7,8 +7,8 @@ import torch
 import step
 from parallel import Part
 from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, first_given,
-                  flow_loss, grid, guided, guided_x0, lr_at, muon, numbers, ode, place, rollout, sample, sample_t, shifted,
-                  start_average, tensors, to_x0, train_step)
+                  flow_loss, grid, guided, guided_x0, lr_at, muon, numbers, ode, place, rollout, sample, sample_t,
+                  shifted, start_average, tensors, to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
 
