@@ -91,12 +91,19 @@ def grid(steps, shift):
     return [shifted(i / steps, shift) for i in range(steps, 0, -1)]
 
 
-@torch.no_grad()
 def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler"):
-    """x0 from noise z (B, C, F, H, W) along dx = v dt over descending times, guided by scale; a net's call a step.
+    """x0 from noise z (B, C, F, H, W): the last point of `trajectory`."""
+    for x in trajectory(net, z, cond, times, uncond, scale, solver):
+        pass
+    return x
 
-    solver "euler", of first order, or "ab2", of second: Adams-Bashforth, which carries v on from the step before by a
-    straight line; its first step is Euler's.
+
+@torch.no_grad()
+def trajectory(net, z, cond, times, uncond=None, scale=1.0, solver="euler"):
+    """Yields x after each step from noise z (B, C, F, H, W) along dx = v dt: at times[1:], then at 0.
+
+    times descend from z's; guided by scale; a net's call a step. solver "euler", of first order, or "ab2", of second:
+    Adams-Bashforth, which carries v on from the step before by a straight line; its first step is Euler's.
     """
     x, before = z, None                                 # before: v and length of the last step
     s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
@@ -108,7 +115,7 @@ def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler"):
             mean_v = v + h / (2 * h_before) * (v - v_before)
         x = x + h * mean_v
         before = v, h
-    return x
+        yield x
 
 
 def rollout(net, z, cond, times, noises, exit):
@@ -145,22 +152,28 @@ def sample(net, draw, cond, uncond, sampling):
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
 
 
-def binned(values, t, where=None):
+def binned(values, t, where=None, times=None):
     """Sums and counts (2, BINS) of values (B,) in fifths of t (B,) or (B, F); `where` (B,) selects samples.
 
-    Sums and counts stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
+    times: the few that t takes, whose sums (2, len(times)) are kept apart instead, the lowest first. Sums and counts
+    stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
     """
     t = t if t.ndim == 1 else t.mean(1)
-    bins = (t * BINS).long().clamp(max=BINS - 1)
+    if times:
+        n = len(times)
+        bins = (t[:, None] - t.new_tensor(sorted(times))).abs().argmin(1)
+    else:
+        n = BINS
+        bins = (t * BINS).long().clamp(max=BINS - 1)
     some = torch.ones_like(values, dtype=torch.float32)
     if where is not None:
         some = some * where
     sums = torch.stack([values.detach().float() * some, some])
-    return torch.zeros(2, BINS, device=values.device).index_add_(1, bins, sums)
+    return torch.zeros(2, n, device=values.device).index_add_(1, bins, sums)
 
 
 def numbers(seen):
-    """Measurements as plain numbers: a_by becomes a_by_t0 .. a_by_t4, fifths of t without a sample left out."""
+    """Measurements as plain numbers: a_by becomes a_by_t0, a_by_t1 .., fifths of t without a sample left out."""
     flat = {}
     for name, x in seen.items():
         if name.endswith("_by"):
@@ -170,18 +183,21 @@ def numbers(seen):
     return flat
 
 
-def flow_loss(net, x0, cond, t, e, weight=None):
+def flow_loss(net, x0, cond, t, e, weight=None, times=None):
     """Flow matching: mean of w (net(x_t, t, cond) - (e - x0))² (arXiv 2210.02747, eq. 23).
 
-    x0, e (B, C, F, H, W), t (B,) or (B, F), weight (B,) or None = 1; weight t² makes it the error of x0 itself.
+    x0, e (B, C, F, H, W), t (B,) or (B, F), weight (B,) or None = 1; weight t² makes it the error of x0 itself. times:
+    see binned.
     """
     v = net(add_noise(x0, e, t), t, cond)
     if v.shape != x0.shape:
         raise ValueError(f"the net gives {tuple(v.shape)}, its target is {tuple(x0.shape)}")
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     error = (v - (e - x0)).square().flatten(1).mean(1)
-    loss = (error if weight is None else weight * error).mean()
-    return loss, {"loss": loss.detach(), "loss_by": binned(error, t)}
+    if weight is not None:
+        error = weight * error
+    loss = error.mean()
+    return loss, {"loss": loss.detach(), "loss_by": binned(error, t, times=times)}
 
 
 def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0):
@@ -405,6 +421,17 @@ def averaged(me):
         yield
     finally:
         swap()
+
+
+@torch.no_grad()
+def start_again(me, betas):
+    """The net goes on from its average, by an optimizer of these betas that has seen nothing: a run of its own."""
+    torch._foreach_copy_(tensors(me.rows), tensors(me.average))
+    for moment in tensors(me.opt_rows):
+        moment.zero_()
+    for group in me.opt.param_groups:
+        group["betas"] = betas
+    me.counts = {"updates": 0, "skipped": 0, "in_a_row": 0}
 
 
 @torch.no_grad()
