@@ -27,7 +27,7 @@ import codec
 import flags
 import parallel
 import plan
-from data import Ahead, Latents, noise, read_manifest, stratified, stream
+from data import DTYPES, Ahead, Latents, noise, read_manifest, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, guided_x0, lr_at,
@@ -582,6 +582,14 @@ def pairs_spec(data, origin, cfg):
     }
 
 
+def to_make(cfg):
+    """The run's pairs as its plan counts them, or None."""
+    if not cfg.pairs:
+        return None
+    dtype = DTYPES[row_of(cfg)["pairs_dtype"]]
+    return plan.Pairs(cfg.pairs, len(cfg.times), len(ode_times(cfg)), dtype.itemsize)
+
+
 def finished_with(folder, spec):
     """Whether a folder holds a whole dataset of these settings."""
     return (folder / "manifest.json").exists() and read_manifest(folder)["codec"] == spec["codec"]
@@ -624,9 +632,9 @@ class Origin(NamedTuple):
 def begin(cfg):
     """The resolved config, the ranks, the dataset and the run's Origin; errors for what cannot be, or exits."""
     cfg = resolve(cfg)
-    takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True)
+    takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True, graphs=2 if cfg.anchor else 1)
     if cfg.dry_run:
-        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes))
+        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes, pairs=to_make(cfg)))
     world = parallel.init(cfg.device, cfg.shard, cfg.sp, cfg.precision, cfg.compile, cfg.deterministic)
     cfg = replace(cfg, precision=world.precision)
     data = Latents(
@@ -683,18 +691,20 @@ def resolve(cfg):
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
     flags.at_least(cfg, 0, "guidance", "ema", "val_every", "save_every", "samples", "dense_ends", "lora_rank",
                    "pairs", "pairs_steps", "anchor")
-    flags.at_least(cfg, 1, "steps", "student_every", "batch", "keep")
+    flags.at_least(cfg, 1, "student_every", "batch", "keep")
     flags.above(cfg, 0, "shift", "score_shift", "student_lr", "critic_lr")
     flags.check_run(cfg)
-    if cfg.ema >= 1 or cfg.steps < cfg.student_every:
-        raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
-                         "never change")
-    if not cfg.pairs and (given.pairs_steps or given.anchor):
-        raise ValueError(f"--pairs_steps={cfg.pairs_steps} --anchor={cfg.anchor}: there are no pairs without --pairs=N")
+    for name in ("pairs_steps", "anchor"):
+        if getattr(given, name) and not cfg.pairs:
+            raise ValueError(f"--{name}={getattr(given, name)} needs pairs of the teacher: --pairs=N makes N")
     if not cfg.pairs:
         cfg = replace(cfg, pairs_steps=0, anchor=0.0)
     elif not cfg.pairs_steps and not cfg.anchor:
-        raise ValueError(f"--pairs={cfg.pairs}, but neither --pairs_steps nor --anchor takes any")
+        raise ValueError(f"--pairs={cfg.pairs}, but --pairs_steps and --anchor are 0: nothing learns from them")
+    flags.at_least(cfg, min(1, 1 - cfg.pairs_steps), "steps")
+    if cfg.ema >= 1 or cfg.steps < cfg.student_every and not cfg.pairs_steps:
+        raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
+                         "never change")
     times = cfg.times
     if not times:
         times = tuple(grid(cfg.student_steps, cfg.shift))
