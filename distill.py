@@ -33,12 +33,13 @@ from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, guided_x0, lr_at,
                   numbers, ode, over, rollout, sample_t, shifted, start_again, start_average, to_x0, train_step,
                   trajectory)
+from signs import signs
 from store import Writer
 
 
 @dataclass(frozen=True)
 class Config:
-    """Distil a few-step student. A flag left None takes the value of a row in DEFAULTS, by model and --student_steps."""
+    """Distil a few-step student. A flag left None takes its value from DEFAULTS, by model and --student_steps."""
 
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
@@ -133,6 +134,21 @@ TINY = dict(
     pairs_warmup=20,
     pairs_dtype="fp32",
 )
+TINY_2 = TINY | dict(
+    steps=120,
+    student_every=2,
+    shift=2.0,
+    score_shift=2.0,
+    guidance_interval=(0.0, 1.0),
+    pairs=4000,
+)
+TINY_1 = TINY_2 | dict(
+    steps=400,
+    student_lr=6e-4,
+    score_shift=0.7,
+    pairs_steps=700,
+    anchor=0.1,
+)
 WAN = dict(
     steps=3000,
     batch=64,
@@ -164,12 +180,8 @@ WAN = dict(
 )
 DEFAULTS = {
     "tiny": TINY,
-    "tiny K=2": TINY | dict(
-        shift=2.0, pairs=4000, pairs_steps=1000, anchor=0.3, steps=120, student_every=2, score_shift=2.0,
-        guidance_interval=(0.0, 1.0)),
-    "tiny K=1": TINY | dict(
-        shift=2.0, pairs=4000, pairs_steps=700, anchor=0.1, steps=400, student_every=2, student_lr=6e-4,
-        score_shift=0.7, guidance_interval=(0.0, 1.0)),
+    "tiny K=2": TINY_2,
+    "tiny K=1": TINY_1,
     "wan-1.3b": WAN,
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
@@ -232,7 +244,7 @@ def main(cfg):
     # 4) the teacher's pairs, if any, the log, and signals
     nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
     pairs = pairs_of(nets, data, origin, cfg, world)
-    log = Log(cfg.out, asdict(cfg), step=origin.step, steps=end_of(cfg), main=world.main, wandb=cfg.wandb)
+    log = Log(cfg.out, asdict(cfg), step=origin.step, steps=end_of(cfg), main=world.main, wandb=cfg.wandb, signs=signs)
     stopped, clock = parallel.stop_requested(world), Clock()
 
     # 5) the loop
@@ -474,7 +486,7 @@ def prompts(data, cfg, role, step):
 
 
 class Pair(NamedTuple):
-    """Clips of the teacher, and points on the way to them from their noise, as one forward of the student takes them."""
+    """Clips of the teacher, and points on the way to them from their noise, as the student takes them at once."""
     x0: torch.Tensor    # (B, C, F, H, W) where the teacher's ODE ends
     e: torch.Tensor     # (B, C, F, H, W) the noise that takes x0 to the point: where the ODE began, for t = 1
     t: torch.Tensor     # (B,) of the student's times, that of the point
@@ -596,9 +608,10 @@ def finished_with(folder, spec):
 
 
 def ode_times(cfg):
-    """The times at which a pair's ODE is solved: the student's, and between them those of a grid of ODE_STEPS steps or more.
+    """The times at which a pair's ODE is solved: the student's, and those of a grid of ODE_STEPS steps or more.
 
-    The grid's points that are next to one of the student's are left out.
+    The grid's points that are next to one of the student's are left out: the step after a very short one would carry v
+    too far.
     """
     n = math.ceil(ODE_STEPS / len(cfg.times)) * len(cfg.times)
     own = [shifted(t, 1 / cfg.shift) for t in cfg.times]
