@@ -81,7 +81,7 @@ SIGNS = (
          "the student's clips have {} times the teacher's contrast, in good runs 1.1 at most. Lower --guidance, narrow "
          "--guidance_interval or raise --student_every"),
     # good runs: .85 and more, one step by distribution matching alone .75
-    Sign("loss of variety", variety, 0.6, ANY,
+    Sign("loss of variety", variety, 0.7, ANY,
          "clips of one prompt differ {} times as much as the teacher's, in good runs .75 or more. Make --pairs, or more "
          "of them, raise --anchor or lower --guidance"),
     # One update at a learning rate that does anything moves them by more
