@@ -25,7 +25,8 @@ from helpers import (Killed, as_flags, as_version_1, close, copied, full_disk, l
                      ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
                      spied, state)
 from model import MODELS, Bound, Cond, DiT
-from step import Learner, adamw, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t, train_step
+from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t,
+                  train_step)
 
 QUIET = dict(val_every=0, samples=0)    # no videos, no figures of them
 LOSSES = "student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"
