@@ -24,7 +24,9 @@ def signs(entries):
     for sign in SIGNS:
         figure = sign.figure(entries)
         if figure is not None and not sign.least <= figure <= sign.most:
-            found.setdefault(sign.cause, f"{sign.cause}: {sign.says.format(format(figure, '.2g'))}")
+            found[sign.cause] = f"{sign.cause}: {sign.says.format(format(figure, '.2g'))}"
+            if sign.cause == FROZEN:        # whatever else is wrong was so from the start
+                break
     return found
 
 
@@ -51,9 +53,14 @@ def contrast(entries):
 
 
 def variety(entries):
-    """How far the student's clips of one prompt are apart, beside the teacher's, if both had one contrast."""
-    seen = entries[-1]
-    return seen["val_diversity"] / seen["val_std"] if seen.get("val_std") else None
+    """How far the student's clips of one prompt are apart, beside the teacher's, if both had one contrast.
+
+    None while it grows from validation to validation: few steps of the teacher itself have little of it.
+    """
+    validated = [entry["val_diversity"] / entry["val_std"] for entry in entries if entry.get("val_std")]
+    if not entries[-1].get("val_std") or len(validated) > 1 and validated[-1] > 1.05 * validated[-2]:
+        return None
+    return validated[-1]
 
 
 def moved(entries):
@@ -71,23 +78,24 @@ def pull(entries):
 
 
 ANY = float("inf")
+FROZEN = "the student is frozen"
 SIGNS = (
-    # Good runs: .6 to .8, where the student drifts: .45 to .6, a frozen critic: 0 (reference runs on the shapes)
+    # one update at a learning rate that does anything moves them by more
+    Sign(FROZEN, moved, 0.002, ANY,
+         "its clips have changed by {} since the first validation. Raise --student_lr, or lower --ema"),
+    # good runs: .01 and more, whatever the model
+    Sign(FROZEN, pull, 1e-6, ANY,
+         "its gradient is {}: teacher and critic agree. Raise --guidance or --critic_lr"),
+    # good runs on the shapes: .7 to 1.3; a frozen critic: 0
     Sign("the critic is behind", critic_share, 0.3, ANY,
-         "what it knows of the student, |f - c|, is {} of the guidance, in good runs .6 or more. Raise --critic_lr or "
+         "what it knows of the student, |f - c|, is {} of the guidance, in good runs .7 or more. Raise --critic_lr or "
          "--student_every"),
     # good runs: .92 to 1.1; with guidance too high 1.2 to 1.3; with a frozen critic 1.6
     Sign("over-saturation", contrast, 0.0, 1.2,
          "the student's clips have {} times the teacher's contrast, in good runs 1.1 at most. Lower --guidance, narrow "
          "--guidance_interval or raise --student_every"),
-    # good runs: .85 and more, one step by distribution matching alone .75
+    # good runs: .9 and more
     Sign("loss of variety", variety, 0.7, ANY,
-         "clips of one prompt differ {} times as much as the teacher's, in good runs .75 or more. Make --pairs, or more "
+         "clips of one prompt differ {} times as much as the teacher's, in good runs .9 or more. Make --pairs, or more "
          "of them, raise --anchor or lower --guidance"),
-    # One update at a learning rate that does anything moves them by more
-    Sign("the student is frozen", moved, 0.002, ANY,
-         "its clips have changed by {} since the first validation. Raise --student_lr, or lower --ema"),
-    # good runs: .01 and more, whatever the model
-    Sign("the student is frozen", pull, 1e-6, ANY,
-         "its gradient is {}: teacher and critic agree. Raise --guidance or --critic_lr"),
 )

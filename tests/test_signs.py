@@ -13,7 +13,7 @@ VALIDATED = {"val_std": 1.05, "val_diversity": 1.0}
 
 def log_with(*last, lines=LINES, **more):
     """A first validation, lines of a good run with `more` in them, and an end."""
-    first = {"step": 0, "val_std": 0.8, "val_diversity": 0.6}
+    first = {"step": 0, "val_std": 0.8, "val_diversity": 0.7}
     return [first, *({"step": i} | GOOD | more for i in range(lines)), *({"step": lines} | some for some in last)]
 
 
@@ -21,7 +21,7 @@ BAD = [
     ("the critic is behind", log_with(student_matching_by_t3=0.02), "0.2 of the guidance.*--critic_lr"),
     ("over-saturation", log_with(GOOD | {"val_std": 1.3, "val_diversity": 1.2}), "1.3 times.*--guidance"),
     ("loss of variety", log_with(GOOD | {"val_std": 1.0, "val_diversity": 0.5}), "0.5 times.*--pairs"),
-    ("the student is frozen", log_with(GOOD | {"val_std": 0.8001, "val_diversity": 0.6}), "--student_lr"),
+    ("the student is frozen", log_with(GOOD | {"val_std": 0.8001, "val_diversity": 0.7}), "--student_lr"),
     ("the student is frozen", log_with(student_grad_norm=0.0), "gradient is 0.*--guidance"),
 ]
 
@@ -55,3 +55,7 @@ def test_a_cause_is_said_once(tmp_path, capsys):
         log(step, loss=1.0)
     log.close()
     assert capsys.readouterr().out.count("step 1: tired: sleep\n") == 1
+
+
+def test_variety_that_still_grows_is_no_loss():
+    assert signs(log_with({"val_std": 1.0, "val_diversity": 0.3}, GOOD | {"val_std": 1.0, "val_diversity": 0.5})) == {}
