@@ -57,10 +57,11 @@ def variety(entries):
 
     None while it grows from validation to validation: few steps of the teacher itself have little of it.
     """
-    validated = [entry["val_diversity"] / entry["val_std"] for entry in entries if entry.get("val_std")]
-    if not entries[-1].get("val_std") or len(validated) > 1 and validated[-1] > 1.05 * validated[-2]:
+    if not entries[-1].get("val_std"):
         return None
-    return validated[-1]
+    validated = [entry["val_diversity"] / entry["val_std"] for entry in entries if entry.get("val_std")]
+    grows = len(validated) > 1 and validated[-1] > 1.05 * validated[-2]
+    return None if grows else validated[-1]
 
 
 def moved(entries):

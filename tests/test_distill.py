@@ -255,7 +255,7 @@ def test_the_teachers_way_has_the_students_times_among_eight_or_more_steps():
         own, way = times(student_steps=K, shift=3.0)
         assert way == pytest.approx(grid(n, 3.0))
         assert set(own) <= set(way)
-    own, way = times(times=(1.0, 0.7, 0.301))
+    own, way = times(times=(1.0, 0.7, 0.33))
     assert set(own) <= set(way)
     assert way == sorted(way, reverse=True)
     assert min(a - b for a, b in zip(way, way[1:])) > 0.01
