@@ -21,8 +21,8 @@ import sample
 import step
 import train
 from data import Latents, noise
-from helpers import (Killed, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
-                     ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
+from helpers import (Killed, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
+                     out_of_memory, ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
                      spied, state)
 from model import MODELS, Bound, Cond, DiT
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t,

@@ -6,8 +6,9 @@ import pytest
 from log import Log
 from signs import LINES, UPDATES, signs
 
-GOOD = {"student_updates": UPDATES, "student_grad_norm": 0.3, "student_guidance_by_t3": 0.1, "student_matching_by_t3": 0.08,
-        "student_matching_by_t0": 0.05, "student_guidance_by_t0": 0.0}
+GOOD = {"student_updates": UPDATES, "student_grad_norm": 0.3,
+        "student_guidance_by_t3": 0.1, "student_matching_by_t3": 0.08,
+        "student_guidance_by_t0": 0.0, "student_matching_by_t0": 0.05}
 VALIDATED = {"val_std": 1.05, "val_diversity": 1.0}
 
 
