@@ -27,13 +27,13 @@ import codec
 import flags
 import parallel
 import plan
-from data import DTYPES, Ahead, Latents, noise, read_manifest, stratified, stream
+from data import DTYPES, Ahead, Latents, holds_latents, noise, read_manifest, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
-from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, guided_x0, lr_at,
-                  numbers, ode, over, rollout, sample_t, shifted, start_again, start_average, to_x0, train_step,
-                  trajectory)
 from signs import signs
+from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
+                  lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average, to_x0,
+                  train_step, trajectory)
 from store import Writer
 
 
@@ -57,6 +57,7 @@ class Config:
     guidance: float | None = None                         # the teacher's guidance scale s of u + s (c - u)
     guidance_interval: tuple[float, float] | None = None  # lowest and highest t with guidance (arXiv 2404.07724)
     score_shift: float | None = None                      # time shift of the t at which teacher and critic are asked
+    first_frame: float | None = None                      # share of clips begun by a given frame; None = the teacher's
 
     # before that, and beside it
     pairs: int | None = None                              # clips of the unguided teacher from known noise; 0 = none
@@ -190,9 +191,9 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet, or must have been where there is none any more
-BEFORE = {"deterministic": False, "start": "noise", "pairs": 0, "pairs_steps": 0, "anchor": 0.0}
+BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "pairs": 0, "pairs_steps": 0, "anchor": 0.0}
 BETAS = (0.0, 0.999)    # of student and critic
-ODE_STEPS = 8                # least number of steps in which the teacher makes a pair
+ODE_STEPS = 8           # least number of steps in which the teacher makes a pair
 PAIRS_LOG = 10          # updates on pairs from one line of the log to the next
 USUAL_STEPS = 4         # of the student, for which a model's own row was made
 CLAMP = (0.02, 0.98)    # of the t at which teacher and critic are asked
@@ -204,7 +205,8 @@ class Draw(NamedTuple):
     """Everything random of one micro-batch."""
     text: torch.Tensor  # (B, S, E)
     null: torch.Tensor  # (S, E) what guidance leads away from
-    z: torch.Tensor     # (B, C, F, H, W) where the rollout starts
+    z: torch.Tensor     # (B, C, F, H, W) where the rollout starts: noise, and the first frames that are given
+    free: torch.Tensor | None   # (B, F) 0 in frames that are given, None without --first_frame
     e: torch.Tensor     # (B, C, F, H, W) noise of the score's x_t
     u: torch.Tensor     # (B,) uniforms of the score's t
     noises: list        # K - 1 of (B, C, F, H, W), between the steps of the rollout
@@ -329,16 +331,17 @@ def regress(step, student, nets, pairs, origin, cfg, world, clock, log):
 def pairs_loss(nets, pair, cfg):
     """Flow matching on the teacher's pairs, by the error of x0: that of the point x_t on the ODE's way is its end."""
     student, _, _ = nets(pair.x0.shape)
-    return flow_loss(student, pair.x0, Cond(pair.text), pair.t, pair.e, pair.t.square(), cfg.times)
+    return flow_loss(student, pair.x0, Cond(pair.text), pair.t, pair.e, pair.t.square(), times=cfg.times)
 
 
 def student_loss(nets, micro, exit, cfg):
     """Distribution matching on what the student's sampler gives at its step `exit`, with its graph."""
     student, critic, teacher = nets(micro.z.shape)
     cond, uncond = Cond(micro.text), Cond(micro.null.expand_as(micro.text))
-    x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit)
+    x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit, micro.free)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
-    return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), row_of(cfg)["rescale"])
+    rescale = row_of(cfg)["rescale"]
+    return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
 
 
 def anchored(losses, pairs, n, nets, cfg):
@@ -364,9 +367,9 @@ def critic_loss(nets, micro, exit, cfg):
     student, critic, _ = nets(micro.z.shape)
     cond = Cond(micro.text)
     with torch.no_grad():
-        x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit)
+        x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit, micro.free)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
-    return flow_loss(critic, x0, cond, t, micro.e)
+    return flow_loss(critic, x0, cond, t, micro.e, free=micro.free)
 
 
 def scale_at(t, cfg):
@@ -378,7 +381,7 @@ def scale_at(t, cfg):
 def student_flops(nets, micro, exit, cfg):
     """FLOPs of one sample's part in a student update, by what the nets need, without recompute."""
     student, critic, _ = nets(micro.z.shape)
-    sizes = micro.z.shape[1:], micro.text.shape[1]
+    sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3        # a forward and its backward
     scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
     graphs = 2 if cfg.anchor else 1
@@ -388,7 +391,7 @@ def student_flops(nets, micro, exit, cfg):
 def critic_flops(nets, micro, exit, cfg):
     """The same of a critic update."""
     student, critic, _ = nets(micro.z.shape)
-    sizes = micro.z.shape[1:], micro.text.shape[1]
+    sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3
     return student.flops(*sizes) * (exit + 1) + critic.flops(*sizes) * learning
 
@@ -398,6 +401,12 @@ def pairs_flops(nets, pair, cfg):
     student, _, _ = nets(pair.x0.shape)
     learning = 2 if cfg.lora_rank else 3
     return student.flops(pair.x0.shape[1:], pair.text.shape[1]) * learning
+
+
+def sizes_of(micro):
+    """What Bound.flops counts by: a latent's shape, tokens of a text, times t of a sample."""
+    times = 1 if micro.free is None else micro.free.shape[1]
+    return micro.z.shape[1:], micro.text.shape[1], times
 
 
 def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
@@ -461,13 +470,23 @@ def draw(data, cfg, role, step):
     micros = []
     for slots in data.slots:
         text = data.text([ids[slot] for slot in slots])
-        z = noise(cfg.seed, f"{role}_z", step, slots, shape)
+        z, free = begun(noise(cfg.seed, f"{role}_z", step, slots, shape), role, step, slots, ids, data, cfg)
         e = noise(cfg.seed, f"{role}_score_noise", step, slots, shape)
         noises = []
         for k in range(K - 1):
             noises.append(noise(cfg.seed, f"{role}_renoise", step, [slot * K + k for slot in slots], shape))
-        micros.append(Draw(text, data.null, z, e, u[slots], noises))
+        micros.append(Draw(text, data.null, z, free, e, u[slots], noises))
     return micros
+
+
+def begun(z, role, step, slots, ids, data, cfg):
+    """Noise z that in a share --first_frame begins with the first frame of the prompts' own clips, and its free."""
+    if not cfg.first_frame:
+        return z, None
+    give = torch.tensor([stream(cfg.seed, f"{role}_give", step, slot).random(dtype=np.float32) for slot in slots])
+    free = first_given(z, give < cfg.first_frame)
+    x0, _ = data.sample([ids[slot] for slot in slots])
+    return place(z, x0, free), free
 
 
 def prompts(data, cfg, role, step):
@@ -661,6 +680,8 @@ def begin(cfg):
     )
     weights = ckpt.weights(cfg.teacher, **world.ranks)
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
+    if cfg.first_frame:     # first frames are normalised as the teacher knows them
+        data.mean, data.std = codec.moments(student_sampling)
     codec.load(teacher_sampling["codec"], vae=cfg.vae if world.main else None)  # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
     told(cfg.out)       # damaged, it fails here
@@ -673,7 +694,7 @@ def begin(cfg):
     step, counts = 0, None
     if path:
         saved = ckpt.read_manifest(path)
-        ckpt.differences(path, saved, asdict(cfg), inputs, free(cfg), BEFORE)
+        ckpt.differences(path, saved, asdict(cfg), inputs, may_change(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     if row_steps(cfg) != cfg.student_steps:
         world.say(f"--model={cfg.model} has no row of defaults for {cfg.student_steps} steps: "
@@ -728,6 +749,8 @@ def resolve(cfg):
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
+    if not 0 <= cfg.first_frame <= 1:
+        raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     return replace(cfg, times=times, student_steps=len(times))
 
 
@@ -743,17 +766,23 @@ def row_steps(cfg):
 
 
 def inherit(cfg):
-    """The config with what a teacher of ours decides: the model's size, the student's window unless one is given."""
+    """The config with what a teacher of ours decides: the model's size, and unless they are given the student's window
+    and the share of first frames.
+    """
     sampling = ckpt.sampling_of(cfg.teacher)
     if sampling is None:
         if cfg.model is None:
             raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
-        return cfg
+        return flags.filled(cfg, {}, {"first_frame": 0.0})
     if cfg.model not in (None, sampling["model"]):
         raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
     if "times" in sampling:
         raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
-    cfg = replace(cfg, model=sampling["model"])
+    known = sampling.get("first_frame", 0.0)     # of old checkpoints
+    if cfg.first_frame and not known:
+        raise ValueError(f"--first_frame={cfg.first_frame}, but {cfg.teacher} was trained without: train.py "
+                         "--first_frame first")
+    cfg = flags.filled(replace(cfg, model=sampling["model"]), {}, {"first_frame": known})
     if sampling["window"] and not cfg.window:
         window, tile = tuple(sampling["window"]), tuple(sampling["tile"])
         cfg = replace(cfg, window=window, tile=tile, dense_ends=sampling["dense_ends"])
@@ -765,6 +794,10 @@ def samplings(cfg, data, weights):
     made = data.manifest
     width = made["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
+    if cfg.first_frame and (not holds_latents(made) or all(shape[1] == 1 for shape in data.shapes)):
+        held = "stills" if holds_latents(made) else "prompts"
+        raise ValueError(f"--first_frame={cfg.first_frame} takes first frames of clips, and {cfg.data} holds {held} "
+                         "alone: give --data of clips, or --first_frame=0")
     teacher = weights.sampling or ckpt.sampling_of(cfg.teacher)
     if teacher is None:
         teacher = made | {"steps": 50, "shift": cfg.shift, "window": None, "tile": cfg.tile, "dense_ends": 0}
@@ -792,6 +825,7 @@ def samplings(cfg, data, weights):
         "times": cfg.times,
         "shift": cfg.shift,
         "guidance": 1.0,
+        "first_frame": cfg.first_frame,
     }
     return teacher, student
 
@@ -816,6 +850,8 @@ def build(cfg, data, world, trainable=True):
     lora = adapters(cfg)
     net = blank(cfg.model, cfg.remat, lora)
     ways = 2 * (1 + len(lora))      # a block computes one shape: dense or sparse, by the base or with an adapter
+    if cfg.first_frame:
+        ways *= 2                   # with a t per frame, and per clip
     parallel.prepare(net, world, trainable=trainable, shapes=ways * len(data.shapes))
     return net
 
@@ -839,7 +875,7 @@ def new_values(rows, seed):
     return value
 
 
-def free(cfg):
+def may_change(cfg):
     """Flags that may change on resume; not --steps where the learning rates fall to 0 at the last one."""
     names = FREE if cfg.schedule == "constant" else FREE - {"steps"}
     return names | set(cfg.allow)
@@ -876,7 +912,7 @@ def ended(step, counts, cfg):
 
 
 def finished(cfg, origin):
-    more = "--steps=N" if "steps" in free(cfg) else "--steps=N --allow steps"
+    more = "--steps=N" if "steps" in may_change(cfg) else "--steps=N --allow steps"
     done = f"{origin.step} of {end_of(cfg)} steps"
     return f"{origin.path} is finished, {done}: {more} adds, --out= starts another"
 
@@ -915,6 +951,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     """Few-step clips of fixed prompts beside the teacher's (goal, made once), their figures, and what the scores see.
 
     The last: critic and guided teacher amid the guided noise levels, the two x0 whose difference the student follows.
+    A run with --first_frame shows and measures these clips again with their first frames given.
     """
     ids = data.for_videos(cfg.samples)
     shape = data.shape_of(ids[0])
@@ -928,18 +965,29 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         text = data.text([ids[place // SEEDS] for place in places]).to(world.device)
         return Cond(text), Cond(data.null.to(world.device).expand_as(text))
 
-    def few_steps(places):
-        z, *noises = [draw("sample", k, places) for k in range(len(cfg.times))]
-        cond, _ = conds(places)
-        return rollout(student, z, cond, cfg.times, noises, len(cfg.times) - 1)
+    def begun(given, places):
+        z = draw("sample", 0, places)
+        if not given:
+            return z, None
+        x0, _ = data.sample([ids[place // SEEDS] for place in places])
+        free = first_given(z, torch.ones(len(z), device=world.device))
+        return place(z, x0.to(world.device), free), free
 
-    def many_steps(places):
+    def few_steps(given, places):
+        z, free = begun(given, places)
+        noises = [draw("sample", k, places) for k in range(1, len(cfg.times))]
+        cond, _ = conds(places)
+        return rollout(student, z, cond, cfg.times, noises, len(cfg.times) - 1, free)
+
+    def many_steps(given, places):
+        z, free = begun(given, places)
         cond, uncond = conds(places)
-        return ode(teacher, draw("sample", 0, places), cond, times, uncond, cfg.guidance)
+        solver = origin.teacher_sampling.get("solver", "euler")     # of old checkpoints
+        return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, free)
 
     def inside(some):
         places = [i * SEEDS for i in some]
-        x0 = few_steps(places)
+        x0 = few_steps(False, places)
         cond, uncond = conds(places)
         t = x0.new_full((len(x0),), sum(cfg.guidance_interval) / 2)
         x_t = add_noise(x0, draw("val", 0, some), t)
@@ -950,16 +998,21 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
     chunk = cfg.micro_batch or CHUNK
     n = len(ids) * SEEDS
-    drawn = parallel.spread(few_steps, n, chunk, world)
+    ways = (False, True) if cfg.first_frame else (False,)
+    drawn = [parallel.spread(partial(few_steps, given), n, chunk, world) for given in ways]
     if not goal:
-        goal.append(parallel.spread(many_steps, n, chunk, world))
+        goal += [parallel.spread(partial(many_steps, given), n, chunk, world) for given in ways]
     seen = parallel.spread(inside, len(ids), chunk, world)
     if world.main:
-        captions = [data.caption(i) for i in ids]
-        show(step, "samples", dict(student=drawn[::SEEDS], teacher=goal[0][::SEEDS]), captions, origin, cfg, log, world)
+        captions, rows, figures = [data.caption(i) for i in ids], {}, {}
+        for given, student_x0, teacher_x0 in zip(ways, drawn, goal):
+            from_it = " from the first frame" if given else ""
+            rows |= {f"student{from_it}": student_x0[::SEEDS], f"teacher{from_it}": teacher_x0[::SEEDS]}
+            figures |= likeness(student_x0, teacher_x0, given)
+        show(step, "samples", rows, captions, origin, cfg, log, world)
         x0, f, r = seen.unbind(1)
         show(step, "inside", {"student": x0, "critic's x0": f, "teacher's x0": r}, captions, origin, cfg, log, world)
-        log(step, **likeness(drawn, goal[0]))
+        log(step, **figures)
 
 
 def show(step, kind, rows, captions, origin, cfg, log, world):
@@ -977,8 +1030,15 @@ def show(step, kind, rows, captions, origin, cfg, log, world):
         log.video(step, path, captions, list(rows))
 
 
-def likeness(student, teacher):
-    """How varied, lively and contrasty the student's clips of the fixed prompts are, as ratios to the teacher's."""
+def likeness(student, teacher, given=False):
+    """How varied, lively and contrasty the student's clips of the fixed prompts are, as ratios to the teacher's.
+
+    given: whether the first frame is, which is then left out.
+    """
+    way = ""
+    if given:
+        way, student, teacher = "_first_frame", student[:, :, 1:], teacher[:, :, 1:]
+
     def diversity(x):
         return torch.stack([torch.pdist(some.flatten(1)).mean() for some in x.split(SEEDS)]).mean()
 
@@ -988,7 +1048,7 @@ def likeness(student, teacher):
     seen = {"val_diversity": diversity(student) / diversity(teacher), "val_std": student.std() / teacher.std()}
     if student.shape[2] > 1:        # stills do not move
         seen["val_motion"] = motion(student) / motion(teacher)
-    return seen
+    return {f"{name}{way}": ratio for name, ratio in seen.items()}
 
 
 def show_first(step, z, origin, cfg, world, log):

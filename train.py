@@ -24,8 +24,8 @@ import plan
 from data import Latents, holds_latents, noise, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of, token_grid
-from step import (BINS, Learner, adamw, averaged, copies, flow_loss, grid, lr_at, muon, numbers, ode, sample_t,
-                  start_average, train_step)
+from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, grid, lr_at, muon, numbers, ode,
+                  place, sample_t, start_average, train_step)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Config:
     t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
     shift: float | None = None                            # time shift towards noise: t -> s t / (1 + (s - 1) t)
     text_dropout: float = 0.1                             # share of samples whose text is replaced by the null text
+    first_frame: float = 0.0                              # share of clips begun by a given frame: image to video
 
     # sparse attention
     window: tuple[int, int, int] | None = None            # attention window in tiles, frames rows columns; None = dense
@@ -96,8 +97,8 @@ class Config:
 # A row per model, and for an optimizer that asks for other values. The last block of each has no flags: edit it here.
 # Only matrices are decayed.
 TINY = dict(
-    optimizer="adamw",
-    steps=5500,
+    optimizer="muon",
+    steps=3000,
     batch=16,
     lr=8e-3,
     warmup=100,
@@ -106,14 +107,15 @@ TINY = dict(
     shift=2.0,
     guidance=2.0,
     remat=False,
-    val_every=1500,
-    save_every=1500,
+    val_every=1000,
+    save_every=1000,
 
     beta2=0.99,
     weight_decay=0.01,
     clip=1.0,
-    sample_steps=50,
+    sample_steps=25,
     sample_shift=1.0,
+    sample_solver="ab2",
 )
 WAN = dict(
     optimizer="adamw",
@@ -135,10 +137,18 @@ WAN = dict(
     clip=1.0,
     sample_steps=50,
     sample_shift=5.0,
+    sample_solver="euler",
 )
 DEFAULTS = {
     "tiny": TINY,
-    "tiny with muon": TINY | dict(optimizer="muon", steps=3000, val_every=1000, save_every=1000),
+    "tiny with adamw": TINY | dict(
+        optimizer="adamw",
+        steps=5500,
+        val_every=1500,
+        save_every=1500,
+        sample_steps=50,
+        sample_solver="euler",
+    ),
     "wan-1.3b": WAN | dict(shift=3.0, sample_shift=3.0),
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
@@ -147,7 +157,7 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet
-BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw"}
+BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw", "first_frame": 0.0}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -220,11 +230,14 @@ def main(cfg):
 
 
 def loss_of(net, micro, cfg):
-    """Flow matching of one micro-batch: text dropped here and there, t by its density."""
+    """Flow matching of one micro-batch: text dropped and first frames given here and there, t by its density."""
     drop = micro.drop < cfg.text_dropout
     text = torch.where(drop[:, None, None], micro.null, micro.text)
     t = sample_t(micro.u, cfg.t, cfg.shift)
-    return flow_loss(net, micro.x0, Cond(text), t, micro.e)
+    free = None
+    if cfg.first_frame:
+        free = first_given(micro.x0, micro.give < cfg.first_frame)
+    return flow_loss(net, micro.x0, Cond(text), t, micro.e, free=free)
 
 
 def rate(step, cfg):
@@ -253,7 +266,8 @@ def figures(step, seen, me, bound, micro, data, cfg, world):
     seen = numbers(parallel.mean(seen, world))
     samples_per_s = cfg.batch / seen["seconds"]
     tokens = math.prod(token_grid(bound.net.config, micro.x0.shape))
-    forward = bound.flops(micro.x0.shape[1:], micro.text.shape[1])
+    times = micro.x0.shape[2] if cfg.first_frame else 1
+    forward = bound.flops(micro.x0.shape[1:], micro.text.shape[1], times)
     work = forward * (2 if cfg.lora_rank else 3)        # a forward and its backward
     if bound.metadata is not None:
         seen["sparsity"] = bound.metadata.sparsity
@@ -304,6 +318,9 @@ def begin(cfg):
     )
     if not holds_latents(data.manifest):
         raise ValueError(f"{cfg.data[0]} holds prompts without latents: one can distil from it, not train on it")
+    if cfg.first_frame and all(shape[1] == 1 for shape in data.shapes):
+        raise ValueError(f"--first_frame={cfg.first_frame}: {' '.join(cfg.data)} holds stills alone, of which nothing "
+                         "is left to learn where the first frame is given")
     width = data.manifest["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
@@ -368,6 +385,8 @@ def resolve(cfg):
         raise ValueError(f"--mix {' '.join(map(str, cfg.mix))}: each of --data {' '.join(cfg.data)} gets one above 0")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
+    if not 0 <= cfg.first_frame <= 1:
+        raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
     return cfg
@@ -430,7 +449,7 @@ def patterns(cfg, shapes):
         tokens = token_grid(MODELS[cfg.model], shape)
         windows = {window_at(step, cfg, tokens) for step in range(cfg.window_steps + 1)}
         count += len(windows | {None})
-    return count
+    return 2 * count if cfg.first_frame else count      # validated with a t per clip too
 
 
 def validated(cfg, step, data, world):
@@ -470,7 +489,9 @@ def about(step, me, data, cfg, origin):
         "sampler": "euler",
         "steps": row["sample_steps"],
         "shift": row["sample_shift"],
+        "solver": row["sample_solver"],
         "guidance": cfg.guidance,
+        "first_frame": cfg.first_frame,
     }
     return {
         "config": asdict(cfg),
@@ -490,11 +511,15 @@ def loss_name(data):
 
 @torch.no_grad()
 def validate(net, step, data, cfg, world):
-    """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none."""
+    """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none.
+
+    A run with --first_frame measures it twice, the second time with the first frame given to all clips but stills.
+    """
     ids = data.held_out
     if not ids:
         ids = range(min(cfg.val or 16, data.count))
-    total = torch.zeros(2, BINS, device=world.device)
+    ways = ["", "_first_frame"] if cfg.first_frame else [""]
+    total = torch.zeros(len(ways), 2, BINS, device=world.device)
     chunk = cfg.micro_batch or CHUNK
     for i, counts in parallel.share(len(ids), world):
         x0, text = (x.to(world.device) for x in data.sample([ids[i]]))
@@ -504,17 +529,27 @@ def validate(net, step, data, cfg, world):
             n = len(levels)
             t = torch.tensor([(k + 0.5) / STRATA for k in levels], device=world.device)
             e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:]).to(world.device)
-            _, seen = flow_loss(bound, x0.expand(n, -1, -1, -1, -1), Cond(text.expand(n, -1, -1)), t, e)
-            if counts:
-                total += seen["loss_by"]
+            x0_n = x0.expand(n, -1, -1, -1, -1)
+            for way, sums in zip(ways, total):
+                free = first_given(x0_n, torch.ones_like(t)) if way else None
+                _, seen = flow_loss(bound, x0_n, Cond(text.expand(n, -1, -1)), t, e, free=free)
+                if counts and not (way and free is None):
+                    sums += seen["loss_by"]
     total = parallel.mean({"loss": total}, world)["loss"]
-    name = loss_name(data)
-    return {name: (total[0].sum() / total[1].sum()).item()} | numbers({f"{name}_by": total})
+    found = {}
+    for way, (sums, counts) in zip(ways, total):
+        if counts.any():        # not of stills alone
+            name = f"{loss_name(data)}{way}"
+            found |= {name: (sums.sum() / counts.sum()).item()} | numbers({f"{name}_by": torch.stack((sums, counts))})
+    return found
 
 
 @torch.no_grad()
 def show(net, step, data, cfg, world, log):
-    """Videos of fixed prompts and noise into the run's folder: captions of the dataset, held-out ones first."""
+    """Videos of fixed prompts and noise into the run's folder: captions of the dataset, held-out ones first.
+
+    A run with --first_frame adds a row of videos that begin with these clips' own first frames.
+    """
     if step == 0 or cfg.samples == 0:
         return
     ids = data.for_videos(cfg.samples)
@@ -523,18 +558,26 @@ def show(net, step, data, cfg, world, log):
     bound = bound_at(step, net, shape, cfg, world)
     times = grid(row["sample_steps"], row["sample_shift"])
 
-    def make(places):
+    def make(given, places):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
         text = data.text([ids[i] for i in places]).to(world.device)
         null = data.null.to(world.device).expand_as(text)
-        return ode(bound, z, Cond(text), times, Cond(null), cfg.guidance)
+        free = None
+        if given:
+            x0, _ = data.sample([ids[i] for i in places])
+            free = first_given(z, torch.ones(len(z), device=world.device))
+            z = place(z, x0.to(world.device), free)
+        return ode(bound, z, Cond(text), times, Cond(null), cfg.guidance, row["sample_solver"], free)
 
-    x0 = parallel.spread(make, len(ids), cfg.micro_batch or CHUNK, world)
+    rows, columns = {"text alone": False}, None
+    if cfg.first_frame:
+        rows, columns = rows | {"first frame given": True}, len(ids)
+    made = [parallel.spread(partial(make, given), len(ids), cfg.micro_batch or CHUNK, world) for given in rows.values()]
     if world.main:
-        path = codec.write_clips(log.file("samples", step), x0, data.manifest, vae=cfg.vae, device=world.device,
-                                 report=log.say)
+        path = codec.write_clips(log.file("samples", step), torch.cat(made), data.manifest, vae=cfg.vae,
+                                 device=world.device, columns=columns, report=log.say)
         if path:
-            log.video(step, path, [data.caption(i) for i in ids])
+            log.video(step, path, [data.caption(i) for i in ids], list(rows) if columns else ())
 
 
 def show_first(micro, data, cfg, world, log):

@@ -6,9 +6,9 @@ import torch
 
 import step
 from parallel import Part
-from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, flow_loss, grid,
-                  guided, guided_x0, lr_at, muon, numbers, ode, rollout, sample, sample_t, shifted, start_average,
-                  tensors, to_x0, train_step)
+from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, first_given,
+                  flow_loss, grid, guided, guided_x0, lr_at, muon, numbers, ode, place, rollout, sample, sample_t, shifted,
+                  start_average, tensors, to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
 
@@ -315,7 +315,7 @@ def test_flow_loss_on_a_pair_is_the_error_of_x0_at_the_points_of_its_way():
         asked.append(x)
         return wave(x, t, cond)
 
-    loss, seen = flow_loss(net, x0, torch.tensor(0.3), t, e, t**2, (1.0, 0.4))
+    loss, seen = flow_loss(net, x0, torch.tensor(0.3), t, e, t**2, times=(1.0, 0.4))
     each = (to_x0(x_t, wave(x_t, t, torch.tensor(0.3)), t) - x0).square().flatten(1).mean(1)
     assert torch.equal(asked[0][0], z[0])
     assert torch.allclose(asked[0][1], point[1], rtol=1e-12)
@@ -417,6 +417,163 @@ def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many
     second_order = sample(wave, noises.__getitem__, cond, uncond, how | {"solver": "ab2"})
     assert torch.equal(second_order, ode(wave, noises[0], cond, grid(5, 3.0), uncond, 2.0, "ab2"))
     assert not torch.equal(second_order, many)
+
+
+# ---- frames that are given ------------------------------------------------------------------------------------------
+
+
+FREE = torch.tensor([[0.0, 1, 1], [1, 1, 1], [0, 0, 1], [0, 1, 1]])
+
+
+def test_a_first_frame_is_given_where_it_is_said_and_never_that_of_a_still():
+    given = torch.tensor([True, False, True, False])
+    x0, z = randn(4, 3, 3, 4, 4, seed=1), randn(4, 3, 3, 4, 4, seed=2)
+    free = first_given(x0, given)
+    assert free.tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1]]
+    begun = place(z, x0, free)
+    assert torch.equal(begun[given][:, :, 0], x0[given][:, :, 0])
+    assert torch.equal(begun[~given], z[~given])
+    assert torch.equal(begun[given][:, :, 1:], z[given][:, :, 1:])
+    assert first_given(x0[:, :, :1], given) is None
+    assert torch.equal(place(z, x0, None), z)
+
+
+def by_frame(x, t, cond):
+    """A net whose frames do not see each other: what is given might as well not be there."""
+    t = t.view(len(t), 1, -1, 1, 1)
+    return torch.sin(3 * x) + t + 1 + (0 if cond is None else cond)
+
+
+def three_frames(dtype=torch.float64):
+    return [randn(4, 3, 3, 4, 4, seed=s, dtype=dtype) for s in (1, 2)] + [torch.tensor([0.1, 0.4, 0.7, 0.95])]
+
+
+def left(x, i):
+    """Clip i without its given frames."""
+    return x[i:i + 1, :, FREE[i].bool()]
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2, 3, 1]), torch.rand(4, 3)])
+def test_flow_loss_of_a_clip_is_the_one_of_its_free_frames(weight):
+    x0, e, t = three_frames()
+    loss, seen = flow_loss(by_frame, x0, None, t, e, weight, FREE)
+    alone = []
+    for i in range(4):
+        w = weight
+        if weight is not None:
+            w = weight[i:i + 1] if weight.ndim == 1 else weight[i:i + 1, FREE[i].bool()]
+        alone.append(flow_loss(by_frame, left(x0, i), None, t[i:i + 1], left(e, i), w))
+    assert loss.item() == pytest.approx(sum(loss.item() for loss, _ in alone) / 4, rel=1e-6)
+    assert torch.allclose(seen["loss_by"], sum(seen["loss_by"] for _, seen in alone), rtol=1e-6)
+
+
+def test_flow_loss_asks_at_0_where_a_frame_is_given_as_it_is():
+    x0, e, t = three_frames(torch.float32)
+    asked = []
+
+    def net(x, t, cond):
+        asked.extend([x, t])
+        return x
+
+    flow_loss(net, x0, None, t, e, free=FREE)
+    assert torch.equal(asked[1], t[:, None] * FREE)
+    assert torch.equal(asked[0].movedim(2, 1)[FREE == 0], x0.movedim(2, 1)[FREE == 0])
+    assert torch.equal(asked[0].movedim(2, 1)[FREE == 1], add_noise(x0, e, t).movedim(2, 1)[FREE == 1])
+
+
+def test_times_per_frame_are_given_0_too_and_measured_at_the_mean_of_the_free_ones():
+    x0, e, _ = three_frames()
+    t = torch.tensor([[0.9, 0.3, 0.3]] * 4)
+    asked = []
+
+    def net(x, t, cond):
+        asked.append(t)
+        return x
+
+    _, seen = flow_loss(net, x0, None, t, e, free=FREE)
+    assert torch.equal(asked[0], t * FREE)
+    assert seen["loss_by"][1].tolist() == [0, 3, 1, 0, 0]
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+def test_dmd_of_a_clip_is_the_one_of_its_free_frames(rescale):
+    x0, e, t = three_frames()
+    f, c, u = (randn(4, 3, 3, 4, 4, seed=s, dtype=torch.float64) for s in (3, 4, 5))
+    scale = torch.tensor([2.0, 3, 1, 4])
+
+    def lost(x0, e, t, f, c, u, scale, free):
+        x0 = x0.clone().requires_grad_()
+        loss, seen = dmd_loss(x0, by_frame, lambda x, t, cond: by_frame(x, t, f), c, u, t, e, scale, rescale, free)
+        loss.backward()
+        return loss.item(), x0.grad, seen
+
+    loss, grad, seen = lost(x0, e, t, f, c, u, scale, FREE)
+    alone = []
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone.append(lost(left(x0, i), left(e, i), t[one], left(f, i), left(c, i), left(u, i), scale[one], None))
+        assert torch.allclose(left(grad, i), alone[i][1] / 4, rtol=3e-3, atol=1e-9)     # stds of n, not n - 1
+    assert grad.movedim(2, 1)[FREE == 0].abs().max() == 0
+    assert loss == pytest.approx(sum(loss for loss, _, _ in alone) / 4, rel=1e-3)
+    for name in ("loss", "x0_mean"):
+        assert seen[name].item() == pytest.approx(sum(seen[name] for _, _, seen in alone).item() / 4, rel=1e-3)
+    for name in ("matching_by", "guidance_by", "cosine_by", "normaliser_by"):
+        assert torch.allclose(seen[name], sum(seen[name] for _, _, seen in alone), rtol=3e-3)
+    spread = sum((left(x0, i) - seen["x0_mean"]).square().mean() for i in range(4)) / 4
+    assert seen["x0_std"].item() == pytest.approx(spread.sqrt().item(), rel=1e-6)
+
+
+def test_teacher_and_critic_see_given_frames_as_they_are_at_0():
+    x0, e, t = three_frames(torch.float32)
+    asked = []
+
+    def net(x, t, cond):
+        asked.append((x, t))
+        return x
+
+    dmd_loss(x0, net, net, 1, 0, t, e, torch.full((4,), 2.0), 0.6, FREE)
+    assert len(asked) == 3
+    for x, seen in asked:
+        assert torch.equal(x.movedim(2, 1)[FREE == 0], x0.movedim(2, 1)[FREE == 0])
+        assert torch.equal(seen, t[:, None] * FREE)
+
+
+def test_losses_with_all_frames_free_are_the_ones_without_the_argument():
+    x0, e, t = three_frames()
+    ones = torch.ones_like(FREE)
+    assert flow_loss(by_frame, x0, None, t, e, free=ones)[0] == pytest.approx(flow_loss(by_frame, x0, None, t, e)[0])
+    for free in (None, ones):
+        loss, seen = dmd_loss(x0, by_frame, wave, e, 0, t, e, torch.full((4,), 2.0), 0.6, free)
+        if free is None:
+            wanted = loss, seen
+    assert loss.item() == pytest.approx(wanted[0].item(), rel=1e-5)
+    assert numbers(seen) == pytest.approx(numbers(wanted[1]), rel=1e-2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("sampler", ["euler", "ab2", "rollout"])
+def test_samplers_leave_given_frames_as_they_are_to_the_bit_and_ask_at_0_there(sampler, guidance):
+    given, asked = randn(4, 3, 3, 4, 4, seed=9), []
+
+    def net(x, t, cond):
+        asked.append((x, t))
+        return by_frame(x, t, cond)
+
+    if sampler == "rollout":
+        sampling = {"sampler": sampler, "times": [1.0, 0.8, 0.3]}
+    else:
+        sampling = {"sampler": "euler", "solver": sampler, "steps": 3, "shift": 2.0, "guidance": guidance}
+
+    def draw(k):
+        return randn(4, 3, 3, 4, 4, seed=20 + k)
+
+    x0 = sample(net, lambda k: draw(k) if k else place(draw(0), given, FREE), 0.3, None, sampling, FREE)
+    for x, t in [*asked, (x0, 0 * FREE)]:
+        assert torch.equal(x.movedim(2, 1)[FREE == 0], given.movedim(2, 1)[FREE == 0])
+        assert t.shape == FREE.shape
+        assert not t[FREE == 0].any()
+    plain = sample(by_frame, draw, 0.3, None, sampling)
+    assert torch.equal(x0.movedim(2, 1)[FREE == 1], plain.movedim(2, 1)[FREE == 1])
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -645,9 +802,9 @@ def by_hand(name, updates, lr=0.1, decay=0.5):
         m = 0.95 * m + 0.05 * g
         x = 0.05 * g + 0.95 * m             # Nesterov: momentum as it will be
         x = x / x.square().sum().sqrt()
-        for _ in range(5):
+        for a, b, c in step.QUINTICS:
             gram = x @ x.T
-            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+            x = a * x + b * gram @ x + c * gram @ gram @ x
         w = w * (1 - lr * decay) - lr * 0.2 * max(w.shape)**0.5 * x
     return w
 
@@ -660,7 +817,8 @@ def test_muon_is_its_formulas_in_float64(name):
 
 
 @pytest.mark.parametrize("name", MUONS)
-def test_muon_is_torchs_own_to_what_bf16_leaves(name):
+def test_muon_is_torchs_own_with_its_coefficients_to_what_bf16_leaves(name, monkeypatch):
+    monkeypatch.setattr(step, "QUINTICS", ((3.4445, -4.7750, 2.0315),) * 5)
     rows, _, _ = grown(4)
     i = list(KINDS).index(name)
     p = torch.nn.Parameter(randn(*KINDS[name], seed=i))
@@ -726,11 +884,14 @@ def test_a_matrix_without_a_gradient_stays_as_it_is():
     assert not torch.equal(rows["blocks.1.q"].tensor, kept)
 
 
-def test_singular_values_are_brought_near_one():
-    for shape in ((2, 16, 40), (2, 40, 16), (1, 1, 5)):
-        s = torch.linalg.svdvals(step.orthogonal(randn(*shape)))
-        assert 0.5 < s.min()
-        assert s.max() < 1.3
+@pytest.mark.parametrize("shape", [(2, 16, 40), (2, 40, 16), (2, 16, 16)])
+def test_singular_values_from_a_hundredth_of_the_norm_on_are_brought_near_one(shape):
+    q, _, p = torch.linalg.svd(randn(*shape), full_matrices=False)
+    s = torch.logspace(0, -2, 16)
+    s = s / s.norm()            # the least of them is .0052
+    found = torch.linalg.svdvals(step.orthogonal(5 * (q * s) @ p))
+    assert found[:, :13].min() > 0.7
+    assert found.max() < 1.3
 
 
 def test_learning_rate_at_its_corners():
