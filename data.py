@@ -60,7 +60,7 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
             "student_score_t_perm", "student_score_t", "student_score_noise",
             "critic_prompt", "critic_z", "critic_renoise",
             "critic_score_t_perm", "critic_score_t", "critic_score_noise",
-            "clip", "give", "student_give", "critic_give", "short")
+            "clip", "give", "student_give", "critic_give", "short", "pair", "pair_prompt")
 
 
 def stream(seed, purpose, step, slot=0):
@@ -274,8 +274,12 @@ class Folder:
         return self.tokens(*self.manifest["text"]["null"])
 
     def caption(self, id):
+        return self.said(id)["caption"]
+
+    def said(self, id):
+        """A sample's caption and source."""
         self.captions.seek(self.text_off[id, 2])
-        return json.loads(self.captions.readline())["caption"]
+        return json.loads(self.captions.readline())
 
     @cached_property
     def captions(self):

@@ -1,16 +1,18 @@
 """Distil a video diffusion transformer into a few-step student by distribution matching (DMD2, arXiv 2405.14867).
 
     python distill.py --teacher=out/train                                       the built-in shapes, on a laptop
-    torchrun --nproc_per_node=8 distill.py --teacher=PATH --model=wan-1.3b --data=DIR --shard=-1
+    torchrun --nproc_per_node=8 distill.py --teacher=ODE_STEPS --model=wan-1.3b --data=DIR --shard=-1
 
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
-gradient. No discriminator, no real clips. The same command again resumes, exactly.
-Reads top to bottom: flags, setup in five steps, the loop, the two losses, draws, checkpoints, validation.
+gradient. No discriminator, no real clips. With --pairs the student first learns where the unguided teacher's ODE leads
+from known noise, which keeps its variety. The same command again resumes, exactly.
+Reads top to bottom: flags, setup in five steps, the loop, the losses, draws, pairs, checkpoints, validation.
 Imports model, plan and every leaf but shapes.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -25,16 +27,19 @@ import codec
 import flags
 import parallel
 import plan
-from data import Ahead, Latents, holds_latents, noise, stratified, stream
+from data import DTYPES, Ahead, Latents, holds_latents, noise, read_manifest, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
+from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
-                  lr_at, numbers, ode, place, rollout, sample_t, start_average, to_x0, train_step)
+                  lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average, to_x0,
+                  train_step, trajectory)
+from store import Writer
 
 
 @dataclass(frozen=True)
 class Config:
-    """Distil a few-step student. A flag left None takes the value of the model's row in DEFAULTS."""
+    """Distil a few-step student. A flag left None takes its value from DEFAULTS, by model and --student_steps."""
 
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
@@ -53,6 +58,11 @@ class Config:
     guidance_interval: tuple[float, float] | None = None  # lowest and highest t with guidance (arXiv 2404.07724)
     score_shift: float | None = None                      # time shift of the t at which teacher and critic are asked
     first_frame: float | None = None                      # share of clips begun by a given frame; None = the teacher's
+
+    # before that, and beside it
+    pairs: int | None = None                              # clips of the unguided teacher from known noise; 0 = none
+    pairs_steps: int | None = None                        # updates of the student on these pairs, before --steps
+    anchor: float | None = None                           # weight of the pairs' loss beside distribution matching
 
     # optimizers
     steps: int | None = None                              # number of critic updates
@@ -94,8 +104,9 @@ class Config:
     dry_run: tuple[int, ...] = ()                         # plan for this many ranks (and GB per GPU), then exit
 
 
-# A row per model. The last block of each has no flags: edit it here. rescale is the share of the contrast added by
-# guidance that is taken back; only matrices are decayed.
+# A row per model, and for fewer steps of the student; see `row_of`. The last block of each has no flags: edit it here.
+# rescale is the share of the contrast added by guidance that is taken back; only matrices are decayed; pairs_… is how
+# the student learns from pairs, and the dtype that they are stored in.
 TINY = dict(
     steps=1000,
     batch=16,
@@ -108,6 +119,9 @@ TINY = dict(
     score_shift=4.0,
     guidance=2.0,
     guidance_interval=(0.6, 0.97),
+    pairs=0,
+    pairs_steps=1000,
+    anchor=0.3,
     remat=False,
     val_every=500,
     save_every=500,
@@ -115,6 +129,26 @@ TINY = dict(
     rescale=0.6,
     weight_decay=0.0,
     clip=10,
+    pairs_lr=3e-3,
+    pairs_betas=(0.9, 0.999),
+    pairs_ema=0.99,
+    pairs_warmup=20,
+    pairs_dtype="fp32",
+)
+TINY_2 = TINY | dict(
+    steps=120,
+    student_every=2,
+    shift=2.0,
+    score_shift=2.0,
+    guidance_interval=(0.0, 1.0),
+    pairs=4000,
+)
+TINY_1 = TINY_2 | dict(
+    steps=400,
+    student_lr=6e-4,
+    score_shift=0.7,
+    pairs_steps=700,
+    anchor=0.1,
 )
 WAN = dict(
     steps=3000,
@@ -129,6 +163,9 @@ WAN = dict(
     score_shift=5.0,
     guidance=4.0,
     guidance_interval=(0.0, 1.0),
+    pairs=0,
+    pairs_steps=3000,
+    anchor=0.3,
     remat=True,
     val_every=100,
     save_every=100,
@@ -136,9 +173,16 @@ WAN = dict(
     rescale=0.0,
     weight_decay=0.01,
     clip=10,
+    pairs_lr=2e-6,
+    pairs_betas=(0.9, 0.999),
+    pairs_ema=0.99,
+    pairs_warmup=20,
+    pairs_dtype="bf16",
 )
 DEFAULTS = {
     "tiny": TINY,
+    "tiny K=2": TINY_2,
+    "tiny K=1": TINY_1,
     "wan-1.3b": WAN,
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
@@ -147,7 +191,11 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet, or must have been where there is none any more
-BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0}
+BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "pairs": 0, "pairs_steps": 0, "anchor": 0.0}
+BETAS = (0.0, 0.999)    # of student and critic
+ODE_STEPS = 8           # least number of steps in which the teacher makes a pair
+PAIRS_LOG = 10          # updates on pairs from one line of the log to the next
+USUAL_STEPS = 4         # of the student, for which a model's own row was made
 CLAMP = (0.02, 0.98)    # of the t at which teacher and critic are asked
 SEEDS = 4               # noises per prompt at validation, to see how far the clips of one prompt differ
 CHUNK = 16              # clips sampled at once where no --micro_batch is given
@@ -168,24 +216,17 @@ def main(cfg):
     # 1) refuse what cannot be, before anything is allocated or written
     with flags.door(__file__):
         cfg, world, data, origin = begin(cfg)
-        if origin.step > cfg.steps or origin.step == cfg.steps and validated(cfg, origin.step, world):
+        if origin.step > end_of(cfg) or origin.step == end_of(cfg) and validated(cfg, origin.step, world):
             return world.say(finished(cfg, origin))
 
     # 2) build: three nets of one make; with LoRA one, of which student and critic are adapters
     teacher_net = build(cfg, data, world, trainable=cfg.lora_rank > 0)
     student_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
     critic_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
-    student = learner("student", student_net, cfg, world)
-    critic = learner("critic", critic_net, cfg, world)
+    student = learner("student", student_net, betas_at(origin.step, cfg), cfg, world)
+    critic = learner("critic", critic_net, BETAS, cfg, world)
     student.average = copies(student.rows)
-    state = ckpt.roles(
-        net=student.rows,
-        opt=student.opt_rows,
-        ema=student.average,
-        critic=critic.rows,
-        critic_opt=critic.opt_rows,
-        null=parallel.whole(data.null),
-    )
+    state = state_of(student, critic, data)
 
     # 3) values: the teacher's; student's and critic's of this run's checkpoint, new adapters', or the teacher's too
     with flags.door(__file__):
@@ -202,20 +243,21 @@ def main(cfg):
             start_average(student)
     origin = origin._replace(weights=None)      # closes their files
 
-    # 4) the log, and signals
-    log = Log(cfg.out, asdict(cfg), step=origin.step, steps=cfg.steps, main=world.main, wandb=cfg.wandb)
+    # 4) the teacher's pairs, if any, the log, and signals
+    nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
+    pairs = pairs_of(nets, data, origin, cfg, world)
+    log = Log(cfg.out, asdict(cfg), step=origin.step, steps=end_of(cfg), main=world.main, wandb=cfg.wandb, signs=signs)
     stopped, clock = parallel.stop_requested(world), Clock()
 
     # 5) the loop
-    nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
-    K, clip = len(cfg.times), DEFAULTS[cfg.model]["clip"]
+    K, clip = len(cfg.times), row_of(cfg)["clip"]
     goal = []       # the teacher's clips, from the first validation on
-    for step in range(origin.step, cfg.steps + 1):
+    for step in range(origin.step, end_of(cfg) + 1):
         # once in a while: save, then validate; a run killed in between validates when it resumes
-        last, stop = step == cfg.steps, stopped()
+        last, stop = step == end_of(cfg), stopped()
         if step > origin.step and (last or stop or due(step, cfg.save_every)):
-            meta = about(student, critic, cfg, origin)
+            meta = about(step, student, critic, cfg, origin)
             ckpt.save(cfg.out, step, state, meta, keep=cfg.keep, report=log.say, **world.ranks)
         if not stop and (last or due(step, cfg.val_every)) and not validated(cfg, step, world):
             with averaged(student):
@@ -224,15 +266,22 @@ def main(cfg):
             log.say(ended(step, student.counts, cfg))
             break
 
+        # at first the student alone learns the teacher's pairs
+        n = step - cfg.pairs_steps
+        if n < 0:
+            regress(step, student, nets, pairs, origin, cfg, world, clock, log)
+            continue
+
         # the student follows the teacher, now and then
         seen = {}
-        if due(step + 1, cfg.student_every):
+        if due(n + 1, cfg.student_every):
             with clock("seconds"), ckpt.ending(cfg.out, step):
                 exit = student.counts["updates"] % K        # the same on all ranks, and each as often
                 with clock("data_wait"):
-                    micros = draws("student", step)
+                    micros = draws("student", n)
                 losses = [partial(student_loss, nets, micro, exit, cfg) for micro in micros]
-                lr = rate(step, cfg.student_lr, cfg)
+                losses = anchored(losses, pairs, n, nets, cfg)
+                lr = rate(n, cfg.student_lr, cfg)
                 seen |= named("student", train_step(student, losses, lr=lr, clip=clip, ema=cfg.ema))
             clock.add("flops", cfg.batch * student_flops(nets, micros[0], exit, cfg))
 
@@ -240,20 +289,49 @@ def main(cfg):
         with clock("seconds"), ckpt.ending(cfg.out, step):
             exit = critic.counts["updates"] % K
             with clock("data_wait"):
-                micros = draws("critic", step)
+                micros = draws("critic", n)
             losses = [partial(critic_loss, nets, micro, exit, cfg) for micro in micros]
-            lr = rate(step, cfg.critic_lr, cfg)
+            lr = rate(n, cfg.critic_lr, cfg)
             seen |= named("critic", train_step(critic, losses, lr=lr, clip=clip))
         clock.add("flops", cfg.batch * critic_flops(nets, micros[0], exit, cfg))
         say_skipped(step, student, critic, seen, data, cfg, log)
 
         # one line, at a step that updated both
-        if due(step + 1, cfg.student_every):
+        if due(n + 1, cfg.student_every):
             seen |= clock.take(min(cfg.student_every, step + 1 - origin.step))
-            log(step + 1, **figures(seen, student, critic, cfg, world))
-        if step == origin.step:
-            show_first(micros[0], origin, cfg, world, log)
+            log(step + 1, **figures(seen, [student, critic], cfg, world))
+        show_first(step, micros[0].z, origin, cfg, world, log)
     log.close()
+
+
+def regress(step, student, nets, pairs, origin, cfg, world, clock, log):
+    """An update of the student on the teacher's pairs: plain flow matching, at the student's own times.
+
+    After the last of them the student is its average, and nothing else of this stage is left.
+    """
+    row = row_of(cfg)
+    with clock("seconds"), ckpt.ending(cfg.out, step):
+        with clock("data_wait"):
+            micros = pairs(step)
+        losses = [partial(pairs_loss, nets, micro, cfg) for micro in micros]
+        lr = lr_at(step, lr=row["pairs_lr"], warmup=row["pairs_warmup"], decay_steps=cfg.pairs_steps,
+                   schedule="cosine")
+        seen = named("pairs", train_step(student, losses, lr=lr, clip=row["clip"], ema=row["pairs_ema"]))
+    clock.add("flops", cfg.batch * pairs_flops(nets, micros[0], cfg))
+    if student.counts["in_a_row"]:
+        log.say(f"step {step}: the student's gradient norm on pairs is {seen['pairs_grad_norm']:.3g}, update skipped")
+    if due(step + 1, PAIRS_LOG) or step + 1 == cfg.pairs_steps:
+        seen |= clock.take(min(step % PAIRS_LOG, step - origin.step) + 1)
+        log(step + 1, **figures(seen, [student], cfg, world))
+    if step + 1 == cfg.pairs_steps:
+        start_again(student, BETAS)
+    show_first(step, micros[0].e, origin, cfg, world, log)
+
+
+def pairs_loss(nets, pair, cfg):
+    """Flow matching on the teacher's pairs, by the error of x0: that of the point x_t on the ODE's way is its end."""
+    student, _, _ = nets(pair.x0.shape)
+    return flow_loss(student, pair.x0, Cond(pair.text), pair.t, pair.e, pair.t.square(), times=cfg.times)
 
 
 def student_loss(nets, micro, exit, cfg):
@@ -262,8 +340,26 @@ def student_loss(nets, micro, exit, cfg):
     cond, uncond = Cond(micro.text), Cond(micro.null.expand_as(micro.text))
     x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit, micro.free)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
-    rescale = DEFAULTS[cfg.model]["rescale"]
+    rescale = row_of(cfg)["rescale"]
     return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
+
+
+def anchored(losses, pairs, n, nets, cfg):
+    """The student's losses of step n, each with that of the teacher's pairs beside it in the weight --anchor.
+
+    anchor_share: what the pairs' gradient on the student's x0 is of both, by their root mean squares.
+    """
+    def both(loss_of, pair):
+        loss, seen = loss_of()
+        beside, of_pairs = pairs_loss(nets, pair, cfg)
+        anchor, matching = 2 * cfg.anchor * of_pairs["loss"].sqrt(), (2 * seen["loss"]).sqrt()
+        seen |= named("pairs", of_pairs) | {"anchor_share": anchor / (anchor + matching)}
+        return loss + cfg.anchor * beside, seen
+
+    if not cfg.anchor:
+        return losses
+    micros = pairs(cfg.pairs_steps + n // cfg.student_every)
+    return [partial(both, loss_of, pair) for loss_of, pair in zip(losses, micros, strict=True)]
 
 
 def critic_loss(nets, micro, exit, cfg):
@@ -288,7 +384,8 @@ def student_flops(nets, micro, exit, cfg):
     sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3        # a forward and its backward
     scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
-    return student.flops(*sizes) * (exit + learning) + critic.flops(*sizes) * scores
+    graphs = 2 if cfg.anchor else 1
+    return student.flops(*sizes) * (exit + graphs * learning) + critic.flops(*sizes) * scores
 
 
 def critic_flops(nets, micro, exit, cfg):
@@ -297,6 +394,13 @@ def critic_flops(nets, micro, exit, cfg):
     sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3
     return student.flops(*sizes) * (exit + 1) + critic.flops(*sizes) * learning
+
+
+def pairs_flops(nets, pair, cfg):
+    """The same of an update on pairs."""
+    student, _, _ = nets(pair.x0.shape)
+    learning = 2 if cfg.lora_rank else 3
+    return student.flops(pair.x0.shape[1:], pair.text.shape[1]) * learning
 
 
 def sizes_of(micro):
@@ -320,9 +424,9 @@ def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
     )
 
 
-def rate(step, lr, cfg):
-    """The learning rate of update `step`."""
-    return lr_at(step, lr=lr, warmup=0, decay_steps=cfg.steps, schedule=cfg.schedule)
+def rate(n, lr, cfg):
+    """The learning rate n critic updates after the start."""
+    return lr_at(n, lr=lr, warmup=0, decay_steps=cfg.steps, schedule=cfg.schedule)
 
 
 def named(role, seen):
@@ -334,17 +438,17 @@ def say_skipped(step, student, critic, seen, data, cfg, log):
     for role, me in (("student", student), ("critic", critic)):
         norm = seen.get(f"{role}_grad_norm")
         if norm is not None and me.counts["in_a_row"]:
-            _, ids = prompts(data, cfg, role, step)
+            _, ids = prompts(data, cfg, role, step - cfg.pairs_steps)
             log.say(f"step {step}: the {role}'s gradient norm is {norm:.3g}, update skipped; samples {ids}")
 
 
-def figures(seen, student, critic, cfg, world):
+def figures(seen, learners, cfg, world):
     """What a line of the log holds: measurements over all ranks, speed."""
     seen = numbers(parallel.mean(seen, world))
     flops_per_s = seen.pop("flops") / seen["seconds"] / world.size
     return seen | {
-        "skipped": student.counts["skipped"] + critic.counts["skipped"],
-        "student_updates": student.counts["updates"],
+        "skipped": sum(me.counts["skipped"] for me in learners),
+        "student_updates": learners[0].counts["updates"],
         "samples_per_s": cfg.batch / seen["seconds"],
         **Log.speed(flops_per_s, world.device, cfg.precision),
     }
@@ -397,6 +501,151 @@ def prompts(data, cfg, role, step):
     return bucket, ids
 
 
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Clips of the teacher, and points on the way to them from their noise, as the student takes them at once."""
+    x0: torch.Tensor    # (B, C, F, H, W) where the teacher's ODE ends
+    e: torch.Tensor     # (B, C, F, H, W) the noise that takes x0 to the point: where the ODE began, for t = 1
+    t: torch.Tensor     # (B,) of the student's times, that of the point
+    text: torch.Tensor  # (B, S, E)
+
+
+def pairs_of(nets, data, origin, cfg, world):
+    """-> function of a step that gives this rank's [Pair] on the device; None where the run needs none any more.
+
+    They are made first, where out/pairs does not hold them yet.
+    """
+    if not cfg.anchor and origin.step >= cfg.pairs_steps:
+        return None
+    with flags.door(__file__):
+        folder = make_pairs(nets, data, origin, cfg, world)
+        stored = Latents(
+            folder,
+            seed=cfg.seed,
+            batch=cfg.batch,
+            micro_batch=cfg.micro_batch,
+            rank=world.data_rank,
+            world=world.data_size,
+            device=world.device,
+        )
+    number = np.array([stored.folders[0].said(id)["source"] for id in range(stored.count)])
+    ids = [some[np.argsort(number[some])] for some in stored.buckets]   # in one order, whichever ranks made them
+    return partial(Ahead(partial(draw_pairs, stored, number, ids, cfg), {"pairs": 1}, world.device), "pairs")
+
+
+def draw_pairs(stored, number, ids, cfg, role, step):
+    """This rank's pairs for one update, each at one of the student's times -> [Pair], a pure function of the step."""
+    bucket, positions = stored.order.at(step)
+    u = stratified(cfg.seed, "t_perm", "t", step, cfg.batch)
+    K = len(cfg.times)
+    pairs = []
+    for slots in stored.slots:
+        some = ids[bucket][positions[slots]].tolist()
+        latents, text = stored.sample(some)
+        x0, *points = latents.chunk(K, 1)
+        z = noise(cfg.seed, "pair", 0, number[some].tolist(), x0.shape[1:])
+        which = (u[slots] * K).long()
+        x_t = torch.stack([z, *points], 1)[torch.arange(len(some)), which]
+        t = torch.tensor(cfg.times)[which]
+        e = (x_t - over(1 - t) * x0) / over(t)
+        pairs.append(Pair(x0.contiguous(), e, t, text))
+    return pairs
+
+
+def make_pairs(nets, data, origin, cfg, world):
+    """Makes --pairs clips of the unguided teacher by an ODE of second order -> their folder, a dataset, out/pairs.
+
+    A sample has the channels of the clip and of the points of its way at times[1:], all normalised. Its source is its
+    number, of which its noise, its bucket and its caption are functions. Made once, by all ranks; killed, it goes on.
+    """
+    folder, spec, times = Path(cfg.out) / "pairs", pairs_spec(data, origin, cfg), ode_times(cfg)
+    agree, chunk = world.ranks["agree"], cfg.micro_batch or CHUNK
+    if parallel.agree(finished_with(folder, spec), world):
+        return folder
+    with ckpt.together(agree, folder):
+        writer = Writer(folder, spec, world.rank)
+    drawn = [pair_prompt(data, cfg, number) for number in range(cfg.pairs)]
+    left = [number for number in range(cfg.pairs) if str(number) not in writer.done]
+    world.say(f"{len(left)} of {cfg.pairs} pairs of the teacher to be made, in {len(times)} steps each -> {folder}")
+    for bucket, shape in enumerate(data.shapes):
+        _, _, teacher = nets(shape)
+        todo = [number for number in left if drawn[number][0] == bucket]
+        mine = parallel.share(len(todo), world)     # as many on all ranks, for sharded ones forward in step
+        for i in range(0, len(mine), chunk):
+            some = [todo[place] for place, _ in mine[i:i + chunk]]
+            prompts = [drawn[number][1] for number in some]
+            z = noise(cfg.seed, "pair", 0, some, shape).to(world.device)
+            cond = Cond(data.text(prompts).to(world.device))
+            points = dict(zip([*times[1:], 0.0], trajectory(teacher, z, cond, times, solver="ab2")))
+            made = torch.cat([points[t] for t in (0.0, *cfg.times[1:])], 1).cpu()
+            for latent, number, prompt, (_, counts) in zip(made, some, prompts, mine[i:i + chunk]):
+                if counts and world.rank % world.sp == 0:
+                    at, id = data.find(prompt)
+                    writer.add(latent, at.text(id), caption=at.caption(id), source=number, key=str(number))
+    with ckpt.together(agree, folder):
+        writer.save()
+    with ckpt.together(agree, folder):
+        if world.main:
+            channels = len(cfg.times) * data.shapes[0][0]
+            writer.finish(data.folders[0].null(), [0.0] * channels, [1.0] * channels)
+    return folder
+
+
+def pairs_spec(data, origin, cfg):
+    """What pairs are made of: a folder that was begun with other settings is refused."""
+    made = data.manifest
+    return {
+        "codec": {
+            "name": "pairs",
+            "teacher": origin.base["crc32"],
+            "data": data.content,
+            "seed": cfg.seed,
+            "pairs": cfg.pairs,
+            "times": list(cfg.times),
+            "ode": ode_times(cfg),
+            "text_width": made["text"]["width"],
+            "text_length": made["text"]["length"],
+        },
+        "fps": made["fps"],
+        "dtype": row_of(cfg)["pairs_dtype"],
+    }
+
+
+def to_make(cfg):
+    """The run's pairs as its plan counts them, or None."""
+    if not cfg.pairs:
+        return None
+    dtype = DTYPES[row_of(cfg)["pairs_dtype"]]
+    return plan.Pairs(cfg.pairs, len(cfg.times), len(ode_times(cfg)), dtype.itemsize)
+
+
+def finished_with(folder, spec):
+    """Whether a folder holds a whole dataset of these settings."""
+    return (folder / "manifest.json").exists() and read_manifest(folder)["codec"] == spec["codec"]
+
+
+def ode_times(cfg):
+    """The times at which a pair's ODE is solved: the student's, and those of a grid of ODE_STEPS steps or more.
+
+    The grid's points that are next to one of the student's are left out: the step after a very short one would carry v
+    too far.
+    """
+    n = math.ceil(ODE_STEPS / len(cfg.times)) * len(cfg.times)
+    own = [shifted(t, 1 / cfg.shift) for t in cfg.times]
+    between = [i / n for i in range(n, 0, -1) if min(abs(i / n - u) for u in own) > 0.25 / n]
+    return sorted([*cfg.times, *(shifted(u, cfg.shift) for u in between)], reverse=True)
+
+
+def pair_prompt(data, cfg, number):
+    """-> (bucket, id of the sample whose prompt it takes) of a pair."""
+    sizes = np.array([len(ids) for ids in data.buckets])
+    rng = stream(cfg.seed, "pair_prompt", number)
+    bucket = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+    return bucket, int(data.buckets[bucket][rng.integers(sizes[bucket])])
+
+
 # ---- setup ----------------------------------------------------------------------------------------------------------
 
 
@@ -415,9 +664,9 @@ class Origin(NamedTuple):
 def begin(cfg):
     """The resolved config, the ranks, the dataset and the run's Origin; errors for what cannot be, or exits."""
     cfg = resolve(cfg)
-    takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True)
+    takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True, graphs=2 if cfg.anchor else 1)
     if cfg.dry_run:
-        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes))
+        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes, pairs=to_make(cfg)))
     world = parallel.init(cfg.device, cfg.shard, cfg.sp, cfg.precision, cfg.compile, cfg.deterministic)
     cfg = replace(cfg, precision=world.precision)
     data = Latents(
@@ -447,6 +696,9 @@ def begin(cfg):
         saved = ckpt.read_manifest(path)
         ckpt.differences(path, saved, asdict(cfg), inputs, may_change(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
+    if row_steps(cfg) != cfg.student_steps:
+        world.say(f"--model={cfg.model} has no row of defaults for {cfg.student_steps} steps: "
+                  f"those of {row_steps(cfg)} are taken")
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
         raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
@@ -459,18 +711,32 @@ def resolve(cfg):
     cfg = inherit(cfg)
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
-    row = DEFAULTS[cfg.model]
+    if cfg.times:
+        cfg = replace(cfg, student_steps=len(cfg.times))
+    flags.at_least(cfg, 1, "student_steps")
+    given, row = cfg, row_of(cfg)
     saved = ckpt.flags_of(cfg.out, cfg.resume)
+    if saved:
+        saved = BEFORE | saved
     kept = {*row, "precision", "lora_alpha"} - set(cfg.allow)
     if not cfg.lora_rank:
         kept -= {"lora_alpha"}      # the rank is what differs, and is named
     cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
-    flags.at_least(cfg, 0, "guidance", "ema", "val_every", "save_every", "samples", "dense_ends", "lora_rank")
-    flags.at_least(cfg, 1, "student_steps", "steps", "student_every", "batch", "keep")
+    flags.at_least(cfg, 0, "guidance", "ema", "val_every", "save_every", "samples", "dense_ends", "lora_rank",
+                   "pairs", "pairs_steps", "anchor")
+    flags.at_least(cfg, 1, "student_every", "batch", "keep")
     flags.above(cfg, 0, "shift", "score_shift", "student_lr", "critic_lr")
     flags.check_run(cfg)
-    if cfg.ema >= 1 or cfg.steps < cfg.student_every:
+    for name in ("pairs_steps", "anchor"):
+        if getattr(given, name) and not cfg.pairs:
+            raise ValueError(f"--{name}={getattr(given, name)} needs pairs of the teacher: --pairs=N makes N")
+    if not cfg.pairs:
+        cfg = replace(cfg, pairs_steps=0, anchor=0.0)
+    elif not cfg.pairs_steps and not cfg.anchor:
+        raise ValueError(f"--pairs={cfg.pairs}, but --pairs_steps and --anchor are 0: nothing learns from them")
+    flags.at_least(cfg, min(1, 1 - cfg.pairs_steps), "steps")
+    if cfg.ema >= 1 or cfg.steps < cfg.student_every and not cfg.pairs_steps:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
                          "never change")
     times = cfg.times
@@ -486,6 +752,17 @@ def resolve(cfg):
     if not 0 <= cfg.first_frame <= 1:
         raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     return replace(cfg, times=times, student_steps=len(times))
+
+
+def row_of(cfg):
+    """The row of defaults: of the model and the student's number of steps, else of the next larger number of steps."""
+    return DEFAULTS.get(f"{cfg.model} K={row_steps(cfg)}", DEFAULTS[cfg.model])
+
+
+def row_steps(cfg):
+    """The student's number of steps for which its row of defaults was made; a model's own row is for 4."""
+    rows = [K for K in range(cfg.student_steps, USUAL_STEPS) if f"{cfg.model} K={K}" in DEFAULTS]
+    return min(rows, default=USUAL_STEPS)
 
 
 def inherit(cfg):
@@ -558,9 +835,14 @@ def adapters(cfg):
     return dict.fromkeys(("student", "critic"), (cfg.lora_rank, cfg.lora_alpha)) if cfg.lora_rank else {}
 
 
-def optimizer(cfg):
+def optimizer(cfg, betas=BETAS):
     """-> function of rows: their optimizer, and the rows of its state."""
-    return partial(adamw, betas=(0.0, 0.999), weight_decay=DEFAULTS[cfg.model]["weight_decay"])
+    return partial(adamw, betas=betas, weight_decay=row_of(cfg)["weight_decay"])
+
+
+def betas_at(step, cfg):
+    """AdamW's betas of the student, which are others while it learns from pairs alone."""
+    return row_of(cfg)["pairs_betas"] if step < cfg.pairs_steps else BETAS
 
 
 def build(cfg, data, world, trainable=True):
@@ -574,12 +856,12 @@ def build(cfg, data, world, trainable=True):
     return net
 
 
-def learner(role, net, cfg, world):
+def learner(role, net, betas, cfg, world):
     """A whole net, or its adapter called `role`, and its optimizer, as train_step takes it."""
     rows = parallel.local_rows(net, trained=True)
     if cfg.lora_rank:
         rows = {name: part for name, part in rows.items() if f".lora.{role}." in name}
-    opt, opt_rows = optimizer(cfg)(rows)
+    opt, opt_rows = optimizer(cfg, betas)(rows)
     return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world))
 
 
@@ -605,25 +887,43 @@ def validated(cfg, step, world):
     return parallel.agree(done, world)
 
 
+def end_of(cfg):
+    """The run's last step."""
+    return cfg.pairs_steps + cfg.steps
+
+
+def state_of(student, critic, data):
+    """What a checkpoint holds: never the teacher."""
+    return ckpt.roles(
+        net=student.rows,
+        opt=student.opt_rows,
+        ema=student.average,
+        critic=critic.rows,
+        critic_opt=critic.opt_rows,
+        null=parallel.whole(data.null),
+    )
+
+
 def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
-    if step and not counts["updates"]:
+    if counts["skipped"] and not counts["updates"]:
         saved += ", but no update was finite: the weights are those that the run began with"
-    return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
+    return f"step {step} of {end_of(cfg)} {saved}{'; the same command goes on' if step < end_of(cfg) else ''}"
 
 
 def finished(cfg, origin):
     more = "--steps=N" if "steps" in may_change(cfg) else "--steps=N --allow steps"
-    done = f"{origin.step} of {cfg.steps} steps"
+    done = f"{origin.step} of {end_of(cfg)} steps"
     return f"{origin.path} is finished, {done}: {more} adds, --out= starts another"
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def about(student, critic, cfg, origin):
+def about(step, student, critic, cfg, origin):
     """What a checkpoint says beside its tensors: it stands alone."""
     return {
+        "stage": "pairs" if step < cfg.pairs_steps else "matching",
         "config": asdict(cfg),
         "inputs": origin.inputs,
         "base": origin.base,
@@ -692,7 +992,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         t = x0.new_full((len(x0),), sum(cfg.guidance_interval) / 2)
         x_t = add_noise(x0, draw("val", 0, some), t)
         f = to_x0(x_t, critic(x_t, t, cond), t)
-        rescale = DEFAULTS[cfg.model]["rescale"]
+        rescale = row_of(cfg)["rescale"]
         r, _ = guided_x0(teacher, x_t, t, cond, uncond, scale_at(t, cfg), rescale)
         return torch.stack([x0, f, r], 1)
 
@@ -751,10 +1051,10 @@ def likeness(student, teacher, given=False):
     return {f"{name}{way}": ratio for name, ratio in seen.items()}
 
 
-def show_first(micro, origin, cfg, world, log):
+def show_first(step, z, origin, cfg, world, log):
     """Decodes a clip after the first update, where memory is full: what would fail at a validation is said now."""
-    if world.main and cfg.vae and parallel.on_gpu(world.device):
-        codec.write_clips(log.file("noise", 0), micro.z[:1].cpu(), origin.student_sampling, vae=cfg.vae,
+    if step == origin.step and world.main and cfg.vae and parallel.on_gpu(world.device):
+        codec.write_clips(log.file("noise", 0), z[:1].cpu(), origin.student_sampling, vae=cfg.vae,
                           device=world.device, report=log.say)
 
 

@@ -134,12 +134,19 @@ def grid(steps, shift):
     return [shifted(i / steps, shift) for i in range(steps, 0, -1)]
 
 
-@torch.no_grad()
 def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
-    """x0 from noise z (B, C, F, H, W) along dx = v dt over descending times, guided by scale; a net's call a step.
+    """x0 from noise z (B, C, F, H, W): the last point of `trajectory`."""
+    for x in trajectory(net, z, cond, times, uncond, scale, solver, free):
+        pass
+    return x
 
-    solver "euler", of first order, or "ab2", of second: Adams-Bashforth, which carries v on from the step before by a
-    straight line; its first step is Euler's.
+
+@torch.no_grad()
+def trajectory(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
+    """Yields x after each step from noise z (B, C, F, H, W) along dx = v dt: at times[1:], then at 0.
+
+    times descend from z's; guided by scale; a net's call a step. solver "euler", of first order, or "ab2", of second:
+    Adams-Bashforth, which carries v on from the step before by a straight line; its first step is Euler's.
     """
     x, before = z, None                                 # before: v and length of the last step
     s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
@@ -152,7 +159,7 @@ def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
             mean_v = v + h / (2 * h_before) * (v - v_before)
         x = x + (h if free is None else h * over(free)) * mean_v
         before = v, h
-    return x
+        yield x
 
 
 def rollout(net, z, cond, times, noises, exit, free=None):
@@ -190,22 +197,28 @@ def sample(net, draw, cond, uncond, sampling, free=None):
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
 
 
-def binned(values, t, where=None, free=None):
+def binned(values, t, where=None, free=None, times=None):
     """Sums and counts (2, BINS) of values (B,) in fifths of t (B,) or (B, F); `where` (B,) selects samples.
 
-    Sums and counts stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
+    times: the few that t takes, whose sums (2, len(times)) are kept apart instead, the lowest first. Sums and counts
+    stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
     """
     t = t if t.ndim == 1 else mean_of(over(t), free)
-    bins = (t * BINS).long().clamp(max=BINS - 1)
+    if times:
+        n = len(times)
+        bins = (t[:, None] - t.new_tensor(sorted(times))).abs().argmin(1)
+    else:
+        n = BINS
+        bins = (t * BINS).long().clamp(max=BINS - 1)
     some = torch.ones_like(values, dtype=torch.float32)
     if where is not None:
         some = some * where
     sums = torch.stack([values.detach().float() * some, some])
-    return torch.zeros(2, BINS, device=values.device).index_add_(1, bins, sums)
+    return torch.zeros(2, n, device=values.device).index_add_(1, bins, sums)
 
 
 def numbers(seen):
-    """Measurements as plain numbers: a_by becomes a_by_t0 .. a_by_t4, fifths of t without a sample left out."""
+    """Measurements as plain numbers: a_by becomes a_by_t0, a_by_t1 .., fifths of t without a sample left out."""
     flat = {}
     for name, x in seen.items():
         if name.endswith("_by"):
@@ -215,10 +228,11 @@ def numbers(seen):
     return flat
 
 
-def flow_loss(net, x0, cond, t, e, weight=None, free=None):
+def flow_loss(net, x0, cond, t, e, weight=None, free=None, times=None):
     """Flow matching: mean of w (net(x_t, t, cond) - (e - x0))² (arXiv 2210.02747, eq. 23).
 
     x0, e (B, C, F, H, W), t and weight (B,) or (B, F), weight None = 1; weight t² makes it the error of x0 itself.
+    times: those that t takes, whose weighted errors are then measured apart; see binned.
     """
     asked = on_free(t, free)
     v = net(add_noise(x0, e, asked), asked, cond)
@@ -231,7 +245,7 @@ def flow_loss(net, x0, cond, t, e, weight=None, free=None):
     if weight is not None:
         weighted = weight * error if weight.ndim == 1 else mean_of(over(weight) * squares, free)
     loss = weighted.mean()
-    return loss, {"loss": loss.detach(), "loss_by": binned(error, t, free=free)}
+    return loss, {"loss": loss.detach(), "loss_by": binned(weighted if times else error, t, free=free, times=times)}
 
 
 def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0, free=None):
@@ -464,6 +478,17 @@ def averaged(me):
         yield
     finally:
         swap()
+
+
+@torch.no_grad()
+def start_again(me, betas):
+    """The net goes on from its average, by an optimizer of these betas that has seen nothing: a run of its own."""
+    torch._foreach_copy_(tensors(me.rows), tensors(me.average))
+    for moment in tensors(me.opt_rows):
+        moment.zero_()
+    for group in me.opt.param_groups:
+        group["betas"] = betas
+    me.counts = {"updates": 0, "skipped": 0, "in_a_row": 0}
 
 
 @torch.no_grad()
