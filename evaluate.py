@@ -107,7 +107,7 @@ def main(cfg):
         table[name] = figures(measured, real, others, name in given)
         if cfg.first_frame:
             table[name] |= jumps(measured.moves)
-    names, width = list(table["real clips"]), max(28, *(len(name) + 2 for name in table))
+    names, width = list(table["real clips"]), max(28, *(len(name) + 1 for name in table))
     print(f"{cfg.n} clips each".ljust(width) + "".join(f"{name:>11}" for name in names))
     for name, row in table.items():
         print(name.ljust(width) + "".join(f"{row[figure]:11.3f}" for figure in names))

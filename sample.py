@@ -2,8 +2,10 @@
 
 A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Weights of others,
 and what export.py wrote, are sampled by `--ckpt=FILE_OR_FOLDER --model=wan-1.3b --vae=WAN --text=WAN`, and any of them
-with an adapter on top by `--lora=FILE`. Many GPUs share the videos, which are the same whatever their number: `torchrun
---nproc_per_node=8 -- sample.py …` (without --, torchrun takes --n for a flag of its own). Imports model and leaves.
+with an adapter on top by `--lora=FILE`. What was trained with first frames begins with a picture by `--image=FILE`, or
+with each of a folder, which have captions of their own. Many GPUs share the videos, which are the same whatever their
+number: `torchrun --nproc_per_node=8 -- sample.py …` (without --, torchrun takes --n for a flag of its own). Imports
+model and leaves.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
 """
