@@ -27,7 +27,8 @@ import parallel
 import plan
 from data import Ahead, Latents, holds_latents, noise, send, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import MODELS, Pair, bind, blank, check_expert, cond_of, fits, initial, models_of, shapes_of, shown
+from model import (MODELS, Pair, bind, blank, check_expert, check_first_frame, cond_of, fits, initial, models_of,
+                   shapes_of, shown)
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
                   is_high, lr_at, numbers, ode, place, rollout, sample_t, start_average, to_x0, train_step, within)
 
@@ -488,6 +489,7 @@ def resolve(cfg):
     """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
     cfg = inherit(cfg)
     check_expert(cfg.model, cfg.expert)
+    check_first_frame(cfg.model, cfg.first_frame)
     if (cfg.expert == "low") != (cfg.other is not None):
         raise ValueError(f"--expert={cfg.expert} --other={cfg.other}: the expert for high noise is distilled first and "
                          "alone, then that for low with --other=RUN, the high student's, which begins its rollouts")

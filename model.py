@@ -459,6 +459,15 @@ def check_expert(name, expert):
         raise ValueError(f"{name} has two experts: --expert=high or --expert=low says which")
 
 
+def check_first_frame(name, share):
+    """ValueError where first frames cannot be given to the model called `name`, by a t of 0 there."""
+    config = MODELS[name]
+    if share and config.image:
+        raise ValueError(f"--first_frame={share} does not apply: {name} is always shown the image")
+    if share and config.boundary:
+        raise ValueError(f"--first_frame={share} does not apply: {name}'s two experts are asked at one t for all frames")
+
+
 def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
     """ValueError unless the model called `name` takes latents of these shapes (C, F, H, W) and texts of this width."""
     config = MODELS[name]

@@ -24,8 +24,8 @@ import parallel
 import plan
 from data import Latents, holds_latents, noise, send, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import (MODELS, Pair, bind, blank, check_expert, cond_of, fits, initial, models_of, shapes_of, shown,
-                   token_grid)
+from model import (MODELS, Pair, bind, blank, check_expert, check_first_frame, cond_of, fits, initial, models_of,
+                   shapes_of, shown, token_grid)
 from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, grid, lr_at, muon, numbers, ode,
                   place, sample_t, scales_at, start_average, train_step)
 
@@ -404,8 +404,7 @@ def resolve(cfg):
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if not 0 <= cfg.first_frame <= 1:
         raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
-    if cfg.first_frame and MODELS[cfg.model].image:
-        raise ValueError(f"--first_frame={cfg.first_frame} does not apply: {cfg.model} is always shown the image")
+    check_first_frame(cfg.model, cfg.first_frame)
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
     if isinstance(cfg.guidance, tuple) and not cfg.expert:

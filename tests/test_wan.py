@@ -768,6 +768,8 @@ EXPERTS = [  # flags, with P for the pipeline of two experts, H and L for runs o
     (train, dict(model="small-pair", expert="low"), "none for high noise lies beside --init: --other=PATH"),
     (train, dict(model="small-pair", expert="low", init="P", other="L"), "is the expert for low noise, .* for high"),
     (train, dict(model="small", other="P"), "--other=P: small is one net"),
+    (train, dict(model="small-pair", expert="low", init="P", first_frame=0.5), "does not apply: small-pair's two"),
+    (distill, dict(model="small-pair", teacher="P", expert="high", first_frame=0.5), "does not apply: small-pair's"),
     (train, dict(model="small", guidance=(4.0, 3.0)), "--guidance 4.0 3.0: small is one net, it takes one scale"),
     (distill, dict(model="small-pair", teacher="P"), "small-pair has two experts"),
     (distill, dict(model="small-pair", teacher="P", expert="low"), "--expert=low --other=None: the expert for high"),
