@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Distils what train_5b_i2v.sh makes to 4 steps, first frames given to half of the clips, on 8 GPUs: 00 GB of each, 00 GB
-# of disk. LAUNCH=python recipes/distill_5b_i2v.sh --dry_run 8 80 prints what adds up to that.
+# Distils what train_5b_i2v.sh makes to 4 steps, with first frames given to half of the clips, on 8 GPUs: 50 GB of each,
+# 280 GB of disk. LAUNCH=python recipes/distill_5b_i2v.sh --dry_run 8 80 prints what adds up to that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after SIGTERM; torch 2.11's torchrun has 30

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Distils Wan2.2 A14B to 4 steps on 8 GPUs, one expert after the other: first as it stands, then with EXPERT=low, whose
-# rollouts the high student begins. Adapters of one frozen expert, 4 GPUs share each clip: 00 GB of each, 00 GB of disk.
-# LAUNCH=python recipes/distill_a14b.sh --dry_run 8 80 prints what adds up to that; EXPERT=low takes 00 GB.
+# rollouts the high student begins. Adapters of one frozen expert, 4 GPUs share each clip: 24 GB of each, 34 GB of disk.
+# LAUNCH=python recipes/distill_a14b.sh --dry_run 8 80 prints what adds up to that; EXPERT=low takes 28 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600   # s to finish a step and save after SIGTERM; torch 2.11's torchrun has 30

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A LoRA of one of Wan2.2 A14B's two experts on one GPU of 141 GB: 00 GB of it, 00 GB of disk. EXPERT=low is the other,
+# A LoRA of one of Wan2.2 A14B's two experts on one GPU of 141 GB: 97 GB of it, 10 GB of disk. EXPERT=low is the other,
 # a run of its own. LAUNCH=python recipes/lora_a14b.sh --dry_run 1 141 prints what adds up to that. Afterwards both are
 # written: python export.py --ckpt=out/lora-high --other=out/lora-low --lora --out=lora
 set -euo pipefail

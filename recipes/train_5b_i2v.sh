@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Finetunes Wan2.2 5B to go on from a given first frame, half of the clips, on 8 GPUs: 00 GB of each, 00 GB of disk.
+# Finetunes Wan2.2 5B to go on from a given first frame, half of the clips, on 8 GPUs: 39 GB of each, 160 GB of disk.
 # LAUNCH=python recipes/train_5b_i2v.sh --dry_run 8 80 prints what adds up to that. The dataset is of its own VAE (48
 # channels): python prepare.py --videos=DIR --codec=wan --vae=$WAN --text=$WAN --sizes 704x1280 --frames=121 --fps=24
 set -euo pipefail
