@@ -212,23 +212,6 @@ def is_a_run(path, cfg):
     return ckpt.is_ours(path) or not Path(path).exists() and cfg.model is None
 
 
-def net_of(path, lora, model, expert, cfg, world):
-    """The Source of a net's weights, with an adapter folded in, and the null text beside them."""
-    if is_a_run(path, cfg):
-        saved = ckpt.stored(path, [cfg.weights, "null"], **world.ranks)
-        source, null = ckpt.model_of(saved, cfg.weights), saved.tensor("null")
-        trained = saved.sampling.get("expert")
-        if expert and trained != expert:
-            raise ValueError(f"{path} is the expert for {trained} noise, wanted is that for {expert} too: videos are "
-                             "made by both")
-    else:
-        source, null = ckpt.weights(path, expert=expert, **world.ranks), ckpt.null_of(path, **world.ranks)
-    ckpt.match(shapes_of(model), source.shapes, source.origin, models_of)
-    if lora:
-        source = ckpt.folded(source, ckpt.lora(lora, **world.ranks), cfg.lora_scale)
-    return source, null
-
-
 def other_path(cfg, expert):
     """Where the other expert is: --other, else beside --ckpt."""
     other = cfg.other
