@@ -27,13 +27,14 @@ import codec
 import flags
 import parallel
 import plan
-from data import DTYPES, Ahead, Latents, holds_latents, noise, read_manifest, stratified, stream
+from data import DTYPES, Ahead, Latents, holds_latents, noise, read_manifest, send, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
+from model import (MODELS, Cond, Pair, bind, blank, check_expert, check_first_frame, cond_of, fits, initial, models_of,
+                   shapes_of, shown)
 from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
-                  lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average, to_x0,
-                  train_step, trajectory)
+                  is_high, lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average,
+                  to_x0, train_step, trajectory, within)
 from store import Writer
 
 
@@ -44,6 +45,8 @@ class Config:
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
     model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; None = the teacher run's
+    expert: Literal["high", "low"] | None = None          # which of Wan 2.2's two experts to distil: high first
+    other: str | None = None                              # for --expert=low: the run of its high student
     data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote; prompts are enough
     out: str = "out/distill"                              # folder of the run: log, curves, samples, checkpoints
     seed: int = 0                                         # random seed
@@ -186,12 +189,16 @@ DEFAULTS = {
     "wan-1.3b": WAN,
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
+    "wan-14b-i2v": WAN,
+    "wan2.2-a14b": WAN | dict(guidance=4.0),
+    "wan2.2-a14b-i2v": WAN | dict(guidance=3.5),
 }
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet, or must have been where there is none any more
-BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "pairs": 0, "pairs_steps": 0, "anchor": 0.0}
+BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "pairs": 0, "pairs_steps": 0, "anchor": 0.0,
+          "expert": None, "other": None}
 BETAS = (0.0, 0.999)    # of student and critic
 ODE_STEPS = 8           # least number of steps in which the teacher makes a pair
 PAIRS_LOG = 10          # updates on pairs from one line of the log to the next
@@ -210,6 +217,7 @@ class Draw(NamedTuple):
     e: torch.Tensor     # (B, C, F, H, W) noise of the score's x_t
     u: torch.Tensor     # (B,) uniforms of the score's t
     noises: list        # K - 1 of (B, C, F, H, W), between the steps of the rollout
+    extras: dict        # {name: (B, …)} what an image-to-video model is shown
 
 
 def main(cfg):
@@ -244,14 +252,14 @@ def main(cfg):
     origin = origin._replace(weights=None)      # closes their files
 
     # 4) the teacher's pairs, if any, the log, and signals
-    nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
+    nets = partial(bound_nets, student_net, critic_net, (teacher_net, high_net(origin, cfg, world)), origin, cfg, world)
     pairs = pairs_of(nets, data, origin, cfg, world)
     log = Log(cfg.out, asdict(cfg), step=origin.step, steps=end_of(cfg), main=world.main, wandb=cfg.wandb, signs=signs)
     stopped, clock = parallel.stop_requested(world), Clock()
 
     # 5) the loop
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
-    K, clip = len(cfg.times), row_of(cfg)["clip"]
+    exits, clip = exits_of(cfg), row_of(cfg)["clip"]
     goal = []       # the teacher's clips, from the first validation on
     for step in range(origin.step, end_of(cfg) + 1):
         # once in a while: save, then validate; a run killed in between validates when it resumes
@@ -276,7 +284,7 @@ def main(cfg):
         seen = {}
         if due(n + 1, cfg.student_every):
             with clock("seconds"), ckpt.ending(cfg.out, step):
-                exit = student.counts["updates"] % K        # the same on all ranks, and each as often
+                exit = exits[student.counts["updates"] % len(exits)]    # the same on all ranks, and each as often
                 with clock("data_wait"):
                     micros = draws("student", n)
                 losses = [partial(student_loss, nets, micro, exit, cfg) for micro in micros]
@@ -287,7 +295,7 @@ def main(cfg):
 
         # the critic follows the student, always
         with clock("seconds"), ckpt.ending(cfg.out, step):
-            exit = critic.counts["updates"] % K
+            exit = exits[critic.counts["updates"] % len(exits)]
             with clock("data_wait"):
                 micros = draws("critic", n)
             losses = [partial(critic_loss, nets, micro, exit, cfg) for micro in micros]
@@ -337,9 +345,10 @@ def pairs_loss(nets, pair, cfg):
 def student_loss(nets, micro, exit, cfg):
     """Distribution matching on what the student's sampler gives at its step `exit`, with its graph."""
     student, critic, teacher = nets(micro.z.shape)
-    cond, uncond = Cond(micro.text), Cond(micro.null.expand_as(micro.text))
+    cond = cond_of(micro.text, micro.extras)
+    uncond = cond._replace(text=micro.null.expand_as(micro.text))
     x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit, micro.free)
-    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
+    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     rescale = row_of(cfg)["rescale"]
     return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
 
@@ -365,11 +374,22 @@ def anchored(losses, pairs, n, nets, cfg):
 def critic_loss(nets, micro, exit, cfg):
     """Flow matching on the student's clips: train.py's own loss."""
     student, critic, _ = nets(micro.z.shape)
-    cond = Cond(micro.text)
+    cond = cond_of(micro.text, micro.extras)
     with torch.no_grad():
         x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit, micro.free)
-    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
+    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     return flow_loss(critic, x0, cond, t, micro.e, free=micro.free)
+
+
+def part_of(cfg):
+    """(boundary, expert) of the part of all t that one of two experts has, None where there is one net."""
+    return (MODELS[cfg.model].boundary, cfg.expert) if cfg.expert else None
+
+
+def exits_of(cfg):
+    """The steps of the student's sampler after which a rollout may end: of an expert, those that it makes itself."""
+    boundary = MODELS[cfg.model].boundary
+    return [k for k, t in enumerate(cfg.times) if not cfg.expert or is_high(t, boundary) == (cfg.expert == "high")]
 
 
 def scale_at(t, cfg):
@@ -409,16 +429,22 @@ def sizes_of(micro):
     return micro.z.shape[1:], micro.text.shape[1], times
 
 
-def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
+def bound_nets(student, critic, frozen, origin, cfg, world, shape):
     """The three nets as the losses see them, for latents (…, F, H, W) -> (student, critic, teacher), each a Bound.
 
-    The student attends as its flags say, the teacher as it was trained, and so does the critic, its copy.
+    The student attends as its flags say, the teacher as it was trained, and so does the critic, its copy. Where the
+    expert for low noise is distilled, the student is a Pair, in whose rollouts `high` makes the first steps.
     """
+    (teacher, high), teacher_sampling = frozen, origin.teacher_sampling
     adapters = ("student", "critic") if cfg.lora_rank else (None, None)
     few = cfg.window, cfg.tile, cfg.dense_ends
     full = [teacher_sampling[name] for name in ("window", "tile", "dense_ends")]
+    bound = bind(student, shape, world, *few, adapters[0])
+    if high is not None:
+        told = [origin.high.sampling[name] for name in ("window", "tile", "dense_ends")]
+        bound = Pair(bind(high, shape, world, *told), bound, MODELS[cfg.model].boundary)
     return (
-        bind(student, shape, world, *few, adapters[0]),
+        bound,
         bind(critic, shape, world, *full, adapters[1]),
         bind(teacher, shape, world, *full),
     )
@@ -469,13 +495,13 @@ def draw(data, cfg, role, step):
     u = stratified(cfg.seed, f"{role}_score_t_perm", f"{role}_score_t", step, cfg.batch)
     micros = []
     for slots in data.slots:
-        text = data.text([ids[slot] for slot in slots])
+        some = [ids[slot] for slot in slots]
         z, free = begun(noise(cfg.seed, f"{role}_z", step, slots, shape), role, step, slots, ids, data, cfg)
         e = noise(cfg.seed, f"{role}_score_noise", step, slots, shape)
         noises = []
         for k in range(K - 1):
             noises.append(noise(cfg.seed, f"{role}_renoise", step, [slot * K + k for slot in slots], shape))
-        micros.append(Draw(text, data.null, z, free, e, u[slots], noises))
+        micros.append(Draw(data.text(some), data.null, z, free, e, u[slots], noises, data.extras(some)))
     return micros
 
 
@@ -659,6 +685,7 @@ class Origin(NamedTuple):
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
     teacher_sampling: dict          # sampling block of the teacher
     student_sampling: dict          # and of the student
+    high: ckpt.Source | None        # of --other
 
 
 def begin(cfg):
@@ -678,7 +705,7 @@ def begin(cfg):
         world=world.data_size,
         device=world.device,
     )
-    weights = ckpt.weights(cfg.teacher, **world.ranks)
+    weights = ckpt.weights(cfg.teacher, expert=cfg.expert, **world.ranks)
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
     if cfg.first_frame:     # first frames are normalised as the teacher knows them
         data.mean, data.std = codec.moments(student_sampling)
@@ -688,8 +715,13 @@ def begin(cfg):
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin, models_of)
-    base = ckpt.base_of(cfg.teacher, weights)
+    base = ckpt.base_of(cfg.teacher, weights, cfg.expert)
     inputs = {"data": data.content, "teacher": base["crc32"]}
+    high = None
+    if cfg.other:
+        high = ckpt.weights(cfg.other, **world.ranks)
+        check_high(high, cfg)
+        inputs["other"] = ckpt.fingerprint(high)
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     step, counts = 0, None
     if path:
@@ -702,13 +734,18 @@ def begin(cfg):
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
         raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
-    origin = Origin(path, step, counts, weights, base, inputs, teacher_sampling, student_sampling)
+    origin = Origin(path, step, counts, weights, base, inputs, teacher_sampling, student_sampling, high)
     return cfg, world, data, origin
 
 
 def resolve(cfg):
     """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
     cfg = inherit(cfg)
+    check_expert(cfg.model, cfg.expert)
+    check_first_frame(cfg.model, cfg.first_frame)
+    if (cfg.expert == "low") != (cfg.other is not None):
+        raise ValueError(f"--expert={cfg.expert} --other={cfg.other}: the expert for high noise is distilled first and "
+                         "alone, then that for low with --other=RUN, the high student's, which begins its rollouts")
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
     if cfg.times:
@@ -735,6 +772,8 @@ def resolve(cfg):
         cfg = replace(cfg, pairs_steps=0, anchor=0.0)
     elif not cfg.pairs_steps and not cfg.anchor:
         raise ValueError(f"--pairs={cfg.pairs}, but --pairs_steps and --anchor are 0: nothing learns from them")
+    elif cfg.expert or MODELS[cfg.model].image:
+        raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is another")
     flags.at_least(cfg, min(1, 1 - cfg.pairs_steps), "steps")
     if cfg.ema >= 1 or cfg.steps < cfg.student_every and not cfg.pairs_steps:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
@@ -744,6 +783,9 @@ def resolve(cfg):
         times = tuple(grid(cfg.student_steps, cfg.shift))
     if times[0] != 1 or min(times) <= 0 or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"--times {' '.join(map(str, times))}: they start at 1, noise, and descend, all above 0")
+    if not exits_of(replace(cfg, times=times)):
+        raise ValueError(f"--expert={cfg.expert}: none of the student's times {' '.join(f'{t:.4g}' for t in times)} is "
+                         f"its own, they lie on the other's side of {MODELS[cfg.model].boundary}")
     if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
         interval = " ".join(map(str, cfg.guidance_interval))
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
@@ -782,7 +824,8 @@ def inherit(cfg):
     if cfg.first_frame and not known:
         raise ValueError(f"--first_frame={cfg.first_frame}, but {cfg.teacher} was trained without: train.py "
                          "--first_frame first")
-    cfg = flags.filled(replace(cfg, model=sampling["model"]), {}, {"first_frame": known})
+    known = {"first_frame": known, "expert": sampling.get("expert")}
+    cfg = flags.filled(replace(cfg, model=sampling["model"]), {}, known)
     if sampling["window"] and not cfg.window:
         window, tile = tuple(sampling["window"]), tuple(sampling["tile"])
         cfg = replace(cfg, window=window, tile=tile, dense_ends=sampling["dense_ends"])
@@ -794,6 +837,7 @@ def samplings(cfg, data, weights):
     made = data.manifest
     width = made["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
+    shown(cfg.model, data.extra_shapes())
     if cfg.first_frame and (not holds_latents(made) or all(shape[1] == 1 for shape in data.shapes)):
         held = "stills" if holds_latents(made) else "prompts"
         raise ValueError(f"--first_frame={cfg.first_frame} takes first frames of clips, and {cfg.data} holds {held} "
@@ -827,7 +871,32 @@ def samplings(cfg, data, weights):
         "guidance": 1.0,
         "first_frame": cfg.first_frame,
     }
+    if cfg.expert:
+        student |= {"expert": cfg.expert, "boundary": MODELS[cfg.model].boundary}
     return teacher, student
+
+
+def check_high(high, cfg):
+    """ValueError unless a Source is of the high student that goes before: of the same model, times and boundary."""
+    sampling = high.sampling
+    if sampling is None or sampling.get("expert") != "high" or "times" not in sampling:
+        raise ValueError(f"--other={cfg.other} is no run that distilled the expert for high noise")
+    found = [sampling["model"], sampling["boundary"], *sampling["times"]]
+    wanted = [cfg.model, MODELS[cfg.model].boundary, *cfg.times]
+    if found != wanted:
+        raise ValueError(f"--other={cfg.other} is of model, boundary and times {' '.join(map(str, found))}; this run "
+                         f"is of {' '.join(map(str, wanted))}: the two experts sample together")
+
+
+def high_net(origin, cfg, world):
+    """The frozen net of --other, None where the student makes all steps of its rollouts."""
+    if origin.high is None:
+        return None
+    net = blank(cfg.model)
+    parallel.prepare(net, world, trainable=False, shapes=2 * len(origin.student_sampling["shapes"]))
+    with flags.door(__file__):
+        ckpt.fill(parallel.local_rows(net), origin.high, **world.ranks)
+    return net
 
 
 def adapters(cfg):
@@ -957,13 +1026,20 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     shape = data.shape_of(ids[0])
     student, critic, teacher = nets(shape)
     times = grid(origin.teacher_sampling["steps"], origin.teacher_sampling["shift"])
+    exits, low, high = exits_of(cfg), *cfg.guidance_interval
+    if cfg.expert:      # the part of the teacher's path that is its own, and of the guided levels
+        boundary = MODELS[cfg.model].boundary
+        times = [t for t in times if is_high(t, boundary) == (cfg.expert == "high")]
+        low, high = within(torch.tensor([low, high]), boundary, cfg.expert).tolist()
 
     def draw(purpose, k, places):
         return noise(cfg.seed, purpose, k, places, shape).to(world.device)
 
     def conds(places):
-        text = data.text([ids[place // SEEDS] for place in places]).to(world.device)
-        return Cond(text), Cond(data.null.to(world.device).expand_as(text))
+        some = [ids[place // SEEDS] for place in places]
+        text, extras = send([data.text(some), data.extras(some)], world.device)
+        cond = cond_of(text, extras)
+        return cond, cond._replace(text=data.null.to(world.device).expand_as(text))
 
     def begun(given, places):
         z = draw("sample", 0, places)
@@ -977,11 +1053,15 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         z, free = begun(given, places)
         noises = [draw("sample", k, places) for k in range(1, len(cfg.times))]
         cond, _ = conds(places)
-        return rollout(student, z, cond, cfg.times, noises, len(cfg.times) - 1, free)
+        return rollout(student, z, cond, cfg.times, noises, exits[-1], free)
 
     def many_steps(given, places):
         z, free = begun(given, places)
         cond, uncond = conds(places)
+        if exits[0] > 0:        # where the high student ends, noised to where the low teacher begins
+            noises = [draw("sample", k, places) for k in range(1, exits[0] + 1)]
+            x0 = rollout(student, z, cond, cfg.times, noises, exits[0] - 1)
+            z = add_noise(x0, noises[-1], z.new_full((len(z),), times[0]))
         solver = origin.teacher_sampling.get("solver", "euler")     # of old checkpoints
         return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, free)
 
@@ -989,7 +1069,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         places = [i * SEEDS for i in some]
         x0 = few_steps(False, places)
         cond, uncond = conds(places)
-        t = x0.new_full((len(x0),), sum(cfg.guidance_interval) / 2)
+        t = x0.new_full((len(x0),), (low + high) / 2)
         x_t = add_noise(x0, draw("val", 0, some), t)
         f = to_x0(x_t, critic(x_t, t, cond), t)
         rescale = row_of(cfg)["rescale"]

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from data import micro_size, read_manifest
-from model import MODELS, USUAL, Cond, bind, blank, fits
+from model import MODELS, USUAL, Cond, bind, blank, fits, shown
 
 # {latent channels: (GB of the VAE's weights, GB of decoding one clip, per latent row and column)}. Decoding holds about
 # 14 maps of 4 frames of the decoder's last and widest stage (96 channels) in fp32, the caches of its convolutions among
@@ -71,6 +71,7 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False, graphs=1, 
         shapes = [tuple(bucket["shape"]) for manifest in manifests for bucket in manifest["buckets"]]
         text = manifests[0]["text"]
         length, width = text["length"], text["width"]
+        shown(cfg.model, {name: about["shape"] for name, about in manifests[0]["buckets"][0].get("extras", {}).items()})
     fits(cfg.model, shapes[0][0], width, shapes, cfg.sp, cfg.window, cfg.tile)
     weight = weigh(cfg, world, lora, shapes, length, optimizer=optimizer, learners=learners, teacher=teacher,
                    graphs=graphs, pairs=pairs)
@@ -144,6 +145,10 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
         gathered = learners * takes["gathered"]
         if teacher:
             frozen = parallel.memory(blank(cfg.model), world, trainable=False)["parameters"]
+    if cfg.other:   # of two experts the one that is not trained: it begins rollouts, or is there at validations alone
+        other = parallel.memory(blank(cfg.model), world, trainable=False)
+        if teacher:
+            frozen += other["parameters"]
     held = {"frozen weights": frozen, "trained weights": weights, "gradients of one net": one,
             "optimizer": int(learners * moments * one), "average": one, "gathered copies": gathered}
 
@@ -159,6 +164,8 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
         weights_gb, gb = VAES[channels]
         largest = max(H * W for _, _, H, W in shapes)
         passing["VAE that decodes a validation's clip, about"] = 1e9 * (weights_gb + gb * largest)
+    if cfg.other and not teacher:
+        passing["the other expert, at a validation"] = other["parameters"] + other["gathered"]
     per_weight = learners * (1 + moments) + 1       # each learner and its moments, and one average
     dataset = {}
     if pairs:
@@ -238,7 +245,9 @@ def activations(bound, shape, length, precision, per_frame=False):
     net, dtype = bound.net, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
     x = torch.empty(shape, device="meta")
     t = torch.empty((shape[0], shape[2]) if per_frame else shape[:1], device="meta")
-    cond = Cond(torch.empty(shape[0], length, net.config.text_dim, device="meta"))
+    told = {name: torch.empty(shape[0], *wanted, device="meta")
+            for name, wanted in net.config.conditions(shape[2:]).items() if wanted}
+    cond = Cond(torch.empty(shape[0], length, net.config.text_dim, device="meta"), **told)
     seen = []
     for blocks in (1, 2):
         # a copy of the net in which the list of blocks is replaced by its beginning

@@ -15,7 +15,6 @@ B batch · C F H W latent channels, frames, rows, columns · K sampling steps
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import cos, pi
 from typing import Callable
 
@@ -87,16 +86,48 @@ def shifted(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_t(u, density="uniform", shift=1.0, clamp=(0.0, 1.0)):
+def sample_t(u, density="uniform", shift=1.0, clamp=(0.0, 1.0), part=None):
     """Times from uniforms u (B,) in [0, 1): the density's inverse CDF, then the shift, then the clamp.
 
     density "uniform" or "logit_normal" (sigmoid of a standard normal; SD3, arXiv 2403.03206, eq. 19).
+    part (b, expert): the law of the t of one of two experts, "high" for t ≥ b or "low" below, as it is within the whole
+    law: u is moved to the expert's part of the CDF (truncation by the inverse CDF), so that strata stay strata.
     """
     if density not in ("uniform", "logit_normal"):
         raise ValueError(f"t density {density!r}: it is uniform or logit_normal")
     u = u.double()
+    if part:
+        below = share_below(part[0], density, shift)
+        u = below + (1 - below) * u if part[1] == "high" else below * u
     t = u if density == "uniform" else torch.special.ndtri(u).sigmoid()
-    return shifted(t, shift).clamp(*clamp).float()
+    t = shifted(t, shift).clamp(*clamp).float()
+    return t if part is None else within(t, *part)
+
+
+def share_below(b, density, shift):
+    """F(b), the part of all t that lie below b: the inverse of the shift, then the density's CDF."""
+    b = torch.tensor(b / (shift - (shift - 1) * b), dtype=torch.float64)
+    return (b if density == "uniform" else torch.special.ndtr(b.logit())).item()
+
+
+def within(t, b, expert):
+    """t fp32 of an expert's part of [0, 1], where rounding has put it to the other's side of b moved to its own."""
+    b = torch.tensor(b, dtype=torch.float32, device=t.device)
+    return t.clamp(min=b) if expert == "high" else t.clamp(max=torch.nextafter(b, torch.zeros_like(b)))
+
+
+def is_high(t, b):
+    """Whether a time, a plain number, is the expert's for high noise; by fp32, which is what the net is told."""
+    t, b = torch.tensor([t, b], dtype=torch.float32)
+    return bool(t >= b)
+
+
+def scales_at(times, guidance, b):
+    """The guidance scale at each of these times, of (high, low) the expert's own; a number is that of all."""
+    if isinstance(guidance, (int, float)):
+        return [guidance] * len(times)
+    high, low = guidance
+    return [high if is_high(t, b) else low for t in times]
 
 
 def guided(net, x_t, t, cond, uncond, scale):
@@ -145,12 +176,14 @@ def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
 def trajectory(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
     """Yields x after each step from noise z (B, C, F, H, W) along dx = v dt: at times[1:], then at 0.
 
-    times descend from z's; guided by scale; a net's call a step. solver "euler", of first order, or "ab2", of second:
-    Adams-Bashforth, which carries v on from the step before by a straight line; its first step is Euler's.
+    times descend from z's; a net's call a step, guided by scale, a number or one for each of the times. solver "euler",
+    of first order, or "ab2", of second: Adams-Bashforth, which carries v on from the step before by a straight line;
+    its first step is Euler's.
     """
     x, before = z, None                                 # before: v and length of the last step
-    s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
-    for t, t_next in pairwise([*times, 0.0]):
+    scales = [scale] * len(times) if isinstance(scale, (int, float)) else scale
+    for t, t_next, scale in zip(times, [*times[1:], 0.0], scales, strict=True):
+        s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
         asked = on_free(x.new_full((len(x),), t, dtype=torch.float32), free)
         v, _ = guided(net, x, asked, cond, uncond, s)
         h, mean_v = t_next - t, v
@@ -191,7 +224,8 @@ def sample(net, draw, cond, uncond, sampling, free=None):
         return rollout(net, z, cond, times, noises, len(times) - 1, free)
     times = grid(sampling["steps"], sampling["shift"])
     solver = sampling.get("solver", "euler")            # of old checkpoints
-    return ode(net, draw(0), cond, times, uncond, sampling["guidance"], solver, free)
+    scales = scales_at(times, sampling["guidance"], sampling.get("boundary"))
+    return ode(net, draw(0), cond, times, uncond, scales, solver, free)
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------

@@ -952,3 +952,70 @@ def test_the_average_is_swapped_in_and_out_to_the_bit_even_on_an_exception():
             raise KeyboardInterrupt
     assert torch.equal(me.rows["w"].tensor, net)
     assert torch.equal(me.average["w"].tensor, average)
+
+
+# ---- an expert's part of the times ----------------------------------------------------------------------------------
+
+DRAWS = 100_000
+
+
+@pytest.mark.parametrize("b", (0.875, 0.9))
+@pytest.mark.parametrize("density", ("uniform", "logit_normal"))
+@pytest.mark.parametrize("shift", (1.0, 5.0, 12.0))
+@pytest.mark.parametrize("expert", ("high", "low"))
+def test_an_experts_times_are_its_part_of_the_whole_law(expert, shift, density, b):
+    u = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    t = step.sample_t(u, density, shift, part=(b, expert))
+    edge = torch.tensor(b, dtype=torch.float32)
+    assert ((t >= edge) == (expert == "high")).all()        # nothing outside
+
+    # its density is that of the whole law there: the same quantiles
+    whole = step.sample_t(u, density, shift)
+    own = whole[(whole >= edge) == (expert == "high")]
+    places = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    want, got = (x.double().quantile(places) for x in (own, t))
+    assert (want - got).abs().max() < 2e-3 * (1 - b if expert == "high" else b)
+    assert abs(len(own) / DRAWS - (1 - step.share_below(b, density, shift) if expert == "high"
+                                   else step.share_below(b, density, shift))) < 2 / DRAWS
+
+
+def test_the_share_of_the_high_expert_is_the_tables():
+    shares = [1 - step.share_below(0.875, "uniform", shift) for shift in (1.0, 3.0, 5.0, 12.0)]
+    assert shares == pytest.approx([0.125, 0.3, 0.417, 0.632], abs=1e-3)
+
+
+def test_an_experts_strata_stay_strata():
+    for expert in ("high", "low"):
+        u = (torch.arange(64) + torch.rand(64, generator=torch.Generator().manual_seed(0))) / 64
+        t = step.sample_t(u, "uniform", 5.0, part=(0.875, expert)).double()
+        edges = step.sample_t(torch.arange(64) / 64, "uniform", 5.0, part=(0.875, expert)).double()
+        assert (t >= edges).all()
+        assert (t[:-1] <= edges[1:]).all()
+
+
+def test_times_at_the_very_edge_fall_to_their_own_expert():
+    for b in (0.875, 0.9):
+        edge = torch.tensor(b, dtype=torch.float32)
+        below = torch.nextafter(edge, torch.zeros(()))
+        almost = torch.tensor([1 - 2**-24])
+        assert step.sample_t(torch.zeros(1), part=(b, "high")) >= edge
+        assert step.sample_t(almost, part=(b, "low")) <= below
+        assert step.is_high(edge.item(), b)
+        assert step.is_high(b, b)
+        assert not step.is_high(below.item(), b)
+
+
+def test_each_expert_has_its_own_guidance_scale():
+    times = step.grid(4, 5.0)
+    assert step.scales_at(times, (4.0, 3.0), 0.875) == [4.0, 4.0, 3.0, 3.0]
+    assert step.scales_at(times, 2.0, None) == [2.0] * 4
+    assert step.scales_at([0.9], [4.0, 3.0], 0.9) == [4.0]
+
+
+def test_a_sampler_is_guided_at_each_time_by_its_scale():
+    z = torch.ones(2, 1, 1, 1, 1)
+    net = lambda x, t, cond: torch.full_like(x, cond)     # noqa: E731
+    times = [1.0, 0.6, 0.5]
+    got = step.ode(net, z, 2.0, times, 1.0, [3.0, 1.0, 0.5])
+    v = [1 + 3 * 1, 2, 1 + 0.5 * 1]
+    assert torch.allclose(got, z - 0.4 * v[0] - 0.1 * v[1] - 0.5 * v[2])
