@@ -1,7 +1,7 @@
 """Distil a video diffusion transformer into a few-step student by distribution matching (DMD2, arXiv 2405.14867).
 
     python distill.py --teacher=out/train                                       the built-in shapes, on a laptop
-    torchrun --nproc_per_node=8 distill.py --teacher=ODE_STEPS --model=wan-1.3b --data=DIR --shard=-1
+    torchrun --nproc_per_node=8 distill.py --teacher=PATH --model=wan-1.3b --data=DIR --shard=-1
 
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
