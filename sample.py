@@ -194,7 +194,7 @@ def net_of(path, lora, model, expert, cfg, world):
         beside = ckpt.sampling_of(path)
         if beside is None:
             beside = {"model": model}
-        if expert is None and beside["model"] and MODELS[beside["model"]].boundary:
+        if expert is None and beside["model"] in MODELS and MODELS[beside["model"]].boundary:
             expert = beside.get("expert", "high")
         source, sampling = ckpt.weights(path, expert=expert, **world.ranks), told(path, model)
         null = ckpt.null_of(path, **world.ranks)
