@@ -1,7 +1,7 @@
 """Makes the pictures of README from the default runs: `python assets/make.py`, after train.py and distill.py.
 
     clips.webp      eight captioned clips of out/train
-    steps.webp      the same prompts by the teacher (100 network calls), undistilled in 4 steps, by the student in 4
+    steps.webp      the same prompts by the teacher (50 network calls), undistilled in 4 steps, by the student in 4
     curves.png      of out/train
 """
 import sys
@@ -79,7 +79,7 @@ def main():
     student = ckpt.stored(ROOT / "out/distill", ["null"]).sampling
     few = clips("out/train", CAPTIONS[:4], world, student)
     distilled = clips("out/distill", CAPTIONS[:4], world)
-    names = ["teacher\n100 network calls", "teacher\nin the student's 4 steps", "student\n4 network calls"]
+    names = ["teacher\n50 network calls", "teacher\nin the student's 4 steps", "student\n4 network calls"]
     rows = [list(zip(some, CAPTIONS)) for some in (teacher[:4], few, distilled)]
     animate(here / "steps.webp", rows, 4, names)
     curves = Image.open(ROOT / "out/train/curves.png").convert("RGB").quantize(64)
