@@ -4,6 +4,10 @@ A net is any callable net(x_t, t, cond) -> v; what cond holds is the net's busin
 t and e come in as tensors. Time runs from data to noise: t in [0, 1], t = 0 data, t = 1 noise,
 x_t = (1 - t) x0 + t e, v = e - x0, x0 = x_t - t v. t is fp32 and never leaves it: bf16 would leave 506 of 1000 values.
 
+Frames can be given: free (B, F) is 1 for a frame that is made and 0 for one that is given, None where all are made.
+What enters has the given frames in place, the net is asked at t * free, so at 0 = data there, and they come out to the
+bit; losses and measurements are over the free frames of each clip, of which there is at least one.
+
 To log a number, return it in a loss's measurements: it is averaged over micro-batches and ranks, written to the log and
 drawn. A name that ends in _by holds sums and counts per fifth of t, made by `binned`.
 
@@ -33,6 +37,30 @@ def add_noise(x0, e, t):
     """x_t = (1 - t) x0 + t e: the straight path from data to noise (rectified flow, arXiv 2209.03003, eq. 1)."""
     t = over(t)
     return (1 - t) * x0 + t * e
+
+
+def on_free(x, free):
+    """x (B,) or per frame (B, F), 0 in given frames: (B, F); x itself where free is None."""
+    return x if free is None else x.view(len(x), -1) * free
+
+
+def mean_of(x, free):
+    """Each clip's mean over the free frames of x (B, C, F, H, W): (B,)."""
+    if free is None:
+        return x.flatten(1).mean(1)
+    return (x.mean((1, 3, 4)) * free).sum(1) / free.sum(1)
+
+
+def whole(x, free):
+    """Mean over clips of `mean_of`, the same however a batch is cut: ()."""
+    return x.mean() if free is None else mean_of(x, free).mean()
+
+
+def std_of(x, free):
+    """Each clip's standard deviation over the free frames of x (B, C, F, H, W): (B,)."""
+    if free is None:
+        return x.flatten(1).std(1)
+    return mean_of((x - over(mean_of(x, free))).square(), free).sqrt()
 
 
 def to_x0(x_t, v, t):
@@ -70,16 +98,17 @@ def guided(net, x_t, t, cond, uncond, scale):
     return torch.where(s == 1, c, u + s * (c - u)), c
 
 
-def guided_x0(net, x_t, t, cond, uncond, scale, rescale=0.0):
-    """The x0 that `guided` leads to, and the conditional one alone.
+def guided_x0(net, x_t, t, cond, uncond, scale, rescale=0.0, free=None):
+    """The x0 that `guided` leads to, and the conditional one alone; given frames are x_t's in both.
 
     rescale in [0, 1] takes back the contrast that guidance adds: all of it at 1, where the first has the second's std
     (arXiv 2305.08891, eq. 15-16).
     """
+    t = on_free(t, free)
     v, v_cond = guided(net, x_t, t, cond, uncond, scale)
     r, c = to_x0(x_t, v, t), to_x0(x_t, v_cond, t)
     if rescale:
-        r = r * over(1 + rescale * (c.flatten(1).std(1) / r.flatten(1).std(1) - 1))
+        r = r * over(1 + on_free(rescale * (std_of(c, free) / std_of(r, free) - 1), free))
     return r, c
 
 
@@ -91,8 +120,13 @@ def grid(steps, shift):
     return [shifted(i / steps, shift) for i in range(steps, 0, -1)]
 
 
+def place(z, given, free):
+    """Where a sampler begins: noise z in free frames (add_noise at t = 1), clips `given` in the others (at 0)."""
+    return z if free is None else add_noise(given, z, free)
+
+
 @torch.no_grad()
-def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler"):
+def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
     """x0 from noise z (B, C, F, H, W) along dx = v dt over descending times, guided by scale; a net's call a step.
 
     solver "euler", of first order, or "ab2", of second: Adams-Bashforth, which carries v on from the step before by a
@@ -101,17 +135,18 @@ def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler"):
     x, before = z, None                                 # before: v and length of the last step
     s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
     for t, t_next in pairwise([*times, 0.0]):
-        v, _ = guided(net, x, x.new_full((len(x),), t, dtype=torch.float32), cond, uncond, s)
+        asked = on_free(x.new_full((len(x),), t, dtype=torch.float32), free)
+        v, _ = guided(net, x, asked, cond, uncond, s)
         h, mean_v = t_next - t, v
         if solver == "ab2" and before:
             v_before, h_before = before
             mean_v = v + h / (2 * h_before) * (v - v_before)
-        x = x + h * mean_v
+        x = x + (h if free is None else h * over(free)) * mean_v
         before = v, h
     return x
 
 
-def rollout(net, z, cond, times, noises, exit):
+def rollout(net, z, cond, times, noises, exit, free=None):
     """x0 predicted by step number `exit` of the few-step sampler: predict x0, re-noise it to the next time, repeat.
 
     z (B, C, F, H, W) is at times[0]; noises[k] carries step k's x0 to times[k + 1]. The last of K steps returns x0 as
@@ -121,36 +156,38 @@ def rollout(net, z, cond, times, noises, exit):
     x = z
     for k, t in enumerate(times[:exit + 1]):
         with torch.set_grad_enabled(torch.is_grad_enabled() and k == exit):
-            t = x.new_full((len(x),), t, dtype=torch.float32)
+            t = on_free(x.new_full((len(x),), t, dtype=torch.float32), free)
             x0 = to_x0(x, net(x, t, cond), t)
         if k < exit:
-            x = add_noise(x0, noises[k], torch.full_like(t, times[k + 1]))
+            x = add_noise(x0, noises[k], on_free(torch.full_like(t, times[k + 1]), free))
     return x0
 
 
-def sample(net, draw, cond, uncond, sampling):
+def sample(net, draw, cond, uncond, sampling, given=None, free=None):
     """x0 by a checkpoint's own sampler: a teacher's guided steps, or a student's few, each with fresh noise.
 
-    sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W).
+    sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W). given: clips
+    of that shape whose frames are given where free (B, F) is 0.
     """
     if sampling["sampler"] == "rollout":
         times = sampling["times"]
         z, *noises = [draw(k) for k in range(len(times))]
-        return rollout(net, z, cond, times, noises, len(times) - 1)
+        return rollout(net, place(z, given, free), cond, times, noises, len(times) - 1, free)
     times = grid(sampling["steps"], sampling["shift"])
     solver = sampling.get("solver", "euler")            # of old checkpoints
-    return ode(net, draw(0), cond, times, uncond, sampling["guidance"], solver)
+    z = place(draw(0), given, free)
+    return ode(net, z, cond, times, uncond, sampling["guidance"], solver, free)
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
 
 
-def binned(values, t, where=None):
+def binned(values, t, where=None, free=None):
     """Sums and counts (2, BINS) of values (B,) in fifths of t (B,) or (B, F); `where` (B,) selects samples.
 
     Sums and counts stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
     """
-    t = t if t.ndim == 1 else t.mean(1)
+    t = t if t.ndim == 1 else mean_of(over(t), free)
     bins = (t * BINS).long().clamp(max=BINS - 1)
     some = torch.ones_like(values, dtype=torch.float32)
     if where is not None:
@@ -170,40 +207,51 @@ def numbers(seen):
     return flat
 
 
-def flow_loss(net, x0, cond, t, e, weight=None):
+def flow_loss(net, x0, cond, t, e, weight=None, free=None):
     """Flow matching: mean of w (net(x_t, t, cond) - (e - x0))² (arXiv 2210.02747, eq. 23).
 
-    x0, e (B, C, F, H, W), t (B,) or (B, F), weight (B,) or None = 1; weight t² makes it the error of x0 itself.
+    x0, e (B, C, F, H, W), t and weight (B,) or (B, F), weight None = 1; weight t² makes it the error of x0 itself.
     """
-    v = net(add_noise(x0, e, t), t, cond)
+    asked = on_free(t, free)
+    v = net(add_noise(x0, e, asked), asked, cond)
     if v.shape != x0.shape:
         raise ValueError(f"the net gives {tuple(v.shape)}, its target is {tuple(x0.shape)}")
     v = v.to(torch.promote_types(v.dtype, torch.float32))
-    error = (v - (e - x0)).square().flatten(1).mean(1)
-    loss = (error if weight is None else weight * error).mean()
-    return loss, {"loss": loss.detach(), "loss_by": binned(error, t)}
+    squares = (v - (e - x0)).square()
+    error = mean_of(squares, free)
+    weighted = error
+    if weight is not None:
+        weighted = weight * error if weight.ndim == 1 else mean_of(over(weight) * squares, free)
+    loss = weighted.mean()
+    return loss, {"loss": loss.detach(), "loss_by": binned(error, t, free=free)}
 
 
-def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0):
+def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0, free=None):
     """Distribution matching: a scalar whose gradient on x0 is (f - r) / (n · numel) (DMD, arXiv 2311.18828, eq. 7-8).
 
     f and r are the critic's and the guided teacher's x0 at the re-noised x0, n = mean|x0 - r| of each sample, ≥ 1e-5.
     scale, rescale: see guided_x0. Measured apart: f - r = (f - c) - (r - c), the matching part and the guidance part,
     (s - 1)(c - u) of x0 without rescale (arXiv 2511.22677), and their cosine where there is guidance.
+    f, r and c have the given frames of x0: no gradient there, and numel counts the clips times a clip's free numbers.
     """
     with torch.no_grad():
-        x_t = add_noise(x0, e, t)
-        f = to_x0(x_t, critic(x_t, t, cond), t)
-        r, c = guided_x0(teacher, x_t, t, cond, uncond, scale, rescale)
-        n = (x0 - r).abs().flatten(1).mean(1).clamp_min(1e-5)
-        grad = (f - r) / n.view(-1, 1, 1, 1, 1)
+        asked = on_free(t, free)
+        x_t = add_noise(x0, e, asked)
+        f = to_x0(x_t, critic(x_t, asked, cond), asked)
+        r, c = guided_x0(teacher, x_t, t, cond, uncond, scale, rescale, free)
+        n = mean_of((x0 - r).abs(), free).clamp_min(1e-5)
+        grad = (f - r) / over(n)
 
-        matching, guidance = (f - c).flatten(1), (r - c).flatten(1)
-        cosine = torch.nn.functional.cosine_similarity(matching, guidance, dim=1)
-        seen = {"loss": 0.5 * grad.square().mean(), "x0_mean": x0.mean(), "x0_std": x0.std(),
-                "matching_by": binned(matching.abs().mean(1), t), "guidance_by": binned(guidance.abs().mean(1), t),
-                "cosine_by": binned(cosine, t, guidance.any(1)), "normaliser_by": binned(n, t)}
-    return (grad * x0).mean(), seen
+        matching, guidance = f - c, r - c
+        cosine = torch.nn.functional.cosine_similarity(matching.flatten(1), guidance.flatten(1), dim=1)
+        mean = whole(x0, free)
+        std = x0.std() if free is None else whole((x0 - mean).square(), free).sqrt()
+        seen = {"loss": 0.5 * whole(grad.square(), free), "x0_mean": mean, "x0_std": std,
+                "matching_by": binned(mean_of(matching.abs(), free), t, free=free),
+                "guidance_by": binned(mean_of(guidance.abs(), free), t, free=free),
+                "cosine_by": binned(cosine, t, guidance.flatten(1).any(1), free),
+                "normaliser_by": binned(n, t, free=free)}
+    return whole(grad * x0, free), seen
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------

@@ -370,6 +370,134 @@ def test_a_checkpoints_sampler_is_a_students_few_steps_or_a_teachers_guided_many
     assert not torch.equal(second_order, many)
 
 
+# ---- frames that are given ------------------------------------------------------------------------------------------
+
+
+FREE = torch.tensor([[0.0, 1, 1], [1, 1, 1], [0, 0, 1], [0, 1, 1]])
+
+
+def by_frame(x, t, cond):
+    """A net whose frames do not see each other: what is given might as well not be there."""
+    t = t.view(len(t), 1, -1, 1, 1)
+    return torch.sin(3 * x) + t + 1 + (0 if cond is None else cond)
+
+
+def three_frames(dtype=torch.float64):
+    return [randn(4, 3, 3, 4, 4, seed=s, dtype=dtype) for s in (1, 2)] + [torch.tensor([0.1, 0.4, 0.7, 0.95])]
+
+
+def left(x, i):
+    """Clip i without its given frames."""
+    return x[i:i + 1, :, FREE[i].bool()]
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2, 3, 1]), torch.rand(4, 3)])
+def test_flow_loss_of_a_clip_is_the_one_of_its_free_frames(weight):
+    x0, e, t = three_frames()
+    loss, seen = flow_loss(by_frame, x0, None, t, e, weight, FREE)
+    alone = []
+    for i in range(4):
+        w = weight
+        if weight is not None:
+            w = weight[i:i + 1] if weight.ndim == 1 else weight[i:i + 1, FREE[i].bool()]
+        alone.append(flow_loss(by_frame, left(x0, i), None, t[i:i + 1], left(e, i), w))
+    assert loss.item() == pytest.approx(sum(loss.item() for loss, _ in alone) / 4, rel=1e-6)
+    assert torch.allclose(seen["loss_by"], sum(seen["loss_by"] for _, seen in alone), rtol=1e-6)
+
+
+def test_flow_loss_asks_at_0_where_a_frame_is_given_as_it_is():
+    x0, e, t = three_frames(torch.float32)
+    asked = []
+
+    def net(x, t, cond):
+        asked.extend([x, t])
+        return x
+
+    flow_loss(net, x0, None, t, e, free=FREE)
+    assert torch.equal(asked[1], t[:, None] * FREE)
+    assert torch.equal(asked[0].movedim(2, 1)[FREE == 0], x0.movedim(2, 1)[FREE == 0])
+    assert torch.equal(asked[0].movedim(2, 1)[FREE == 1], add_noise(x0, e, t).movedim(2, 1)[FREE == 1])
+
+
+def test_times_per_frame_are_given_0_too_and_measured_at_the_mean_of_the_free_ones():
+    x0, e, _ = three_frames()
+    t = torch.tensor([[0.9, 0.3, 0.3]] * 4)
+    asked = []
+
+    def net(x, t, cond):
+        asked.append(t)
+        return x
+
+    _, seen = flow_loss(net, x0, None, t, e, free=FREE)
+    assert torch.equal(asked[0], t * FREE)
+    assert seen["loss_by"][1].tolist() == [0, 3, 1, 0, 0]
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.6])
+def test_dmd_of_a_clip_is_the_one_of_its_free_frames(rescale):
+    x0, e, t = three_frames()
+    f, c, u = (randn(4, 3, 3, 4, 4, seed=s, dtype=torch.float64) for s in (3, 4, 5))
+    scale = torch.tensor([2.0, 3, 1, 4])
+
+    def lost(x0, e, t, f, c, u, scale, free):
+        x0 = x0.clone().requires_grad_()
+        loss, seen = dmd_loss(x0, by_frame, lambda x, t, cond: by_frame(x, t, f), c, u, t, e, scale, rescale, free)
+        loss.backward()
+        return loss.item(), x0.grad, seen
+
+    loss, grad, seen = lost(x0, e, t, f, c, u, scale, FREE)
+    alone = []
+    for i in range(4):
+        alone.append(lost(left(x0, i), left(e, i), t[i:i + 1], left(f, i), left(c, i), left(u, i), scale[i:i + 1], None))
+        assert torch.allclose(left(grad, i), alone[i][1] / 4, rtol=3e-3, atol=1e-9)     # stds of n, not n - 1
+    assert grad.movedim(2, 1)[FREE == 0].abs().max() == 0
+    assert loss == pytest.approx(sum(loss for loss, _, _ in alone) / 4, rel=1e-3)
+    for name in ("loss", "x0_mean"):
+        assert seen[name].item() == pytest.approx(sum(seen[name] for _, _, seen in alone).item() / 4, rel=1e-3)
+    for name in ("matching_by", "guidance_by", "cosine_by", "normaliser_by"):
+        assert torch.allclose(seen[name], sum(seen[name] for _, _, seen in alone), rtol=3e-3)
+    spread = sum((left(x0, i) - seen["x0_mean"]).square().mean() for i in range(4)) / 4
+    assert seen["x0_std"].item() == pytest.approx(spread.sqrt().item(), rel=1e-6)
+
+
+def test_losses_with_all_frames_free_are_the_ones_without_the_argument():
+    x0, e, t = three_frames()
+    ones = torch.ones_like(FREE)
+    assert flow_loss(by_frame, x0, None, t, e, free=ones)[0] == pytest.approx(flow_loss(by_frame, x0, None, t, e)[0])
+    for free in (None, ones):
+        loss, seen = dmd_loss(x0, by_frame, wave, e, 0, t, e, torch.full((4,), 2.0), 0.6, free)
+        if free is None:
+            wanted = loss, seen
+    assert loss.item() == pytest.approx(wanted[0].item(), rel=1e-5)
+    assert numbers(seen) == pytest.approx(numbers(wanted[1]), rel=1e-2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("sampler", ["euler", "ab2", "rollout"])
+def test_samplers_leave_given_frames_as_they_are_to_the_bit_and_ask_at_0_there(sampler, guidance):
+    given, asked = randn(4, 3, 3, 4, 4, seed=9), []
+
+    def net(x, t, cond):
+        asked.append((x, t))
+        return by_frame(x, t, cond)
+
+    if sampler == "rollout":
+        sampling = {"sampler": sampler, "times": [1.0, 0.8, 0.3]}
+    else:
+        sampling = {"sampler": "euler", "solver": sampler, "steps": 3, "shift": 2.0, "guidance": guidance}
+
+    def draw(k):
+        return randn(4, 3, 3, 4, 4, seed=20 + k)
+
+    x0 = sample(net, draw, 0.3, None, sampling, given, FREE)
+    for x, t in [*asked, (x0, 0 * FREE)]:
+        assert torch.equal(x.movedim(2, 1)[FREE == 0], given.movedim(2, 1)[FREE == 0])
+        assert t.shape == FREE.shape
+        assert not t[FREE == 0].any()
+    plain = sample(by_frame, draw, 0.3, None, sampling)
+    assert torch.equal(x0.movedim(2, 1)[FREE == 1], plain.movedim(2, 1)[FREE == 1])
+
+
 # ---- the step -------------------------------------------------------------------------------------------------------
 
 
