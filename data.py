@@ -60,7 +60,8 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
             "student_score_t_perm", "student_score_t", "student_score_noise",
             "critic_prompt", "critic_z", "critic_renoise",
             "critic_score_t_perm", "critic_score_t", "critic_score_noise",
-            "clip")
+            "clip",
+            "clean_prefix")
 
 
 def stream(seed, purpose, step, slot=0):
@@ -79,10 +80,13 @@ def noise(seed, purpose, step, slots, shape):
     return torch.stack([normal(stream(seed, purpose, step, slot), shape) for slot in slots])
 
 
-def stratified(seed, perm_purpose, xi_purpose, step, batch):
-    """u_j = (π(j) + ξ_j) / B, one number in each B-th of [0, 1) -> fp32 (B,); π is drawn per step, ξ_j per slot."""
-    perm = stream(seed, perm_purpose, step).permutation(batch)
-    xi = np.array([stream(seed, xi_purpose, step, slot).random() for slot in range(batch)])
+def stratified(seed, perm_purpose, xi_purpose, step, batch, chunk=0):
+    """u_j = (π(j) + ξ_j) / B, one number in each B-th of [0, 1) -> fp32 (B,); π is drawn per step, ξ_j per slot.
+
+    chunk: of the clips, where each has a u of its own; its slots follow those of the chunks before.
+    """
+    perm = stream(seed, perm_purpose, step, chunk).permutation(batch)
+    xi = np.array([stream(seed, xi_purpose, step, chunk * batch + slot).random() for slot in range(batch)])
     below_one = np.nextafter(np.float32(1), np.float32(0))  # fp32 rounds the last 2⁻²⁵ up to 1
     return torch.from_numpy(np.minimum((perm + xi) / batch, below_one).astype(np.float32))
 
@@ -212,8 +216,9 @@ class Micro(NamedTuple):
     text: torch.Tensor  # (B, S, E) fp32, zeros after the last token
     null: torch.Tensor  # (S, E) fp32, the text of dropout and guidance
     drop: torch.Tensor  # (B,) fp32 in [0, 1): the text is dropped where it is < p
-    u: torch.Tensor     # (B,) fp32 in [0, 1), stratified over the global batch
+    u: torch.Tensor     # (B,) fp32 in [0, 1), stratified over the global batch; (B, chunks) where clips have chunks
     e: torch.Tensor     # (B, C, F, H, W) fp32 noise
+    prefix: torch.Tensor    # (B,) fp32 in [0, 1): where it is < p, the first chunks stay clean
     ids: list           # of the samples in the dataset
     slots: list         # of the samples in the global batch
 
@@ -309,16 +314,17 @@ class Latents:
     that is not of stills alone.
     mix: each one's share of the batches, in any unit; None = by their sizes. batch: samples per update, over all ranks;
     micro_batch: samples per forward, None = a rank's whole share; rank and world: among data ranks; val: samples to
-    hold out of training; device: where `at` puts its tensors and where `null` is. All other methods give CPU tensors,
-    page-locked where the device is a GPU: `send` copies them.
+    hold out of training; chunk: latent frames that have a t of their own, None = all together. device: where `at` puts
+    its tensors and where `null` is; all other methods give CPU tensors, page-locked where the device is a GPU: `send`
+    copies them.
     Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
     """
 
     def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0, mix=None,
-                 device="cpu"):
+                 chunk=None, device="cpu"):
         micro_batch = micro_size(batch, micro_batch, world)
         self.device = torch.device(device)
-        self.seed, self.batch = seed, batch
+        self.seed, self.batch, self.chunk = seed, batch, chunk
         ours = range(rank * batch // world, (rank + 1) * batch // world)
         self.slots = [list(range(i, i + micro_batch)) for i in ours[::micro_batch]]
 
@@ -376,9 +382,16 @@ class Latents:
             raise ValueError(f"{folder.path} holds prompts without latents: "
                              "one can distil from it, not train on it")
         self.will_need([ids[slot] for slots in self.slots for slot in slots])
-        u = stratified(self.seed, "t_perm", "t", step, self.batch)
+        u = self.uniforms(step, self.shape_of(ids[0])[1])
         return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots])
                 for slots in self.slots]
+
+    def uniforms(self, step, frames):
+        """u of the global batch (B,), or of each of its chunks (B, chunks): the first one's is the same."""
+        if self.chunk is None or self.chunk >= frames:
+            return stratified(self.seed, "t_perm", "t", step, self.batch)
+        return torch.stack([stratified(self.seed, "t_perm", "t", step, self.batch, chunk)
+                            for chunk in range(ceil_div(frames, self.chunk))], 1)
 
     def micro(self, step, ids, slots, u):
         def fill(out, slot):                                # `noise`, shared among the workers
@@ -388,7 +401,8 @@ class Latents:
         e = self.empty(*x0.shape)
         self.each(fill, e.numpy(), slots)
         drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
-        return Micro(x0, text, self.null, torch.tensor(drop), u, e, ids, slots)
+        prefix = [stream(self.seed, "clean_prefix", step, slot).random(dtype=np.float32) for slot in slots]
+        return Micro(x0, text, self.null, torch.tensor(drop), u, e, torch.tensor(prefix), ids, slots)
 
     def batch_ids(self, step):
         """The global batch of a step -> (bucket, [id])."""

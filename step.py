@@ -164,7 +164,7 @@ def rollout(net, z, cond, times, noises, exit, free=None):
 
 
 def by_chunks(draw, see, conds, noises, given=()):
-    """Makes a clip chunk by chunk with a causal net: yields x0 (B, C, f, H, W) of each chunk, without end if noises are.
+    """Makes a clip chunk by chunk with a causal net: yields x0 (B, C, f, H, W) of each, without end if noises are.
 
     draw(*conds, *some) -> x0 of a chunk, `some` being the next of noises. see(cond, x0) -> the condition that has seen
     x0 too, which is without gradient; each condition sees for itself, and None stays None. given: chunks that are

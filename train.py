@@ -23,9 +23,10 @@ import parallel
 import plan
 from data import Latents, holds_latents, noise, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of, token_grid
+from model import (MODELS, Cond, bind, blank, chunk_of, chunked, fits, initial, lengths, models_of, shapes_of,
+                   token_grid)
 from step import (BINS, Learner, adamw, averaged, copies, flow_loss, grid, lr_at, muon, numbers, ode, sample_t,
-                  start_average, train_step)
+                  start_average, stepwise, train_step)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ class Config:
     shift: float | None = None                            # time shift towards noise: t -> s t / (1 + (s - 1) t)
     text_dropout: float = 0.1                             # share of samples whose text is replaced by the null text
 
-    # sparse attention
+    clean_prefix: float = 0.0                             # causal: share of samples whose first chunks stay clean
+
+    # sparse attention, and causal: a window of -9 along frames sees the last 9 tiles up to its own, the chunks
     window: tuple[int, int, int] | None = None            # attention window in tiles, frames rows columns; None = dense
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens of an attention tile: frames, rows, columns
     window_steps: int = 0                                 # updates in which --window shrinks from dense; 0 = at once
@@ -147,7 +150,7 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet
-BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw"}
+BEFORE = {"clean_prefix": 0.0, "deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw"}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -220,11 +223,32 @@ def main(cfg):
 
 
 def loss_of(net, micro, cfg):
-    """Flow matching of one micro-batch: text dropped here and there, t by its density."""
+    """Flow matching of one micro-batch: text dropped here and there, t by its density.
+
+    A causal net has a t for each chunk (diffusion forcing, arXiv 2407.01392); see clean_prefix.
+    """
     drop = micro.drop < cfg.text_dropout
     text = torch.where(drop[:, None, None], micro.null, micro.text)
     t = sample_t(micro.u, cfg.t, cfg.shift)
-    return flow_loss(net, micro.x0, Cond(text), t, micro.e)
+    free = None
+    if t.ndim == 2:
+        place = chunk_at(micro.x0, cfg)
+        t = t[:, place]
+        if cfg.clean_prefix:
+            given = clean_prefix(micro.prefix, cfg.clean_prefix, 1 + place[-1])
+            free = (given[:, None] <= place).float()
+    return flow_loss(net, micro.x0, Cond(text), t, micro.e, free=free)
+
+
+def chunk_at(x0, cfg):
+    """The chunk that each frame of x0 (B, C, F, H, W) belongs to: (F,)."""
+    return torch.arange(x0.shape[2], device=x0.device) // chunk_of(cfg.window, cfg.tile)
+
+
+def clean_prefix(u, share, chunks):
+    """How many chunks of each sample stay clean, by its u (B,): from 1 to all but one for a share of them, else 0."""
+    some = 1 + (u / share * (chunks - 1)).floor()
+    return torch.where(u < share, some, 0)
 
 
 def rate(step, cfg):
@@ -300,6 +324,7 @@ def begin(cfg):
         world=world.data_size,
         val=cfg.val,
         mix=cfg.mix or None,
+        chunk=chunk_of(cfg.window, cfg.tile),
         device=world.device,
     )
     if not holds_latents(data.manifest):
@@ -370,6 +395,14 @@ def resolve(cfg):
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
+    flags.check_causal(cfg)
+    causal = chunk_of(cfg.window, cfg.tile)
+    if causal and cfg.window_steps:
+        raise ValueError(f"--window_steps={cfg.window_steps}: a causal window, {cfg.window[0]} along "
+                         "frames, cannot shrink from a dense one, which sees the future")
+    if not 0 <= cfg.clean_prefix <= 1 or cfg.clean_prefix and not causal:
+        raise ValueError(f"--clean_prefix={cfg.clean_prefix} is a share, in [0, 1], of the samples "
+                         "of a causal run, whose --window is negative along frames")
     return cfg
 
 
@@ -430,6 +463,7 @@ def patterns(cfg, shapes):
         tokens = token_grid(MODELS[cfg.model], shape)
         windows = {window_at(step, cfg, tokens) for step in range(cfg.window_steps + 1)}
         count += len(windows | {None})
+        count += lengths(MODELS[cfg.model], shape, cfg.window, cfg.tile, sp=cfg.sp)
     return count
 
 
@@ -490,12 +524,17 @@ def loss_name(data):
 
 @torch.no_grad()
 def validate(net, step, data, cfg, world):
-    """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none."""
+    """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none.
+
+    Of a causal net also with a clean past: of each sample and level one chunk is asked about, another at the next.
+    """
     ids = data.held_out
     if not ids:
         ids = range(min(cfg.val or 16, data.count))
     total = torch.zeros(2, BINS, device=world.device)
+    clean = torch.zeros(2, BINS, device=world.device)
     chunk = cfg.micro_batch or CHUNK
+    causal = chunk_of(cfg.window, cfg.tile)
     for i, counts in parallel.share(len(ids), world):
         x0, text = (x.to(world.device) for x in data.sample([ids[i]]))
         bound = bound_at(step, net, x0.shape, cfg, world)
@@ -503,13 +542,34 @@ def validate(net, step, data, cfg, world):
             levels = range(STRATA)[first:first + chunk]
             n = len(levels)
             t = torch.tensor([(k + 0.5) / STRATA for k in levels], device=world.device)
-            e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:]).to(world.device)
-            _, seen = flow_loss(bound, x0.expand(n, -1, -1, -1, -1), Cond(text.expand(n, -1, -1)), t, e)
+            e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:])
+            inputs = (
+                x0.expand(n, -1, -1, -1, -1),
+                Cond(text.expand(n, -1, -1)),
+                t,
+                e.to(world.device),
+            )
+            _, seen = flow_loss(bound, *inputs)
             if counts:
                 total += seen["loss_by"]
-    total = parallel.mean({"loss": total}, world)["loss"]
+            if causal:
+                place = chunk_at(x0, cfg)
+                asked = (i + torch.tensor(levels, device=world.device)) % (1 + place[-1])
+                free = (place == asked[:, None]).float()
+                _, seen = flow_loss(bound, *inputs, free=free)
+                if counts:
+                    clean += seen["loss_by"]
+    seen = parallel.mean({"all": total, "clean": clean}, world)
     name = loss_name(data)
-    return {name: (total[0].sum() / total[1].sum()).item()} | numbers({f"{name}_by": total})
+    found = {name: mean_of(seen["all"])} | numbers({f"{name}_by": seen["all"]})
+    if causal:
+        found[f"{name}_clean_past"] = mean_of(seen["clean"])
+    return found
+
+
+def mean_of(sums):
+    """The mean of what `binned` gives."""
+    return (sums[0].sum() / sums[1].sum()).item()
 
 
 @torch.no_grad()
@@ -523,11 +583,17 @@ def show(net, step, data, cfg, world, log):
     bound = bound_at(step, net, shape, cfg, world)
     times = grid(row["sample_steps"], row["sample_shift"])
 
+    def draw(net, cond, uncond, z):
+        return ode(net, z, cond, times, uncond, cfg.guidance)
+
     def make(places):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
         text = data.text([ids[i] for i in places]).to(world.device)
-        null = data.null.to(world.device).expand_as(text)
-        return ode(bound, z, Cond(text), times, Cond(null), cfg.guidance)
+        conds = Cond(text), Cond(data.null.to(world.device).expand_as(text))
+        if chunk_of(cfg.window, cfg.tile):
+            net_by_chunks = chunked(net, shape, world, cfg.window, cfg.tile, bound.lora)
+            return stepwise(partial(draw, net_by_chunks), net_by_chunks.see, conds, cfg.tile[0], z)
+        return draw(bound, *conds, z)
 
     x0 = parallel.spread(make, len(ids), cfg.micro_batch or CHUNK, world)
     if world.main:

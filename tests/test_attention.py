@@ -323,7 +323,8 @@ def test_flops_are_counted_by_the_pairs(device):
     causal = build_metadata((3, 5, 7), (1, 9, 9), (-2, 1, 1))
     q, k, v, _ = (x.detach().to(device).requires_grad_() for x in inputs(metadata, B=2, N=3))
     s = torch.randn(2, 11, 3, 8, device=device, dtype=q.dtype)
-    for args, pairs in (((q, k, v, metadata), metadata.pairs), ((q, k, v, causal), 35**2 * 5), ((q, k, v), 105**2), ((q, s, s), 105 * 11)):
+    for args, pairs in (((q, k, v, metadata), metadata.pairs), ((q, k, v, causal), 35**2 * 5),
+                        ((q, k, v), 105**2), ((q, s, s), 105 * 11)):
         with FlopCounterMode(display=False) as counter:
             out = attention(*args)
             assert counter.get_total_flops() == 4 * 2 * 3 * 8 * pairs

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import parallel
 from attention import attention, build_metadata, reference
 from model import (LOCAL, MODELS, USUAL, Bound, Cond, DiT, ModelConfig, Seq, add_lora, bind, blank, chunked, fits,
-                   flops, initial, models_of, pasts, rope_rows, rope_table, shapes_of)
+                   flops, initial, lengths, models_of, rope_rows, rope_table, shapes_of)
 
 ops = torch.ops
 SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=6, text_dim=20)
@@ -469,7 +469,7 @@ def test_blocks_compile_into_one_graph_per_length_of_the_past(frames, window, ti
             block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
         assert error(in_turn(causal, x, t, cond, tile), want) < 1e-6
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs <= pasts(frames, (window, 1, 1), (tile, 99, 99), sink)
+    assert graphs <= lengths(SMALL, x.shape, (window, 1, 1), (tile, 99, 99), sink)
 
 
 def test_a_past_that_cannot_be_is_refused():
