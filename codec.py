@@ -36,6 +36,7 @@ class Codec(NamedTuple):
     stride: tuple       # pixels per latent along frames, rows and columns; the first frame is a latent frame of its own
     encode: Callable    # video -> z
     decode: Callable    # z -> video
+    decode_on: Callable     # a clip's next chunk z, state (None at its first) -> video, state: joined, they are decode's
     embed: Callable     # [prompt] -> [fp32 (S_i, E)], S_i <= spec["text_length"]; "" is the unconditional prompt
     decodes: bool       # whether `decode` works: wan without its VAE cannot
 
@@ -105,14 +106,19 @@ def dct(spec):
         return rearrange(blocks @ basis.T, "F H W C -> C F H W").contiguous()
 
     def decode(z):
+        return decode_on(z, None)[0]
+
+    def decode_on(z, state):
         blocks = rearrange(z.cpu().float(), "C F H W -> F H W C") @ basis
         x = rearrange(blocks, "F H W (c f h w) -> (F f) (H h) (W w) c", c=3, f=f, h=h, w=w)
-        return to_bytes(torch.cat([x[:f].mean(0, keepdim=True), x[f:]]) + 0.5)
+        if state is None:
+            x = torch.cat([x[:f].mean(0, keepdim=True), x[f:]])
+        return to_bytes(x + 0.5), "begun"
 
     def embed(prompts):
         return [embed_words(prompt, spec["text_width"], spec["text_length"]) for prompt in prompts]
 
-    return Codec(spec, tuple(spec["stride"]), encode, decode, embed, decodes=True)
+    return Codec(spec, tuple(spec["stride"]), encode, decode, decode_on, embed, decodes=True)
 
 
 def dct_basis(channels, f, h, w):
@@ -156,22 +162,22 @@ LARGE = 1280 * 720      # pixels per frame above which the VAE works in tiles
 def wan(spec, vae, text, device):
     spec = {"name": "wan", "text_length": 512} | spec
 
-    def absent(_, flag):
+    def absent(*_, flag):
         raise ValueError(f"the wan codec lacks this part: {flag}=PATH is wanted, a folder of {PIPELINE}")
 
-    encode = decode = partial(absent, flag="--vae")
+    encode = decode = decode_on = partial(absent, flag="--vae")
     embed = partial(absent, flag="--text")
     if vae:
-        found, encode, decode = wan_vae(vae, device)
+        found, encode, decode, decode_on = wan_vae(vae, device)
         spec = agree(spec, found, f"--vae={vae}")
     if text:
         found, embed = wan_text(text, spec["text_length"], device)
         spec = agree(spec, found, f"--text={text}")
-    return Codec(spec, tuple(spec.get("stride", ())), encode, decode, embed, decodes=bool(vae))
+    return Codec(spec, tuple(spec.get("stride", ())), encode, decode, decode_on, embed, decodes=bool(vae))
 
 
 def wan_vae(path, device):
-    """-> what the VAE adds to the spec, encode, decode. Latents are the posterior's mean, fp32."""
+    """-> what the VAE adds to the spec, encode, decode, decode_on. Latents are the posterior's mean, fp32."""
     folder = part_of(path, "vae")
     check_family(folder, "_class_name", "AutoencoderKLWan")
     vae, report = need("diffusers").AutoencoderKLWan.from_pretrained(
@@ -189,12 +195,36 @@ def wan_vae(path, device):
         x = torch.from_numpy(video).to(device).float() / 127.5 - 1
         return vae.encode(rearrange(x, "f h w c -> 1 c f h w")).latent_dist.mode()[0].cpu()
 
-    def decode(z):
-        vae.use_tiling = z.shape[2] * stride[1] * z.shape[3] * stride[2] > LARGE
-        x = vae.decode(z[None].to(device).float()).sample
+    def pixels(x):
         return to_bytes(rearrange(x, "1 c f h w -> f h w c") / 2 + 0.5)
 
-    return spec, encode, decode
+    def decode(z):
+        vae.use_tiling = z.shape[2] * stride[1] * z.shape[3] * stride[2] > LARGE
+        return pixels(vae.decode(z[None].to(device).float()).sample)
+
+    @torch.no_grad()
+    def decode_on(z, state):
+        """As vae.decode, frame by frame; state: what its convolutions hold of the frames before."""
+        height, width = z.shape[2] * stride[1], z.shape[3] * stride[2]
+        if height * width > LARGE:
+            raise ValueError(f"{height}x{width} pixels: above {LARGE} the VAE works in tiles, whole clip by whole clip, "
+                             "and so decodes no chunks")
+        vae.clear_cache()
+        held, first = list(vae._feat_map), state is None
+        if state is not None:
+            held = list(state)
+        x = vae.post_quant_conv(z[None].to(device).float())
+        frames = []
+        for frame in x.split(1, 2):
+            begins = dict(first_chunk=True) if first else {}
+            frames.append(vae.decoder(frame, feat_cache=held, feat_idx=[0], **begins))
+            first = False
+        x = torch.cat(frames, 2)
+        if config.patch_size is not None:
+            x = need("diffusers.models.autoencoders.autoencoder_kl_wan").unpatchify(x, patch_size=config.patch_size)
+        return pixels(x.clamp(-1, 1)), held
+
+    return spec, encode, decode, decode_on
 
 
 def wan_text(path, length, device):
@@ -308,19 +338,28 @@ def agree(spec, found, source):
 SHARP = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 
-def write_video(path, videos, fps, columns=None):
-    """One mp4 that browsers play (H.264, yuv420p): a grid of videos, a short one resting on its last frame."""
-    def sheet(i):
-        return grid([video[min(i, len(video) - 1)] for video in videos], columns)
-
-    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as film:
-        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
-        stream.height, stream.width = sheet(0).shape[:2]
+@contextmanager
+def film(path, fps):
+    """An mp4 that browsers play (H.264, yuv420p), as a function: add(picture) puts one (h, w, 3) at its end."""
+    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 1, 1     # BT.709, limited: not a guess
+
+        def add(picture):
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = picture.shape[:2]
+            picture = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=SHARP)))
+
+        yield add
+        file.mux(stream.encode())
+
+
+def write_video(path, videos, fps, columns=None):
+    """One mp4 of a grid of videos, a short one resting on its last frame."""
+    with film(path, fps) as add:
         for i in range(max(map(len, videos))):
-            picture = av.VideoFrame.from_ndarray(sheet(i), format="rgb24")
-            film.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=SHARP)))
-        film.mux(stream.encode())
+            add(grid([video[min(i, len(video) - 1)] for video in videos], columns))
 
 
 def write_clips(stem, x0, sampling, *, vae=None, device="cpu", columns=None, report=print):

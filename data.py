@@ -80,6 +80,17 @@ def noise(seed, purpose, step, slots, shape):
     return torch.stack([normal(stream(seed, purpose, step, slot), shape) for slot in slots])
 
 
+def long_noise(seed, purpose, k, count, slots, shape, first, last):
+    """Frames [first, last) of noise k of `count` for clips that may be longer than shape (C, F, H, W).
+
+    Drawn in pieces of F frames, of which the first is `noise`: a longer clip begins as a shorter one does.
+    """
+    frames = shape[1]
+    begin = first // frames
+    pieces = [noise(seed, purpose, k + count * i, slots, shape) for i in range(begin, ceil_div(last, frames))]
+    return torch.cat(pieces, 2)[:, :, first - begin * frames:last - begin * frames]
+
+
 def stratified(seed, perm_purpose, xi_purpose, step, batch, chunk=0):
     """u_j = (π(j) + ξ_j) / B, one number in each B-th of [0, 1) -> fp32 (B,); π is drawn per step, ξ_j per slot.
 

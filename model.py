@@ -418,6 +418,9 @@ class Chunked:
         return cond._replace(past=past[:self.sink] + past[max(self.sink, len(past) - last):])
 
 
+NO_CACHE = "no cache serves --sp or tiles that slide in space: each chunk forwards all before it again, which is slower"
+
+
 def chunk_of(window, tile):
     """Frames of a causal pattern's chunk; None where the pattern is not causal."""
     return tile[0] if window is not None and window[0] < 0 else None

@@ -9,7 +9,9 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 """
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +24,9 @@ import films
 import flags
 import parallel
 import step
-from data import noise, padded
-from model import MODELS, USUAL, Cond, bind, blank, models_of, shapes_of, token_grid
+from data import long_noise, noise, padded
+from model import (MODELS, NO_CACHE, USUAL, Cond, bind, blank, caches, chunk_of, chunked, lengths, models_of,
+                   shapes_of, token_grid)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Config:
     shift: float | None = None                          # shift of the sampling times towards noise
     solver: Literal["euler", "ab2"] | None = None       # ab2: second order, as good in a third of the steps
     size: tuple[int, int, int] | None = None            # frames, height, width in pixels; None: most clips' size
+
+    frames: int | None = None                           # of a causal model: pixel frames, as many as you like
+    window: int | None = None                           # causal: chunks seen, its own among them; None: as trained
+    sink: int = 0                                       # causal: first chunks that are seen always, beside these
 
     batch: int | None = None                            # videos that a rank samples at once; None: what 8 GB hold
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is a GPU
@@ -92,17 +99,23 @@ def main(cfg):
         if not coder.decodes:
             raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
         net = blank(sampling["model"])
-        parallel.prepare(net, world, trainable=False)
+        pattern = sampling["window"], sampling["tile"]
+        shapes = 1 + lengths(net.config, shape, *pattern, cfg.sink)
+        parallel.prepare(net, world, trainable=False, shapes=shapes)
         ckpt.fill(parallel.local_rows(net), source, **world.ranks)
-
-    net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
+        if chunk_of(*pattern):
+            net = chunked(net, shape, world, *pattern, sink=cfg.sink)
+            if not net.cached:
+                world.say(NO_CACHE)
+        else:
+            net = bind(net, shape, world, *pattern, sampling["dense_ends"])
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
     at_once = cfg.batch
     if at_once is None:
-        at_once = batch_size(net.net.config, shape)
+        at_once = batch_size(net.net.config, shape, sampling, cfg.sink)
     batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
     mean, std = codec.moments(coder.spec | sampling)
     hidden = True if world.rank > 0 else None       # None: on a terminal only
@@ -113,10 +126,15 @@ def main(cfg):
         text = padded([texts[captions[i]] for i in places], sampling["text"])
         uncond = padded([null] * len(places), sampling["text"])
         cond, uncond = Cond(text.to(world.device)), Cond(uncond.to(world.device))
+        some = [files[i] for i in places]
         with torch.no_grad():
+            if chunk_of(*pattern):
+                chunks = by_chunks(net, cond, uncond, places, shape, sampling, cfg, world.device)
+                write_on(some, (x0.cpu() * std + mean for x0 in chunks), coder, sampling["fps"])
+                continue
             x0 = step.sample(net, draw, cond, uncond, sampling)
-        for i, z in zip(places, x0.cpu() * std + mean):
-            codec.write_video(files[i], [coder.decode(z)], sampling["fps"])
+        for file, z in zip(some, x0.cpu() * std + mean):
+            codec.write_video(file, [coder.decode(z)], sampling["fps"])
 
     parallel.agree(True, world)     # all ranks have written theirs
     if world.rank == 0:
@@ -125,6 +143,34 @@ def main(cfg):
         others = sorted(file.name for file in set(out.glob("[0-9][0-9][0-9][0-9]_*.mp4")) - set(files))
         if others:
             print(f"there too from before, not on the sheet: {ckpt.some_of(others)}")
+
+
+def by_chunks(net, cond, uncond, places, shape, sampling, cfg, device):
+    """Yields x0 (B, C, f, H, W) of the next chunk of these videos, of shape (C, F, H, W), until they are whole."""
+    count, piece = step.noises_of(sampling), tuple(sampling["shapes"][0])
+    piece = shape if piece[2:] != shape[2:] else piece      # of noise, as training's videos and evaluate.py have it
+
+    def noises():
+        for first in range(0, shape[1], net.chunk):
+            last = min(first + net.chunk, shape[1])
+            some = [long_noise(cfg.seed, "sample", k, count, places, piece, first, last) for k in range(count)]
+            yield [noise.to(device) for noise in some]
+
+    if sampling["guidance"] == 1:
+        uncond = None       # nobody asks for it, so it need not see
+    return step.by_chunks(partial(step.at_once, net, sampling), net.see, (cond, uncond), noises())
+
+
+def write_on(files, chunks, coder, fps):
+    """Writes the videos of latents that come chunk by chunk, (B, C, f, H, W) not normalised, holding one chunk."""
+    with ExitStack() as opened:
+        films = [opened.enter_context(codec.film(file, fps)) for file in files]
+        states = [None] * len(files)
+        for chunk in chunks:
+            for i, z in enumerate(chunk):
+                video, states[i] = coder.decode_on(z, states[i])
+                for picture in video:
+                    films[i](codec.grid([picture]))
 
 
 def found(cfg, world):
@@ -207,15 +253,39 @@ def chosen(sampling, cfg):
                          "steps are 1 or more, the shift is above 0, the guidance not below")
     if cfg.negative and guidance == 1:
         raise ValueError("--negative does nothing without guidance")
-    return sampling
+    return sampling | {"window": causal_window(sampling, cfg)}
+
+
+def causal_window(sampling, cfg):
+    """The pattern's window, of a causal one no longer than the clips it was trained on, whose past it knows."""
+    window, chunk = sampling["window"], chunk_of(sampling["window"], sampling["tile"])
+    asked = dict(frames=cfg.frames, window=cfg.window, sink=cfg.sink or None)
+    asked = [f"--{name}={value}" for name, value in asked.items() if value is not None]
+    if asked and chunk is None:
+        raise ValueError(f"{' '.join(asked)}: {cfg.ckpt} is not causal, it makes a clip at once: --size has its frames")
+    if cfg.sink < 0 or cfg.window is not None and cfg.window < 1:
+        raise ValueError(f"--window={cfg.window} --sink={cfg.sink}: a chunk sees 1 or more, its own, and a sink of 0 "
+                         "or more")
+    if chunk is None:
+        return window
+    if cfg.window is not None:
+        return [-cfg.window, *window[1:]]
+    return [max(window[0], -math.ceil(sampling["shapes"][0][1] / chunk)), *window[1:]]
 
 
 def latent_shape(sampling, cfg):
     """(C, F, H, W) of the latents to sample; training lists the bucket with the most clips first."""
-    if cfg.size is None:
-        return tuple(sampling["shapes"][0])
-    f, h, w = cfg.size
     channels, strides = sampling["codec"]["channels"], sampling["codec"]["stride"]
+    if cfg.size is None:
+        usual = tuple(sampling["shapes"][0])
+        if cfg.frames is None:
+            return usual
+        if cfg.frames < 1 or (cfg.frames - 1) % strides[0]:
+            raise ValueError(f"--frames={cfg.frames}: they are 1 + a multiple of {strides[0]}")
+        return (channels, (cfg.frames - 1) // strides[0] + 1, *usual[2:])
+    if cfg.frames is not None:
+        raise ValueError(f"--frames={cfg.frames}: --size has frames too, give one of them")
+    f, h, w = cfg.size
     steps = [s * p for s, p in zip(strides, MODELS[sampling["model"]].patch)]
     if (f - 1) % strides[0] or h % steps[1] or w % steps[2] or min(cfg.size) < 1:
         raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, "
@@ -238,14 +308,22 @@ def embedded(prompts, sampling, cfg, device):
     return rows
 
 
-def batch_size(config, shape):
+def batch_size(config, shape, sampling, sink=0):
     """As many videos as 8 GB hold beside the weights, from 1 to 8.
 
     In bf16, a forward without gradient holds at most 40 bytes per token and model channel (Wan's models 34 to 38), in
     fp32 at most 64. 81 frames of 480 x 832 are 32,760 tokens: 2.0 GB a video of wan-1.3b, so 3 at once; 6.7 GB of
-    wan-14b, whose weights are 29 GB.
+    wan-14b, whose weights are 29 GB. Of a causal model it is a chunk's tokens, and twice the past's k and v, in bf16,
+    where there is guidance: 0.29 GB for each latent frame of wan-1.3b's 480 x 832.
     """
-    held = 40 * math.prod(token_grid(config, shape)) * config.dim
+    f, h, w = token_grid(config, shape)
+    pattern = sampling["window"], sampling["tile"]
+    chunk = chunk_of(*pattern)
+    held = 40 * f * h * w * config.dim
+    if chunk and caches(config, shape, *pattern):
+        past = min(f, (sink - pattern[0][0]) * chunk) * h * w
+        texts = 1 if sampling["guidance"] == 1 else 2
+        held = 40 * min(f, chunk) * h * w * config.dim + texts * 4 * config.blocks * past * config.dim
     return min(max(1, int(8e9 / held)), 8)
 
 
