@@ -36,7 +36,7 @@ class Codec(NamedTuple):
     stride: tuple       # pixels per latent along frames, rows and columns; the first frame is a latent frame of its own
     encode: Callable    # video -> z
     decode: Callable    # z -> video
-    decode_on: Callable     # a clip's next chunk z, state (None at its first) -> video, state: joined, they are decode's
+    decode_on: Callable     # a clip's next chunk z, state (None at its first) -> video, state: joined, as decode's
     embed: Callable     # [prompt] -> [fp32 (S_i, E)], S_i <= spec["text_length"]; "" is the unconditional prompt
     decodes: bool       # whether `decode` works: wan without its VAE cannot
 
@@ -207,7 +207,7 @@ def wan_vae(path, device):
         """As vae.decode, frame by frame; state: what its convolutions hold of the frames before."""
         height, width = z.shape[2] * stride[1], z.shape[3] * stride[2]
         if height * width > LARGE:
-            raise ValueError(f"{height}x{width} pixels: above {LARGE} the VAE works in tiles, whole clip by whole clip, "
+            raise ValueError(f"{height}x{width} pixels: above {LARGE} the VAE works in tiles of a whole clip, "
                              "and so decodes no chunks")
         vae.clear_cache()
         held, first = list(vae._feat_map), state is None

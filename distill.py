@@ -3,9 +3,12 @@
     python distill.py --teacher=out/train                                       the built-in shapes, on a laptop
     torchrun --nproc_per_node=8 distill.py --teacher=PATH --model=wan-1.3b --data=DIR --shard=-1
 
+    python distill.py --teacher=out/train --student=out/causal                  a causal one: self-forcing
+
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
-gradient. No discriminator, no real clips. The same command again resumes, exactly.
+gradient. No discriminator, no real clips. A causal student rolls out chunk by chunk, each after its own clean ones; the
+other two see whole clips. The same command again resumes, exactly.
 Reads top to bottom: flags, setup in five steps, the loop, the two losses, draws, checkpoints, validation.
 Imports model, plan and every leaf but shapes.
 
@@ -27,9 +30,10 @@ import parallel
 import plan
 from data import Ahead, Latents, noise, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import MODELS, Cond, bind, blank, fits, initial, models_of, shapes_of
+from model import (MODELS, NO_CACHE, Chunked, Cond, bind, blank, caches, chunk_of, chunked, fits, initial,
+                   lengths, models_of, shapes_of)
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, guided_x0, lr_at,
-                  numbers, ode, rollout, sample_t, start_average, to_x0, train_step)
+                  numbers, ode, rollout, sample_t, start_average, stepwise, to_x0, train_step)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Config:
 
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
+    student: str | None = None                            # what the student starts from, a causal run; None = teacher
     model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; None = the teacher run's
     data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote; prompts are enough
     out: str = "out/distill"                              # folder of the run: log, curves, samples, checkpoints
@@ -66,7 +71,7 @@ class Config:
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
 
     # the student's sparse attention; teacher and critic attend as the teacher was trained
-    window: tuple[int, int, int] | None = None            # student's attention window in tiles; None = the teacher's
+    window: tuple[int, int, int] | None = None            # its window in tiles; None = as --student or the teacher has
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens of the student's tile: frames, rows, columns
     dense_ends: int = 0                                   # how many blocks at either end stay dense
 
@@ -146,7 +151,7 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet, or must have been where there is none any more
-BEFORE = {"deterministic": False, "start": "noise"}
+BEFORE = {"deterministic": False, "start": "noise", "student": None}
 CLAMP = (0.02, 0.98)    # of the t at which teacher and critic are asked
 SEEDS = 4               # noises per prompt at validation, to see how far the clips of one prompt differ
 CHUNK = 16              # clips sampled at once where no --micro_batch is given
@@ -169,9 +174,9 @@ def main(cfg):
         if origin.step > cfg.steps or origin.step == cfg.steps and validated(cfg, origin.step, world):
             return world.say(finished(cfg, origin))
 
-    # 2) build: three nets of one make; with LoRA one, of which student and critic are adapters
+    # 2) build: three nets of one make; with LoRA student and critic are adapters, of one net where they start alike
     teacher_net = build(cfg, data, world, trainable=cfg.lora_rank > 0)
-    student_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
+    student_net = teacher_net if one_net(cfg) else build(cfg, data, world)
     critic_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
     student = learner("student", student_net, cfg, world)
     critic = learner("critic", critic_net, cfg, world)
@@ -187,7 +192,7 @@ def main(cfg):
 
     # 3) values: the teacher's; student's and critic's of this run's checkpoint, new adapters', or the teacher's too
     with flags.door(__file__):
-        ckpt.fill(parallel.local_rows(teacher_net, trained=False), origin.weights, **world.ranks)
+        fill_frozen(teacher_net, student_net, origin, world)
         if origin.path:
             ckpt.load(origin.path, state, **world.ranks)
             student.counts, critic.counts = origin.counts
@@ -195,10 +200,10 @@ def main(cfg):
             ckpt.fill(student.rows | critic.rows, new_values(parallel.local_rows(critic_net), cfg.seed), **world.ranks)
             start_average(student)
         else:
-            ckpt.fill(student.rows, origin.weights, **world.ranks)
+            ckpt.fill(student.rows, origin.begins, **world.ranks)
             ckpt.fill(critic.rows, origin.weights, **world.ranks)
             start_average(student)
-    origin = origin._replace(weights=None)      # closes their files
+    origin = origin._replace(weights=None, begins=None)     # closes their files
 
     # 4) the log, and signals
     log = Log(cfg.out, asdict(cfg), step=origin.step, steps=cfg.steps, main=world.main, wandb=cfg.wandb)
@@ -258,7 +263,7 @@ def student_loss(nets, micro, exit, cfg):
     """Distribution matching on what the student's sampler gives at its step `exit`, with its graph."""
     student, critic, teacher = nets(micro.z.shape)
     cond, uncond = Cond(micro.text), Cond(micro.null.expand_as(micro.text))
-    x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit)
+    x0 = roll(student, cond, micro.z, micro.noises, exit, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
     return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), DEFAULTS[cfg.model]["rescale"])
 
@@ -268,9 +273,23 @@ def critic_loss(nets, micro, exit, cfg):
     student, critic, _ = nets(micro.z.shape)
     cond = Cond(micro.text)
     with torch.no_grad():
-        x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit)
+        x0 = roll(student, cond, micro.z, micro.noises, exit, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
     return flow_loss(critic, x0, cond, t, micro.e)
+
+
+def roll(student, cond, z, noises, exit, cfg):
+    """The student's clip, predicted at its step `exit`; of a causal one each chunk is (Self Forcing, arXiv 2506.08009).
+
+    A chunk's graph is that of its own forward at `exit`: the chunks before it are seen without gradient.
+    """
+    if not isinstance(student, Chunked):
+        return rollout(student, z, cond, cfg.times, noises, exit)
+
+    def draw(cond, z, *noises):
+        return rollout(student, z, cond, cfg.times, noises, exit)
+
+    return stepwise(draw, student.see, (cond,), student.chunk, z, *noises)
 
 
 def scale_at(t, cfg):
@@ -285,7 +304,7 @@ def student_flops(nets, micro, exit, cfg):
     sizes = micro.z.shape[1:], micro.text.shape[1]
     learning = 2 if cfg.lora_rank else 3        # a forward and its backward
     scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
-    return student.flops(*sizes) * (exit + learning) + critic.flops(*sizes) * scores
+    return student.flops(*sizes) * (exit + learning + sees(cfg)) + critic.flops(*sizes) * scores
 
 
 def critic_flops(nets, micro, exit, cfg):
@@ -293,19 +312,28 @@ def critic_flops(nets, micro, exit, cfg):
     student, critic, _ = nets(micro.z.shape)
     sizes = micro.z.shape[1:], micro.text.shape[1]
     learning = 2 if cfg.lora_rank else 3
-    return student.flops(*sizes) * (exit + 1) + critic.flops(*sizes) * learning
+    return student.flops(*sizes) * (exit + 1 + sees(cfg)) + critic.flops(*sizes) * learning
+
+
+def sees(cfg):
+    """Forwards in which a causal student sees its clean chunks: one; the last chunk's is counted and not made."""
+    return 1 if chunk_of(cfg.window, cfg.tile) else 0
 
 
 def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
     """The three nets as the losses see them, for latents (…, F, H, W) -> (student, critic, teacher), each a Bound.
 
-    The student attends as its flags say, the teacher as it was trained, and so does the critic, its copy.
+    A causal student is a model.Chunked. It attends as its flags say, the teacher as it was trained, and so does the
+    critic, its copy.
     """
     adapters = ("student", "critic") if cfg.lora_rank else (None, None)
-    few = cfg.window, cfg.tile, cfg.dense_ends
     full = [teacher_sampling[name] for name in ("window", "tile", "dense_ends")]
+    if chunk_of(cfg.window, cfg.tile):
+        few = chunked(student, shape, world, cfg.window, cfg.tile, adapters[0])
+    else:
+        few = bind(student, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapters[0])
     return (
-        bind(student, shape, world, *few, adapters[0]),
+        few,
         bind(critic, shape, world, *full, adapters[1]),
         bind(teacher, shape, world, *full),
     )
@@ -387,6 +415,7 @@ class Origin(NamedTuple):
     step: int
     counts: tuple | None            # of student and critic
     weights: ckpt.Source | None     # of the teacher
+    begins: ckpt.Source | None      # of the student at the start: --student's, or the teacher's
     base: dict                      # where these are, and their CRC32
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
     teacher_sampling: dict          # sampling block of the teacher
@@ -420,6 +449,14 @@ def begin(cfg):
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin, models_of)
     base = ckpt.base_of(cfg.teacher, weights)
     inputs = {"data": data.content, "teacher": base["crc32"]}
+    begins = weights
+    if cfg.student:
+        begins = ckpt.weights(cfg.student, **world.ranks)
+        ckpt.match(shapes_of(cfg.model), begins.shapes, begins.origin, models_of)
+        inputs["student"] = ckpt.fingerprint(begins)
+    if chunk_of(cfg.window, cfg.tile):
+        if not all(caches(MODELS[cfg.model], shape, cfg.window, cfg.tile, cfg.sp) for shape in data.shapes):
+            world.say(NO_CACHE)
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     step, counts = 0, None
     if path:
@@ -429,7 +466,7 @@ def begin(cfg):
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
         raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
-    origin = Origin(path, step, counts, weights, base, inputs, teacher_sampling, student_sampling)
+    origin = Origin(path, step, counts, weights, begins, base, inputs, teacher_sampling, student_sampling)
     return cfg, world, data, origin
 
 
@@ -462,11 +499,15 @@ def resolve(cfg):
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
+    flags.check_causal(cfg)
     return replace(cfg, times=times, student_steps=len(times))
 
 
 def inherit(cfg):
-    """The config with what a teacher of ours decides: the model's size, the student's window unless one is given."""
+    """The config with what a teacher of ours decides: the model's size, the student's window unless one is given.
+
+    The window is that of --student, where that is a run of ours too.
+    """
     sampling = ckpt.sampling_of(cfg.teacher)
     if sampling is None:
         if cfg.model is None:
@@ -477,6 +518,12 @@ def inherit(cfg):
     if "times" in sampling:
         raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
     cfg = replace(cfg, model=sampling["model"])
+    if cfg.student:
+        begins = ckpt.sampling_of(cfg.student)
+        if begins is not None:
+            sampling = begins
+        if sampling["model"] != cfg.model:
+            raise ValueError(f"--student={cfg.student} is {sampling['model']}, the teacher is {cfg.model}")
     if sampling["window"] and not cfg.window:
         window, tile = tuple(sampling["window"]), tuple(sampling["tile"])
         cfg = replace(cfg, window=window, tile=tile, dense_ends=sampling["dense_ends"])
@@ -533,9 +580,23 @@ def build(cfg, data, world, trainable=True):
     """A net of the teacher's make, over the ranks and compiled, its values still to be filled."""
     lora = adapters(cfg)
     net = blank(cfg.model, cfg.remat, lora)
-    ways = 2 * (1 + len(lora))      # a block computes one shape: dense or sparse, by the base or with an adapter
-    parallel.prepare(net, world, trainable=trainable, shapes=ways * len(data.shapes))
+    ways = 2 * (1 + len(lora)) * len(data.shapes)   # a block's: dense or sparse, by the base or with an adapter
+    for shape in data.shapes:
+        ways += lengths(net.config, shape, cfg.window, cfg.tile, sp=cfg.sp)
+    parallel.prepare(net, world, trainable=trainable, shapes=ways)
     return net
+
+
+def one_net(cfg):
+    """Whether student and critic are adapters of the teacher itself."""
+    return cfg.lora_rank > 0 and cfg.student is None
+
+
+def fill_frozen(teacher_net, student_net, origin, world):
+    """The teacher's values, and those that an adapter of a student of its own adapts."""
+    ckpt.fill(parallel.local_rows(teacher_net, trained=False), origin.weights, **world.ranks)
+    if student_net is not teacher_net:
+        ckpt.fill(parallel.local_rows(student_net, trained=False), origin.begins, **world.ranks)
 
 
 def learner(role, net, cfg, world):
@@ -631,7 +692,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     def few_steps(places):
         z, *noises = [draw("sample", k, places) for k in range(len(cfg.times))]
         cond, _ = conds(places)
-        return rollout(student, z, cond, cfg.times, noises, len(cfg.times) - 1)
+        return roll(student, cond, z, noises, len(cfg.times) - 1, cfg)
 
     def many_steps(places):
         cond, uncond = conds(places)

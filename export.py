@@ -21,7 +21,7 @@ import torch
 
 import ckpt
 import flags
-from model import MODELS, shapes_of
+from model import MODELS, chunk_of, shapes_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ def main(cfg):
         told = {"checkpoint": saved.origin, "step": step, "sampling": saved.sampling}
         if ckpt.adapts(saved):
             told["base"] = meta["base"]     # what the adapter is for, or is folded into
+        causal = chunk_of(saved.sampling["window"], saved.sampling["tile"])
+        if causal:
+            told["note"] = CAUSAL.format(frames=causal, chunks=-saved.sampling["window"][0])
         beside = {"nanovideo.json": told}
         stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
         if cfg.format == "comfy":
@@ -72,6 +75,8 @@ def main(cfg):
     print(f"{saved.origin}, step {step}: {len(source.shapes)} tensors, read back bit for bit, in")
     for file in sorted(Path(cfg.out).iterdir()):
         print(f"  {file}  {file.stat().st_size / 1e6:,.1f} MB")
+    if causal:
+        print(told["note"])
     if cfg.lora:
         print(f"It adapts {needed(meta['base'])}")
 
@@ -79,6 +84,8 @@ def main(cfg):
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CAUSAL = ("These weights are causal: a chunk of {frames} latent frames sees the last {chunks} chunks up to its own, as "
+          "sample.py does. Other programs would run them bidirectionally, which they were not trained for.")
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}    # in safetensors
 NAMES = {
     "wan": lambda name: name,

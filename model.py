@@ -405,6 +405,10 @@ class Chunked:
         v = self.bind(x_t.shape)(x_t, F.pad(t, (before, 0)), cond._replace(past=()))
         return v[:, :, before:]
 
+    def flops(self, shape, text_length):
+        """Of one forward of every chunk of a sample of shape (C, F, H, W), each beside its past's keys."""
+        return self.bind(shape).flops(shape, text_length)
+
     @torch.no_grad()
     def see(self, cond, x0):
         """The condition with a clean chunk x0 (B, C, F, H, W) added to its past, and what is not seen any more gone."""
