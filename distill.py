@@ -595,8 +595,9 @@ def one_net(cfg):
 def fill_frozen(teacher_net, student_net, origin, world):
     """The teacher's values, and those that an adapter of a student of its own adapts."""
     ckpt.fill(parallel.local_rows(teacher_net, trained=False), origin.weights, **world.ranks)
-    if student_net is not teacher_net:
-        ckpt.fill(parallel.local_rows(student_net, trained=False), origin.begins, **world.ranks)
+    frozen = parallel.local_rows(student_net, trained=False)
+    if frozen and student_net is not teacher_net:
+        ckpt.fill(frozen, origin.begins, **world.ranks)
 
 
 def learner(role, net, cfg, world):

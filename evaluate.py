@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt=out/train --guidance 1 2                a trained model at two guidance scales
     python evaluate.py --ckpt=out/distill --teacher=out/train         a student, its teacher, that in its sampler
+    python evaluate.py --ckpt=out/causal --frames=33                  a causal model, in clips longer than trained
 
 Every system draws the same captions from the same noise, next to real clips through the codec (the ceiling) and to real
 clips under another's caption (chance). Accuracy is read back from pixels by shapes.judge; the rest compares features of
@@ -10,11 +11,11 @@ clips (where, how large, how fast, how bright) or latents with those of real one
 C F H W latent channels, frames, rows, columns · n clips
 """
 import json
+import math
 import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from math import comb
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,9 +28,9 @@ import codec
 import flags
 import parallel
 import step
-from data import noise, padded, stream
-from model import Cond, bind, blank
-from shapes import CAPTIONS, clip, features, judge
+from data import long_noise, padded, stream
+from model import Cond, bind, blank, chunk_of, chunked
+from shapes import CAPTIONS, clip, features, judge, judge_late
 
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
@@ -47,6 +48,9 @@ class Config:
     guidance: tuple[float, ...] = ()                    # guidance scales to try; none: the checkpoint's own
     steps: tuple[int, ...] = ()                         # numbers of sampling steps to try; none: the checkpoint's own
     solver: tuple[Literal["euler", "ab2"], ...] = ()    # solvers to try; none: the checkpoint's own
+    frames: int | None = None                           # causal: frames of a clip; the first are judged as ever
+    window: int | None = None                           # causal: chunks seen, its own among them; None: all of training
+    sink: int = 0                                       # causal: first chunks that are seen always, beside these
     n: int = 300                                        # clips per system; the 96 captions take turns
     seed: int = 0                                       # random seed of noise and real clips
     batch: int = 50                                     # clips a rank samples at once
@@ -67,7 +71,7 @@ def main(cfg):
         if cfg.n <= 2 * NEAREST or least < 1 or made_by != "dct":
             raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {made_by}: the judge "
                              f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
-        systems = systems_of(student, teacher, cfg)
+        systems = [longer(system, cfg) for system in systems_of(student, teacher, cfg)]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(cfg.n)]
@@ -88,16 +92,22 @@ def main(cfg):
     real, *others = sets
     clips = {"real clips": real, "real clips, another caption": mistaken(real, captions, cfg)}
     for name, z in latents.items():
-        clips[name] = seen(z)
+        clips[name] = seen(z[:, :, :sampling["shapes"][0][1]])
 
     # a row for each, and the first system beside every other
     table = {}
     for name, measured in clips.items():
         table[name] = figures(measured, real, others)
+    later = {}
+    for name, z in latents.items():
+        if cfg.frames:
+            later[name] = late(z[:cfg.n], coder, sampling, captions)
     names = list(table["real clips"])
     print(f"{cfg.n} clips each" + " " * 17 + "".join(f"{name:>11}" for name in names))
     for name, row in table.items():
         print(f"{name:<28}" + "".join(f"{row[figure]:11.3f}" for figure in names))
+    for name, row in later.items():
+        print(f"{name}, later:", ", ".join(f"{figure} {value:.3f}" for figure, value in row.items()))
     pairs, (first, *rest) = {}, systems
     for other in rest:
         pair = f"{first.name} against {other.name}"
@@ -111,6 +121,7 @@ def main(cfg):
         flags=asdict(cfg),
         step=student.manifest["step"],
         table=table,
+        later=later,
         paired=pairs,
     )
     out.write_text(json.dumps(report, indent=1) + "\n")
@@ -168,6 +179,32 @@ def systems_of(student, teacher, cfg):
     return systems
 
 
+def longer(system, cfg):
+    """The system with the pattern and the length that are asked of a causal one."""
+    sampling = system.sampling
+    chunk = chunk_of(sampling["window"], sampling["tile"])
+    if cfg.frames is None and cfg.window is None and cfg.sink == 0:
+        return system
+    told = f"--frames={cfg.frames} --window={cfg.window} --sink={cfg.sink}"
+    if chunk is None:
+        raise ValueError(f"{told}: {system.saved.origin} is not causal, it makes a clip at once")
+    usual, stride = sampling["shapes"][0][1], sampling["codec"]["stride"][0]
+    frames, window = cfg.frames, cfg.window
+    if frames is None:
+        frames = (usual - 1) * stride + 1
+    if window is None:
+        window = min(-sampling["window"][0], math.ceil(usual / chunk))
+    made = (frames - 1) // stride + 1       # latent frames
+    if (frames - 1) % stride or made < usual or window < 1 or cfg.sink < 0:
+        raise ValueError(f"{told}: frames are 1 + a multiple of {stride}, {usual} latent ones at "
+                         "least; a chunk sees 1 or more, its own; a sink is of 0 or more")
+    return system._replace(sampling=sampling | {
+        "window": [-window, *sampling["window"][1:]],
+        "sink": cfg.sink,
+        "frames": made,
+    })
+
+
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
 
@@ -207,8 +244,14 @@ def sampled(system, coder, captions, cfg, world):
     parallel.prepare(net, world, trainable=False)
     with flags.door(__file__):      # weights are read here
         ckpt.fill(parallel.local_rows(net), source, **world.ranks)
-    shape = tuple(sampling["shapes"][0])
-    net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
+    shape, see = tuple(sampling["shapes"][0]), None
+    pattern = sampling["window"], sampling["tile"]
+    if chunk_of(*pattern):
+        net = chunked(net, shape, world, *pattern, sink=sampling.get("sink", 0))
+        see = net.see
+    else:
+        net = bind(net, shape, world, *pattern, sampling["dense_ends"])
+    frames, count = sampling.get("frames", shape[1]), step.noises_of(sampling)
     text = padded(coder.embed(captions), sampling["text"])
     null = saved.tensor("null").to(world.device)
     hidden = True if world.rank > 0 else None
@@ -217,12 +260,12 @@ def sampled(system, coder, captions, cfg, world):
     @torch.no_grad()
     def clips(places):
         def draw(k):
-            return noise(cfg.seed, "sample", k, places, shape).to(world.device)
+            return long_noise(cfg.seed, "sample", k, count, places, shape, 0, frames).to(world.device)
 
         cond = Cond(text[places].to(world.device))
         uncond = Cond(null.expand_as(cond.text))
         bar.update(len(places) * world.size)
-        return step.sample(net, draw, cond, uncond, sampling)
+        return step.sample(net, draw, cond, uncond, sampling, see=see)
 
     latents = parallel.spread(clips, len(captions), cfg.batch, world)
     bar.close()
@@ -241,6 +284,17 @@ def measure(latents, coder, sampling, captions, n):
     right = [verdict(saw, caption) for saw, caption in zip(seen, captions)]
     described = [features(video) for video in videos]
     return Clips(latents, seen, np.array(right), np.array(described))
+
+
+def late(latents, coder, sampling, captions):
+    """What shapes.judge_late reads after training's frames: the mean of each figure over the clips that have it."""
+    mean, std = codec.moments(sampling)
+    first = (sampling["shapes"][0][1] - 1) * coder.stride[0] + 1
+    seen = [judge_late(coder.decode(z * std + mean), first, caption) for z, caption in zip(latents, captions)]
+    found = {}
+    for name in dict.fromkeys(name for clip in seen for name in clip):
+        found[name] = float(np.mean([clip[name] for clip in seen if name in clip]))
+    return found
 
 
 def mistaken(real, captions, cfg):
@@ -356,7 +410,7 @@ def mcnemar(a, b):
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
     tosses = only_a + only_b
-    tail = sum(comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
+    tail = sum(math.comb(tosses, i) for i in range(min(only_a, only_b) + 1)) / 2**tosses
     return only_a, only_b, min(1.0, 2 * tail)
 
 

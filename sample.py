@@ -259,18 +259,17 @@ def chosen(sampling, cfg):
 def causal_window(sampling, cfg):
     """The pattern's window, of a causal one no longer than the clips it was trained on, whose past it knows."""
     window, chunk = sampling["window"], chunk_of(sampling["window"], sampling["tile"])
-    asked = dict(frames=cfg.frames, window=cfg.window, sink=cfg.sink or None)
-    asked = [f"--{name}={value}" for name, value in asked.items() if value is not None]
-    if asked and chunk is None:
-        raise ValueError(f"{' '.join(asked)}: {cfg.ckpt} is not causal, it makes a clip at once: --size has its frames")
-    if cfg.sink < 0 or cfg.window is not None and cfg.window < 1:
-        raise ValueError(f"--window={cfg.window} --sink={cfg.sink}: a chunk sees 1 or more, its own, and a sink of 0 "
-                         "or more")
     if chunk is None:
+        if (cfg.frames, cfg.window, cfg.sink) != (None, None, 0):
+            raise ValueError(f"--frames={cfg.frames} --window={cfg.window} --sink={cfg.sink}: {cfg.ckpt} is not "
+                             "causal, it makes a clip at once; --size has its frames")
         return window
-    if cfg.window is not None:
-        return [-cfg.window, *window[1:]]
-    return [max(window[0], -math.ceil(sampling["shapes"][0][1] / chunk)), *window[1:]]
+    seen = cfg.window
+    if seen is None:
+        seen = min(-window[0], math.ceil(sampling["shapes"][0][1] / chunk))
+    if seen < 1 or cfg.sink < 0:
+        raise ValueError(f"--window={seen} --sink={cfg.sink}: a chunk sees 1 or more, its own, and a sink of 0 or more")
+    return [-seen, *window[1:]]
 
 
 def latent_shape(sampling, cfg):
