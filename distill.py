@@ -509,24 +509,24 @@ def inherit(cfg):
     The window is that of --student, where that is a run of ours too.
     """
     sampling = ckpt.sampling_of(cfg.teacher)
-    if sampling is None:
-        if cfg.model is None:
-            raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
-        return cfg
-    if cfg.model not in (None, sampling["model"]):
-        raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
-    if "times" in sampling:
-        raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
-    cfg = replace(cfg, model=sampling["model"])
-    if cfg.student:
+    begins = sampling
+    if cfg.student and ckpt.sampling_of(cfg.student) is not None:
         begins = ckpt.sampling_of(cfg.student)
-        if begins is not None:
-            sampling = begins
-        if sampling["model"] != cfg.model:
-            raise ValueError(f"--student={cfg.student} is {sampling['model']}, the teacher is {cfg.model}")
-    if sampling["window"] and not cfg.window:
-        window, tile = tuple(sampling["window"]), tuple(sampling["tile"])
-        cfg = replace(cfg, window=window, tile=tile, dense_ends=sampling["dense_ends"])
+    if sampling is None and cfg.model is None:
+        raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
+    if sampling is not None:
+        if cfg.model not in (None, sampling["model"]):
+            raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
+        if "times" in sampling:
+            raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
+        cfg = replace(cfg, model=sampling["model"])
+    if begins is None:
+        return cfg
+    if begins["model"] != cfg.model:
+        raise ValueError(f"--student={cfg.student} is {begins['model']}, the teacher is {cfg.model}")
+    if begins["window"] and not cfg.window:
+        window, tile = tuple(begins["window"]), tuple(begins["tile"])
+        cfg = replace(cfg, window=window, tile=tile, dense_ends=begins["dense_ends"])
     return cfg
 
 

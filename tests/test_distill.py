@@ -858,7 +858,8 @@ def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_grad
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
-def test_a_causal_student_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(data, teacher, causal, tmp_path, lora):
+def test_a_causal_student_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(
+        data, teacher, causal, tmp_path, lora):
     flags = dict(steps=4, student=causal, lora_rank=lora, remat=lora > 0, **QUIET)
     run(distill.main, config(data, teacher, tmp_path / "whole", **flags))
     cfg = config(data, teacher, tmp_path / "run", **flags)
@@ -899,6 +900,11 @@ def test_the_student_starts_from_its_own_weights_and_the_critic_from_the_teacher
     assert isinstance(begun["student"], Chunked)
     assert begun["critic"].metadata is None
     assert begun["teacher"].metadata is None
+
+
+def test_beside_a_teacher_that_is_no_run_the_student_still_says_how_it_attends(causal):
+    cfg = distill.inherit(distill.Config(teacher="elsewhere", model="tiny", student=causal))
+    assert (cfg.window, cfg.tile) == ((-9, 1, 1), (2, 99, 99))
 
 
 @pytest.mark.parametrize("wrong, said", [
