@@ -60,7 +60,7 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
             "student_score_t_perm", "student_score_t", "student_score_noise",
             "critic_prompt", "critic_z", "critic_renoise",
             "critic_score_t_perm", "critic_score_t", "critic_score_noise",
-            "clip",
+            "clip", "give", "student_give", "critic_give", "short",
             "clean_prefix")
 
 
@@ -229,6 +229,7 @@ class Micro(NamedTuple):
     drop: torch.Tensor  # (B,) fp32 in [0, 1): the text is dropped where it is < p
     u: torch.Tensor     # (B,) fp32 in [0, 1), stratified over the global batch; (B, chunks) where clips have chunks
     e: torch.Tensor     # (B, C, F, H, W) fp32 noise
+    give: torch.Tensor  # (B,) fp32 in [0, 1): the first frame is given where it is < p
     prefix: torch.Tensor    # (B,) fp32 in [0, 1): where it is < p, the first chunks stay clean
     ids: list           # of the samples in the dataset
     slots: list         # of the samples in the global batch
@@ -412,8 +413,10 @@ class Latents:
         e = self.empty(*x0.shape)
         self.each(fill, e.numpy(), slots)
         drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
+        give = [stream(self.seed, "give", step, slot).random(dtype=np.float32) for slot in slots]
         prefix = [stream(self.seed, "clean_prefix", step, slot).random(dtype=np.float32) for slot in slots]
-        return Micro(x0, text, self.null, torch.tensor(drop), u, e, torch.tensor(prefix), ids, slots)
+        drop, give, prefix = map(torch.tensor, (drop, give, prefix))
+        return Micro(x0, text, self.null, drop, u, e, give, prefix, ids, slots)
 
     def batch_ids(self, step):
         """The global batch of a step -> (bucket, [id])."""

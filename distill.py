@@ -28,12 +28,12 @@ import codec
 import flags
 import parallel
 import plan
-from data import Ahead, Latents, noise, stratified, stream
+from data import Ahead, Latents, holds_latents, noise, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import (MODELS, NO_CACHE, Chunked, Cond, bind, blank, caches, chunk_of, chunked, fits, initial,
                    lengths, models_of, shapes_of)
-from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, guided_x0, lr_at,
-                  numbers, ode, rollout, sample_t, start_average, stepwise, to_x0, train_step)
+from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
+                  lr_at, numbers, ode, over, place, rollout, sample_t, start_average, stepwise, to_x0, train_step)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Config:
     guidance: float | None = None                         # the teacher's guidance scale s of u + s (c - u)
     guidance_interval: tuple[float, float] | None = None  # lowest and highest t with guidance (arXiv 2404.07724)
     score_shift: float | None = None                      # time shift of the t at which teacher and critic are asked
+    first_frame: float | None = None                      # share of clips begun by a given frame; None = the teacher's
 
     # optimizers
     steps: int | None = None                              # number of critic updates
@@ -151,7 +152,7 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet, or must have been where there is none any more
-BEFORE = {"deterministic": False, "start": "noise", "student": None}
+BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "student": None}
 CLAMP = (0.02, 0.98)    # of the t at which teacher and critic are asked
 SEEDS = 4               # noises per prompt at validation, to see how far the clips of one prompt differ
 CHUNK = 16              # clips sampled at once where no --micro_batch is given
@@ -161,7 +162,8 @@ class Draw(NamedTuple):
     """Everything random of one micro-batch."""
     text: torch.Tensor  # (B, S, E)
     null: torch.Tensor  # (S, E) what guidance leads away from
-    z: torch.Tensor     # (B, C, F, H, W) where the rollout starts
+    z: torch.Tensor     # (B, C, F, H, W) where the rollout starts: noise, and the first frames that are given
+    free: torch.Tensor | None   # (B, F) 0 in frames that are given, None without --first_frame
     e: torch.Tensor     # (B, C, F, H, W) noise of the score's x_t
     u: torch.Tensor     # (B,) uniforms of the score's t
     noises: list        # K - 1 of (B, C, F, H, W), between the steps of the rollout
@@ -263,9 +265,10 @@ def student_loss(nets, micro, exit, cfg):
     """Distribution matching on what the student's sampler gives at its step `exit`, with its graph."""
     student, critic, teacher = nets(micro.z.shape)
     cond, uncond = Cond(micro.text), Cond(micro.null.expand_as(micro.text))
-    x0 = roll(student, cond, micro.z, micro.noises, exit, cfg)
+    x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
-    return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), DEFAULTS[cfg.model]["rescale"])
+    rescale = DEFAULTS[cfg.model]["rescale"]
+    return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
 
 
 def critic_loss(nets, micro, exit, cfg):
@@ -273,23 +276,25 @@ def critic_loss(nets, micro, exit, cfg):
     student, critic, _ = nets(micro.z.shape)
     cond = Cond(micro.text)
     with torch.no_grad():
-        x0 = roll(student, cond, micro.z, micro.noises, exit, cfg)
+        x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
-    return flow_loss(critic, x0, cond, t, micro.e)
+    return flow_loss(critic, x0, cond, t, micro.e, free=micro.free)
 
 
-def roll(student, cond, z, noises, exit, cfg):
+def roll(student, cond, z, noises, exit, free, cfg):
     """The student's clip, predicted at its step `exit`; of a causal one each chunk is (Self Forcing, arXiv 2506.08009).
 
     A chunk's graph is that of its own forward at `exit`: the chunks before it are seen without gradient.
     """
     if not isinstance(student, Chunked):
-        return rollout(student, z, cond, cfg.times, noises, exit)
+        return rollout(student, z, cond, cfg.times, noises, exit, free)
+    ones = z.new_ones(len(z), z.shape[2]) if free is None else free
 
-    def draw(cond, z, *noises):
-        return rollout(student, z, cond, cfg.times, noises, exit)
+    def draw(cond, mask, z, *noises):
+        mask = None if free is None else mask[:, 0, :, 0, 0]
+        return rollout(student, z, cond, cfg.times, noises, exit, mask)
 
-    return stepwise(draw, student.see, (cond,), student.chunk, z, *noises)
+    return stepwise(draw, student.see, (cond,), student.chunk, over(ones), z, *noises)
 
 
 def scale_at(t, cfg):
@@ -301,7 +306,7 @@ def scale_at(t, cfg):
 def student_flops(nets, micro, exit, cfg):
     """FLOPs of one sample's part in a student update, by what the nets need, without recompute."""
     student, critic, _ = nets(micro.z.shape)
-    sizes = micro.z.shape[1:], micro.text.shape[1]
+    sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3        # a forward and its backward
     scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
     return student.flops(*sizes) * (exit + learning + sees(cfg)) + critic.flops(*sizes) * scores
@@ -310,7 +315,7 @@ def student_flops(nets, micro, exit, cfg):
 def critic_flops(nets, micro, exit, cfg):
     """The same of a critic update."""
     student, critic, _ = nets(micro.z.shape)
-    sizes = micro.z.shape[1:], micro.text.shape[1]
+    sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3
     return student.flops(*sizes) * (exit + 1 + sees(cfg)) + critic.flops(*sizes) * learning
 
@@ -318,6 +323,12 @@ def critic_flops(nets, micro, exit, cfg):
 def sees(cfg):
     """Forwards in which a causal student sees its clean chunks: one; the last chunk's is counted and not made."""
     return 1 if chunk_of(cfg.window, cfg.tile) else 0
+
+
+def sizes_of(micro):
+    """What Bound.flops counts by: a latent's shape, tokens of a text, times t of a sample."""
+    times = 1 if micro.free is None else micro.free.shape[1]
+    return micro.z.shape[1:], micro.text.shape[1], times
 
 
 def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
@@ -385,13 +396,23 @@ def draw(data, cfg, role, step):
     micros = []
     for slots in data.slots:
         text = data.text([ids[slot] for slot in slots])
-        z = noise(cfg.seed, f"{role}_z", step, slots, shape)
+        z, free = begun(noise(cfg.seed, f"{role}_z", step, slots, shape), role, step, slots, ids, data, cfg)
         e = noise(cfg.seed, f"{role}_score_noise", step, slots, shape)
         noises = []
         for k in range(K - 1):
             noises.append(noise(cfg.seed, f"{role}_renoise", step, [slot * K + k for slot in slots], shape))
-        micros.append(Draw(text, data.null, z, e, u[slots], noises))
+        micros.append(Draw(text, data.null, z, free, e, u[slots], noises))
     return micros
+
+
+def begun(z, role, step, slots, ids, data, cfg):
+    """Noise z that in a share --first_frame begins with the first frame of the prompts' own clips, and its free."""
+    if not cfg.first_frame:
+        return z, None
+    give = torch.tensor([stream(cfg.seed, f"{role}_give", step, slot).random(dtype=np.float32) for slot in slots])
+    free = first_given(z, give < cfg.first_frame)
+    x0, _ = data.sample([ids[slot] for slot in slots])
+    return place(z, x0, free), free
 
 
 def prompts(data, cfg, role, step):
@@ -441,6 +462,8 @@ def begin(cfg):
     )
     weights = ckpt.weights(cfg.teacher, **world.ranks)
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
+    if cfg.first_frame:     # first frames are normalised as the teacher knows them
+        data.mean, data.std = codec.moments(student_sampling)
     codec.load(teacher_sampling["codec"], vae=cfg.vae if world.main else None)  # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
     told(cfg.out)       # damaged, it fails here
@@ -461,7 +484,7 @@ def begin(cfg):
     step, counts = 0, None
     if path:
         saved = ckpt.read_manifest(path)
-        ckpt.differences(path, saved, asdict(cfg), inputs, free(cfg), BEFORE)
+        ckpt.differences(path, saved, asdict(cfg), inputs, may_change(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
@@ -500,13 +523,14 @@ def resolve(cfg):
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
     flags.check_causal(cfg)
+    if not 0 <= cfg.first_frame <= 1:
+        raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     return replace(cfg, times=times, student_steps=len(times))
 
 
 def inherit(cfg):
-    """The config with what a teacher of ours decides: the model's size, the student's window unless one is given.
-
-    The window is that of --student, where that is a run of ours too.
+    """The config with what a teacher of ours decides: the model's size, and unless they are given the student's window
+    and the share of first frames. The window is that of --student, where that is a run of ours too.
     """
     sampling = ckpt.sampling_of(cfg.teacher)
     begins = sampling
@@ -514,12 +538,18 @@ def inherit(cfg):
         begins = ckpt.sampling_of(cfg.student)
     if sampling is None and cfg.model is None:
         raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
+    known = 0.0
     if sampling is not None:
         if cfg.model not in (None, sampling["model"]):
             raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
         if "times" in sampling:
             raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
+        known = sampling.get("first_frame", 0.0)     # of old checkpoints
+        if cfg.first_frame and not known:
+            raise ValueError(f"--first_frame={cfg.first_frame}, but {cfg.teacher} was trained without: train.py "
+                             "--first_frame first")
         cfg = replace(cfg, model=sampling["model"])
+    cfg = flags.filled(cfg, {}, {"first_frame": known})
     if begins is None:
         return cfg
     if begins["model"] != cfg.model:
@@ -535,6 +565,10 @@ def samplings(cfg, data, weights):
     made = data.manifest
     width = made["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
+    if cfg.first_frame and (not holds_latents(made) or all(shape[1] == 1 for shape in data.shapes)):
+        held = "stills" if holds_latents(made) else "prompts"
+        raise ValueError(f"--first_frame={cfg.first_frame} takes first frames of clips, and {cfg.data} holds {held} "
+                         "alone: give --data of clips, or --first_frame=0")
     teacher = weights.sampling or ckpt.sampling_of(cfg.teacher)
     if teacher is None:
         teacher = made | {"steps": 50, "shift": cfg.shift, "window": None, "tile": cfg.tile, "dense_ends": 0}
@@ -562,6 +596,7 @@ def samplings(cfg, data, weights):
         "times": cfg.times,
         "shift": cfg.shift,
         "guidance": 1.0,
+        "first_frame": cfg.first_frame,
     }
     return teacher, student
 
@@ -583,6 +618,8 @@ def build(cfg, data, world, trainable=True):
     ways = 2 * (1 + len(lora)) * len(data.shapes)   # a block's: dense or sparse, by the base or with an adapter
     for shape in data.shapes:
         ways += lengths(net.config, shape, cfg.window, cfg.tile, sp=cfg.sp)
+    if cfg.first_frame:
+        ways *= 2                   # with a t per frame, and per clip
     parallel.prepare(net, world, trainable=trainable, shapes=ways)
     return net
 
@@ -619,7 +656,7 @@ def new_values(rows, seed):
     return value
 
 
-def free(cfg):
+def may_change(cfg):
     """Flags that may change on resume; not --steps where the learning rates fall to 0 at the last one."""
     names = FREE if cfg.schedule == "constant" else FREE - {"steps"}
     return names | set(cfg.allow)
@@ -639,7 +676,7 @@ def ended(step, counts, cfg):
 
 
 def finished(cfg, origin):
-    more = "--steps=N" if "steps" in free(cfg) else "--steps=N --allow steps"
+    more = "--steps=N" if "steps" in may_change(cfg) else "--steps=N --allow steps"
     done = f"{origin.step} of {cfg.steps} steps"
     return f"{origin.path} is finished, {done}: {more} adds, --out= starts another"
 
@@ -677,6 +714,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     """Few-step clips of fixed prompts beside the teacher's (goal, made once), their figures, and what the scores see.
 
     The last: critic and guided teacher amid the guided noise levels, the two x0 whose difference the student follows.
+    A run with --first_frame shows and measures these clips again with their first frames given.
     """
     ids = data.for_videos(cfg.samples)
     shape = data.shape_of(ids[0])
@@ -690,18 +728,29 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         text = data.text([ids[place // SEEDS] for place in places]).to(world.device)
         return Cond(text), Cond(data.null.to(world.device).expand_as(text))
 
-    def few_steps(places):
-        z, *noises = [draw("sample", k, places) for k in range(len(cfg.times))]
-        cond, _ = conds(places)
-        return roll(student, cond, z, noises, len(cfg.times) - 1, cfg)
+    def begun(given, places):
+        z = draw("sample", 0, places)
+        if not given:
+            return z, None
+        x0, _ = data.sample([ids[place // SEEDS] for place in places])
+        free = first_given(z, torch.ones(len(z), device=world.device))
+        return place(z, x0.to(world.device), free), free
 
-    def many_steps(places):
+    def few_steps(given, places):
+        z, free = begun(given, places)
+        noises = [draw("sample", k, places) for k in range(1, len(cfg.times))]
+        cond, _ = conds(places)
+        return roll(student, cond, z, noises, len(cfg.times) - 1, free, cfg)
+
+    def many_steps(given, places):
+        z, free = begun(given, places)
         cond, uncond = conds(places)
-        return ode(teacher, draw("sample", 0, places), cond, times, uncond, cfg.guidance)
+        solver = origin.teacher_sampling.get("solver", "euler")     # of old checkpoints
+        return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, free)
 
     def inside(some):
         places = [i * SEEDS for i in some]
-        x0 = few_steps(places)
+        x0 = few_steps(False, places)
         cond, uncond = conds(places)
         t = x0.new_full((len(x0),), sum(cfg.guidance_interval) / 2)
         x_t = add_noise(x0, draw("val", 0, some), t)
@@ -712,16 +761,21 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
     chunk = cfg.micro_batch or CHUNK
     n = len(ids) * SEEDS
-    drawn = parallel.spread(few_steps, n, chunk, world)
+    ways = (False, True) if cfg.first_frame else (False,)
+    drawn = [parallel.spread(partial(few_steps, given), n, chunk, world) for given in ways]
     if not goal:
-        goal.append(parallel.spread(many_steps, n, chunk, world))
+        goal += [parallel.spread(partial(many_steps, given), n, chunk, world) for given in ways]
     seen = parallel.spread(inside, len(ids), chunk, world)
     if world.main:
-        captions = [data.caption(i) for i in ids]
-        show(step, "samples", dict(student=drawn[::SEEDS], teacher=goal[0][::SEEDS]), captions, origin, cfg, log, world)
+        captions, rows, figures = [data.caption(i) for i in ids], {}, {}
+        for given, student_x0, teacher_x0 in zip(ways, drawn, goal):
+            from_it = " from the first frame" if given else ""
+            rows |= {f"student{from_it}": student_x0[::SEEDS], f"teacher{from_it}": teacher_x0[::SEEDS]}
+            figures |= likeness(student_x0, teacher_x0, given)
+        show(step, "samples", rows, captions, origin, cfg, log, world)
         x0, f, r = seen.unbind(1)
         show(step, "inside", {"student": x0, "critic's x0": f, "teacher's x0": r}, captions, origin, cfg, log, world)
-        log(step, **likeness(drawn, goal[0]))
+        log(step, **figures)
 
 
 def show(step, kind, rows, captions, origin, cfg, log, world):
@@ -739,8 +793,15 @@ def show(step, kind, rows, captions, origin, cfg, log, world):
         log.video(step, path, captions, list(rows))
 
 
-def likeness(student, teacher):
-    """How varied, lively and contrasty the student's clips of the fixed prompts are, as ratios to the teacher's."""
+def likeness(student, teacher, given=False):
+    """How varied, lively and contrasty the student's clips of the fixed prompts are, as ratios to the teacher's.
+
+    given: whether the first frame is, which is then left out.
+    """
+    way = ""
+    if given:
+        way, student, teacher = "_first_frame", student[:, :, 1:], teacher[:, :, 1:]
+
     def diversity(x):
         return torch.stack([torch.pdist(some.flatten(1)).mean() for some in x.split(SEEDS)]).mean()
 
@@ -750,7 +811,7 @@ def likeness(student, teacher):
     seen = {"val_diversity": diversity(student) / diversity(teacher), "val_std": student.std() / teacher.std()}
     if student.shape[2] > 1:        # stills do not move
         seen["val_motion"] = motion(student) / motion(teacher)
-    return seen
+    return {f"{name}{way}": ratio for name, ratio in seen.items()}
 
 
 def show_first(micro, origin, cfg, world, log):

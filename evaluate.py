@@ -3,10 +3,13 @@
     python evaluate.py --ckpt=out/train --guidance 1 2                a trained model at two guidance scales
     python evaluate.py --ckpt=out/distill --teacher=out/train         a student, its teacher, that in its sampler
     python evaluate.py --ckpt=out/causal --frames=33                  a causal model, in clips longer than trained
+    python evaluate.py --ckpt=out/train --first_frame                 beside that, from given first frames
 
 Every system draws the same captions from the same noise, next to real clips through the codec (the ceiling) and to real
 clips under another's caption (chance). Accuracy is read back from pixels by shapes.judge; the rest compares features of
-clips (where, how large, how fast, how bright) or latents with those of real ones. Imports model and leaves.
+clips (where, how large, how fast, how bright) or latents with those of real ones. With --first_frame each system also
+begins from the first frames of other real clips: shape and colour are to be the frame's, the direction the caption's,
+which says all three or "moving left" alone. Imports model and leaves.
 
 C F H W latent channels, frames, rows, columns · n clips
 """
@@ -30,7 +33,7 @@ import parallel
 import step
 from data import long_noise, padded, stream
 from model import Cond, bind, blank, chunk_of, chunked
-from shapes import CAPTIONS, clip, features, judge, judge_late
+from shapes import CAPTIONS, clip, direction_alone, features, judge, judge_late, moves
 
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
@@ -48,6 +51,7 @@ class Config:
     guidance: tuple[float, ...] = ()                    # guidance scales to try; none: the checkpoint's own
     steps: tuple[int, ...] = ()                         # numbers of sampling steps to try; none: the checkpoint's own
     solver: tuple[Literal["euler", "ab2"], ...] = ()    # solvers to try; none: the checkpoint's own
+    first_frame: bool = False                           # measure each system from given first frames too
     frames: int | None = None                           # causal: frames of a clip; the first are judged as ever
     window: int | None = None                           # causal: chunks seen, its own among them; None: all of training
     sink: int = 0                                       # causal: first chunks that are seen always, beside these
@@ -72,15 +76,22 @@ def main(cfg):
             raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {made_by}: the judge "
                              f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
         systems = [longer(system, cfg) for system in systems_of(student, teacher, cfg)]
+        if cfg.first_frame:
+            if sampling["shapes"][0][1] == 1 or cfg.frames:
+                raise ValueError(f"--first_frame --frames={cfg.frames}: {cfg.ckpt} was trained on stills, or its clips "
+                                 "are to be longer than the real ones")
+            systems = [begun for system in systems for begun in (system, *from_frames(system))]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(cfg.n)]
     for i in range(PROMPTS):
         captions += [CAPTIONS[i * len(CAPTIONS) // PROMPTS]] * SEEDS
     coder = codec.load(sampling["codec"])
-    latents = {}
+    frames, latents = None, {}
+    if cfg.first_frame:
+        frames = real_clips(coder, sampling, captions, cfg.seed, REAL_SETS + 1)
     for system in systems:
-        latents[system.name] = sampled(system, coder, captions, cfg, world)
+        latents[system.name] = sampled(system, coder, captions, frames, cfg, world)
     if world.rank > 0:
         return
 
@@ -91,21 +102,24 @@ def main(cfg):
         sets.append(seen(real_clips(coder, sampling, captions, cfg.seed, i)))
     real, *others = sets
     clips = {"real clips": real, "real clips, another caption": mistaken(real, captions, cfg)}
+    given = {system.name for system in systems if system.begins}
     for name, z in latents.items():
         clips[name] = seen(z[:, :, :sampling["shapes"][0][1]])
 
     # a row for each, and the first system beside every other
     table = {}
     for name, measured in clips.items():
-        table[name] = figures(measured, real, others)
+        table[name] = figures(measured, real, others, name in given)
+        if cfg.first_frame:
+            table[name] |= jumps(measured.moves)
     later = {}
     for name, z in latents.items():
         if cfg.frames:
             later[name] = late(z[:cfg.n], coder, sampling, captions)
-    names = list(table["real clips"])
-    print(f"{cfg.n} clips each" + " " * 17 + "".join(f"{name:>11}" for name in names))
+    names, width = list(table["real clips"]), max(28, *(len(name) + 1 for name in table))
+    print(f"{cfg.n} clips each".ljust(width) + "".join(f"{name:>11}" for name in names))
     for name, row in table.items():
-        print(f"{name:<28}" + "".join(f"{row[figure]:11.3f}" for figure in names))
+        print(name.ljust(width) + "".join(f"{row[figure]:11.3f}" for figure in names))
     for name, row in later.items():
         print(f"{name}, later:", ", ".join(f"{figure} {value:.3f}" for figure, value in row.items()))
     pairs, (first, *rest) = {}, systems
@@ -141,6 +155,7 @@ class System(NamedTuple):
     saved: ckpt.Source      # the checkpoint
     source: ckpt.Source     # its weights, of role --weights
     sampling: dict
+    begins: str = ""        # what it is asked with a first frame: "captions", or "directions" alone; "": it gets none
 
 
 def systems_of(student, teacher, cfg):
@@ -205,6 +220,14 @@ def longer(system, cfg):
     })
 
 
+def from_frames(system):
+    """The system again, begun from first frames, by whole captions and by their directions alone."""
+    ways = {"captions": "first frame", "directions": "first frame, moving …"}
+    return [system._replace(name=f"{system.name}, {said}", begins=way) for way, said in ways.items()]
+
+
+
+
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +236,7 @@ class Clips(NamedTuple):
     seen: list                  # (shape, colour, direction) that the judge saw in each of the first n
     right: np.ndarray           # (n, 3) of these, whether each is the caption's
     features: np.ndarray        # (n + PROMPTS SEEDS, 6), see shapes.features
+    moves: np.ndarray           # (n, frames - 1), see shapes.moves
 
 
 def real_clips(coder, sampling, captions, seed, i):
@@ -228,13 +252,18 @@ def real_clips(coder, sampling, captions, seed, i):
     return torch.stack(latents)
 
 
-def sampled(system, coder, captions, cfg, world):
+def sampled(system, coder, captions, frames, cfg, world):
     """What a system shows for these captions, clip i from noise i -> normalised latents on rank 0, None elsewhere.
 
-    The ranks share the clips. Rank 0 keeps them on disk, for the next time that they are asked for.
+    frames: clips whose first frames are given, where the system begins so. The ranks share the clips. Rank 0 keeps them
+    on disk, for the next time that they are asked for.
     """
-    _, saved, source, sampling = system
+    _, saved, source, sampling, begins = system
+    if begins == "directions":
+        captions = [direction_alone(caption) for caption in captions]
     asked = [sampling, saved.manifest["crc32"], cfg.weights, captions, cfg.seed]
+    if begins:
+        asked.append("first frame")
     key = zlib.crc32(json.dumps(asked).encode())
     file = Path(saved.origin).parent.parent / "evaluate" / f"{key:08x}.npy"
     if parallel.agree(file.exists(), world):
@@ -251,7 +280,7 @@ def sampled(system, coder, captions, cfg, world):
         see = net.see
     else:
         net = bind(net, shape, world, *pattern, sampling["dense_ends"])
-    frames, count = sampling.get("frames", shape[1]), step.noises_of(sampling)
+    length, count = sampling.get("frames", shape[1]), step.noises_of(sampling)
     text = padded(coder.embed(captions), sampling["text"])
     null = saved.tensor("null").to(world.device)
     hidden = True if world.rank > 0 else None
@@ -259,13 +288,21 @@ def sampled(system, coder, captions, cfg, world):
 
     @torch.no_grad()
     def clips(places):
+        free = None
+        if begins:
+            given = frames[places].to(world.device)
+            free = step.first_given(given, torch.ones(len(places), device=world.device))
+
         def draw(k):
-            return long_noise(cfg.seed, "sample", k, count, places, shape, 0, frames).to(world.device)
+            e = long_noise(cfg.seed, "sample", k, count, places, shape, 0, length).to(world.device)
+            if k > 0 or not begins:
+                return e
+            return step.place(e, given, free)
 
         cond = Cond(text[places].to(world.device))
         uncond = Cond(null.expand_as(cond.text))
         bar.update(len(places) * world.size)
-        return step.sample(net, draw, cond, uncond, sampling, see=see)
+        return step.sample(net, draw, cond, uncond, sampling, free, see)
 
     latents = parallel.spread(clips, len(captions), cfg.batch, world)
     bar.close()
@@ -283,7 +320,8 @@ def measure(latents, coder, sampling, captions, n):
     seen = [judge(video) for video in videos[:n]]
     right = [verdict(saw, caption) for saw, caption in zip(seen, captions)]
     described = [features(video) for video in videos]
-    return Clips(latents, seen, np.array(right), np.array(described))
+    gone = [moves(video) for video in videos[:n]]
+    return Clips(latents, seen, np.array(right), np.array(described), np.array(gone))
 
 
 def late(latents, coder, sampling, captions):
@@ -313,8 +351,13 @@ def verdict(seen, caption):
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def figures(clips, real, others):
-    """Every figure of one system; real clips of `others` are what it is compared with, real's spread the unit."""
+def figures(clips, real, others, given=False):
+    """Every figure of one system; real clips of `others` are what it is compared with, real's spread the unit.
+
+    given: whether its first frames are, which std and motion then leave out.
+    """
+    first = int(given)
+    latents, real_latents = clips.latents[:, :, first:], real.latents[:, :, first:]
     n, unit = len(clips.right), real.features.std(0)
     x = clips.features[:n] / unit
     sets = [other.features[:n] / unit for other in others]
@@ -330,9 +373,18 @@ def figures(clips, real, others):
         "recall": np.mean([recall(xx, xy) for xy, _ in pairs]),
         "vendi": vendi(xx),
         "diversity": variety(clips.features[n:] / unit) / variety(real.features[n:] / unit),
-        "std": (clips.latents.std() / real.latents.std()).item(),
-        "motion": motion(clips.latents) / motion(real.latents),
+        "std": (latents.std() / real_latents.std()).item(),
+        "motion": motion(latents) / motion(real_latents),
     }
+
+
+def jumps(gone):
+    """How far objects go from frame 0 to 1, and between later frames, in px: moves (n, frames - 1) -> their means."""
+    means = {}
+    for name, some in {"jump": gone[:, 0], "later": gone[:, 1:]}.items():
+        visible = some[np.isfinite(some)]
+        means[name] = float(visible.mean()) if len(visible) else math.nan
+    return means
 
 
 def distances(x, y):

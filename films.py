@@ -156,6 +156,17 @@ def captions(root):
     return found
 
 
+def caption_of(root, name, lists):
+    """A film's caption, by NAME.txt beside it or by the lists of `captions`; None or "" where it has none."""
+    beside = (Path(root) / name).with_suffix(".txt")
+    caption = lists.get(compose(name))
+    if beside.exists():
+        other, caption = caption, read_text(beside).strip() or caption
+        if other and caption != other:
+            raise ValueError(f"two captions, {caption!r} in {beside.name} and {other!r} in a list")
+    return caption
+
+
 def rows_of_jsonl(path):
     """(number, {key: value}) of each line that is not blank; {} for one that is no object."""
     for number, line in enumerate(read_text(path).split("\n"), 1):

@@ -361,9 +361,9 @@ class Bound:
     def __call__(self, x_t, t, cond):
         return self.net(x_t, t, cond, metadata=self.metadata, dense_ends=self.dense_ends, lora=self.lora, seq=self.seq)
 
-    def flops(self, shape, text_length):
-        """Of one sample's forward, shape (C, F, H, W); training costs three times as much."""
-        return flops(self.net.config, shape, text_length, self.metadata, self.dense_ends)
+    def flops(self, shape, text_length, times=1):
+        """Of one sample's forward, shape (C, F, H, W); training costs three times as much. times: see `flops`."""
+        return flops(self.net.config, shape, text_length, self.metadata, self.dense_ends, times)
 
 
 def bind(net, shape, world, window=None, tile=(4, 4, 8), dense_ends=0, lora=None):
@@ -405,9 +405,9 @@ class Chunked:
         v = self.bind(x_t.shape)(x_t, F.pad(t, (before, 0)), cond._replace(past=()))
         return v[:, :, before:]
 
-    def flops(self, shape, text_length):
+    def flops(self, shape, text_length, times=1):
         """Of one forward of every chunk of a sample of shape (C, F, H, W), each beside its past's keys."""
-        return self.bind(shape).flops(shape, text_length)
+        return self.bind(shape).flops(shape, text_length, times)
 
     @torch.no_grad()
     def see(self, cond, x0):
@@ -520,15 +520,16 @@ def initial(name, shape, rng):
     return torch.from_numpy(value)
 
 
-def flops(config, shape, text_length, metadata=None, dense_ends=0):
+def flops(config, shape, text_length, metadata=None, dense_ends=0, times=1):
     """Floating-point operations of one sample's forward, 2 per multiply-add, in matrix products and attention only.
 
-    shape (C, F, H, W), t one number per sample; training costs three times as much. Adapters are not counted.
+    shape (C, F, H, W); times: numbers t of a sample, 1 or F; training costs three times as much. Adapters are not
+    counted.
     """
     D, S = config.dim, text_length
     L = math.prod(token_grid(config, shape))
     patch = config.channels * math.prod(config.patch)
-    time = config.freq_dim * D + D * D + 6 * D * D
+    time = times * (config.freq_dim * D + D * D + 6 * D * D)
     text = S * (config.text_dim * D + D * D)
     block = L * (4 * D * D + 2 * D * D + 2 * D * config.ffn) + S * 2 * D * D + 2 * L * S * D
     sparse = 0 if metadata is None else max(config.blocks - 2 * dense_ends, 0)

@@ -124,7 +124,8 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
     passing = {}
     for shape in shapes:
         bound = bind(net, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapter)
-        _, most = activations(bound, (micro, *shape), length, world.precision)
+        per_frame = bool(cfg.first_frame) and shape[1] > 1
+        _, most = activations(bound, (micro, *shape), length, world.precision, per_frame)
         passing[f"activations of {micro} x {shape}"] = most
         if teacher and chunk_of(cfg.window, cfg.tile):
             kept = past(net.config, shape, cfg) * micro * (2 if world.precision == "bf16" else 4)
@@ -205,15 +206,16 @@ def free_disk(out):
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
-def activations(bound, shape, length, precision):
+def activations(bound, shape, length, precision, per_frame=False):
     """Bytes (kept, most) of a forward and its backward: what is kept for backward, and the most alive at once.
 
     bound: a model.Bound on meta, where a forward takes neither memory nor time; shape (B, C, F, H, W); precision
-    fp32|bf16 of the blocks. All tensors count, inputs too, but for parameters and their gradients. Every block adds the
-    same, so a net of one block and one of two are run.
+    fp32|bf16 of the blocks; per_frame: whether t is (B, F). All tensors count, inputs too, but for parameters and their
+    gradients. Every block adds the same, so a net of one block and one of two are run.
     """
     net, dtype = bound.net, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
-    x, t = torch.empty(shape, device="meta"), torch.empty(shape[:1], device="meta")
+    x = torch.empty(shape, device="meta")
+    t = torch.empty((shape[0], shape[2]) if per_frame else shape[:1], device="meta")
     cond = Cond(torch.empty(shape[0], length, net.config.text_dim, device="meta"))
     seen = []
     for blocks in (1, 2):

@@ -49,6 +49,7 @@ class Config:
     parquet: str | None = None          # folder of parquet files from FastVideo's preprocessing
     clips: int = 4000                   # how many moving shapes to draw, without these three
     seed: int = 0                       # random seed of the moving shapes
+    short_captions: float = 0.0         # share of moving shapes whose caption says the direction alone
     out: str | None = None              # the dataset's folder; None = data/ and the source's name
     compact: bool = False               # at the end, free the disk of what was replaced or dropped
     dry_run: bool = False               # print what would be made, by the files' headers, then exit
@@ -77,7 +78,7 @@ DEFAULTS = {    # of flags left None
     "wan": dict(sizes=("480x832", "832x480"), frames=81, fps=16, text_length=512),
 }
 ONLY = {  # flags that do something for these sources only
-    "clips": {"shapes"}, "seed": {"shapes"},
+    "clips": {"shapes"}, "seed": {"shapes"}, "short_captions": {"shapes"},
     "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
     "cuts": {"videos"}, "caption": {"videos"}, "shape": {"prompts"},
 }
@@ -472,6 +473,8 @@ def moving_shapes(cfg, coder, embed):
 
     def look(name):
         _, caption = begin(name)
+        if stream(cfg.seed, "short", int(name)).random() < cfg.short_captions:
+            caption = shapes.direction_alone(caption)
         return Seen(caption, f"clip {name}", None)
 
     def begin(name):
@@ -481,7 +484,8 @@ def moving_shapes(cfg, coder, embed):
 
     def samples(name, caption, stored):
         size, length = kind(name)
-        video, _ = shapes.clip(begin(name)[0], size=size, frames=length, caption=caption)
+        rng, whole = begin(name)
+        video, _ = shapes.clip(rng, size=size, frames=length, caption=whole)
         yield dict(latent=coder.encode(video), text=embed(caption), caption=caption,
                    source=f"clip {name}", key=name)
 
@@ -510,18 +514,13 @@ def videos(cfg, coder, embed):
                          f"{' '.join(sorted(films.FILMS | films.PICTURES))}{others}")
 
     def look(name):
-        beside = (root / name).with_suffix(".txt")
-        caption = captions.get(films.compose(name))
-        if beside.exists():
-            other, caption = caption, films.read_text(beside).strip() or caption
-            if other and caption != other:
-                raise ValueError(f"two captions, {caption!r} in {beside.name} and {other!r} in a list")
+        caption = films.caption_of(root, name, captions)
         if not caption:
             caption = cfg.caption
         if not (root / name).exists():
             raise ValueError("No such file")
         if not caption:
-            raise ValueError(f"no caption in {beside.name} or captions.jsonl; "
+            raise ValueError(f"no caption in {Path(name).with_suffix('.txt').name} or captions.jsonl; "
                              "--caption=TEXT would be for such films")
         return Seen(caption, name, root / name)
 
@@ -730,6 +729,8 @@ def resolve(cfg):
         raise ValueError(f"--codec=wan needs {needed}, "
                          "each a folder or hub id of a diffusers pipeline")
     flags.at_least(cfg, 1, "clips")
+    if not 0 <= cfg.short_captions <= 1:
+        raise ValueError(f"--short_captions={cfg.short_captions}: a share of the clips, in [0, 1]")
 
     path = Path(asdict(cfg)[kind]) if sources else Path("shapes")
     if sources and not (path.is_file() if kind == "prompts" else path.is_dir()):

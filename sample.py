@@ -2,14 +2,16 @@
 
 A checkpoint stands alone: model, codec, normalisation, null text, sampler and its times are in it. Weights of others,
 and what export.py wrote, are sampled by `--ckpt=FILE_OR_FOLDER --model=wan-1.3b --vae=WAN --text=WAN`, and any of them
-with an adapter on top by `--lora=FILE`. Many GPUs share the videos, which are the same whatever their number: `torchrun
---nproc_per_node=8 -- sample.py …` (without --, torchrun takes --n for a flag of its own). Imports model and leaves.
+with an adapter on top by `--lora=FILE`. What was trained with first frames begins with a picture by `--image=FILE`, or
+with each of a folder, which have captions of their own. Many GPUs share the videos, which are the same whatever their
+number: `torchrun --nproc_per_node=8 -- sample.py …` (without --, torchrun takes --n for a flag of its own). Imports
+model and leaves.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K sampling steps
 """
 import math
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ import films
 import flags
 import parallel
 import step
-from data import long_noise, noise, padded
+from data import long_noise, padded
 from model import (MODELS, NO_CACHE, USUAL, Cond, bind, blank, caches, chunk_of, chunked, lengths, models_of,
                    shapes_of, token_grid)
 
@@ -41,6 +43,7 @@ class Config:
     prompts: tuple[str, ...] = ()                       # prompts, each in quotes
     file: str | None = None                             # text file with more prompts, one per line
     negative: str | None = None                         # prompt to guide away from; None: training's null text
+    image: str | None = None                            # picture or film whose first frame begins each video; a folder
     n: int = 1                                          # videos per prompt
     out: str = "out/samples"                            # folder for the videos
     seed: int = 0                                       # random seed; video i gets the same noise in every run
@@ -67,12 +70,13 @@ WAN = dict(
     steps=50,
     shift=5.0,
     guidance=5.0,
+    first_frame=0.0,
     fps=16,
     stride=[4, 8, 8],
 )
 DEFAULTS = {
     "wan-1.3b": WAN | dict(shift=3.0),
-    "wan2.2-5b": WAN | dict(fps=24, stride=[4, 16, 16]),
+    "wan2.2-5b": WAN | dict(fps=24, stride=[4, 16, 16], first_frame=0.5),   # it takes first frames
     "wan-14b": WAN,
 }
 
@@ -80,11 +84,11 @@ DEFAULTS = {
 def main(cfg):
     with flags.door(__file__):
         world = parallel.init(cfg.device, precision=cfg.precision)
-        captions = captions_of(cfg)
+        captions, images = asked_of(cfg)
         mine = range(world.rank, len(captions), world.size)
         source, null, sampling = found(cfg, world)
         sampling = chosen(sampling, cfg)
-        shape = latent_shape(sampling, cfg)
+        shapes = latent_shapes(images, sampling, cfg)
         prompts = [captions[i] for i in mine]
         negative = cfg.negative
         if not negative and null is None:
@@ -98,30 +102,40 @@ def main(cfg):
         coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
         if not coder.decodes:
             raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
+        mean, std = codec.moments(coder.spec | sampling)
+        first = {}      # latents of the images
+        for i in mine:
+            if images[i] and images[i] not in first:
+                first[images[i]] = (coder.encode(picture(images[i], shapes[i], coder.stride)) - mean) / std
         net = blank(sampling["model"])
         pattern = sampling["window"], sampling["tile"]
-        shapes = 1 + lengths(net.config, shape, *pattern, cfg.sink)
-        parallel.prepare(net, world, trainable=False, shapes=shapes)
+        met = [1 + lengths(net.config, shape, *pattern, cfg.sink) for shape in set(shapes)]
+        parallel.prepare(net, world, trainable=False, shapes=sum(met))
         ckpt.fill(parallel.local_rows(net), source, **world.ranks)
-        if chunk_of(*pattern):
-            net = chunked(net, shape, world, *pattern, sink=cfg.sink)
-            if not net.cached:
-                world.say(NO_CACHE)
-        else:
-            net = bind(net, shape, world, *pattern, sampling["dense_ends"])
+        if chunk_of(*pattern) and not chunked(net, shapes[0], world, *pattern, sink=cfg.sink).cached:
+            world.say(NO_CACHE)
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
-    at_once = cfg.batch
-    if at_once is None:
-        at_once = batch_size(net.net.config, shape, sampling, cfg.sink)
-    batches = [mine[i:i + at_once] for i in range(0, len(mine), at_once)]
-    mean, std = codec.moments(coder.spec | sampling)
     hidden = True if world.rank > 0 else None       # None: on a terminal only
+    batches = batches_of(mine, shapes, net.config, sampling, cfg)
     for places in tqdm(batches, unit="batch", disable=hidden):
-        def draw(k):
-            return noise(cfg.seed, "sample", k, places, shape).to(world.device)
+        shape = shapes[places[0]]
+        free = None
+        if cfg.image:
+            given = torch.stack([first[images[i]] for i in places]).to(world.device)
+            free = step.first_given(given.expand(-1, -1, shape[1], -1, -1), torch.ones(len(given), device=world.device))
+
+        def draw(k, begin, end):
+            """Frames [begin, end) of noise k; the image is in place in the first frame of noise 0."""
+            count, piece = step.noises_of(sampling), tuple(sampling["shapes"][0])
+            if piece[2:] != shape[2:] or chunk_of(*pattern) is None:
+                piece = shape
+            e = long_noise(cfg.seed, "sample", k, count, places, piece, begin, end).to(world.device)
+            if k > 0 or begin > 0 or not cfg.image:
+                return e
+            return step.place(e, given.expand_as(e), free[:, :end])
 
         text = padded([texts[captions[i]] for i in places], sampling["text"])
         uncond = padded([null] * len(places), sampling["text"])
@@ -129,36 +143,38 @@ def main(cfg):
         some = [files[i] for i in places]
         with torch.no_grad():
             if chunk_of(*pattern):
-                chunks = by_chunks(net, cond, uncond, places, shape, sampling, cfg, world.device)
+                causal = chunked(net, shape, world, *pattern, sink=cfg.sink)
+                chunks = by_chunks(causal, draw, cond, uncond, shape, sampling, free)
                 write_on(some, (x0.cpu() * std + mean for x0 in chunks), coder, sampling["fps"])
                 continue
-            x0 = step.sample(net, draw, cond, uncond, sampling)
+            bound = bind(net, shape, world, *pattern, sampling["dense_ends"])
+            x0 = step.sample(bound, partial(draw, begin=0, end=shape[1]), cond, uncond, sampling, free)
         for file, z in zip(some, x0.cpu() * std + mean):
             codec.write_video(file, [coder.decode(z)], sampling["fps"])
 
     parallel.agree(True, world)     # all ranks have written theirs
     if world.rank == 0:
-        contact_sheet(out / "sheet.png", files, captions, shape, coder.stride, sampling["fps"])
+        contact_sheet(out / "sheet.png", files, captions, shapes, coder.stride, sampling["fps"])
         print(f"{len(files)} videos and sheet.png are in {out}/")
         others = sorted(file.name for file in set(out.glob("[0-9][0-9][0-9][0-9]_*.mp4")) - set(files))
         if others:
             print(f"there too from before, not on the sheet: {ckpt.some_of(others)}")
 
 
-def by_chunks(net, cond, uncond, places, shape, sampling, cfg, device):
+def by_chunks(net, draw, cond, uncond, shape, sampling, free):
     """Yields x0 (B, C, f, H, W) of the next chunk of these videos, of shape (C, F, H, W), until they are whole."""
-    count, piece = step.noises_of(sampling), tuple(sampling["shapes"][0])
-    piece = shape if piece[2:] != shape[2:] else piece      # of noise, as training's videos and evaluate.py have it
+    def cut():
+        for begin in range(0, shape[1], net.chunk):
+            end = min(begin + net.chunk, shape[1])
+            given = None if free is None or begin > 0 else free[:, :end]
+            yield given, *[draw(k, begin, end) for k in range(step.noises_of(sampling))]
 
-    def noises():
-        for first in range(0, shape[1], net.chunk):
-            last = min(first + net.chunk, shape[1])
-            some = [long_noise(cfg.seed, "sample", k, count, places, piece, first, last) for k in range(count)]
-            yield [noise.to(device) for noise in some]
+    def made(cond, uncond, free, z, *noises):
+        return step.at_once(net, sampling, cond, uncond, z, *noises, free=free)
 
     if sampling["guidance"] == 1:
         uncond = None       # nobody asks for it, so it need not see
-    return step.by_chunks(partial(step.at_once, net, sampling), net.see, (cond, uncond), noises())
+    return step.by_chunks(made, net.see, (cond, uncond), cut())
 
 
 def write_on(files, chunks, coder, fps):
@@ -224,19 +240,43 @@ def told(cfg):
         "steps": row["steps"],
         "shift": row["shift"],
         "guidance": row["guidance"],
+        "first_frame": row["first_frame"],
     }
 
 
-def captions_of(cfg):
-    """The caption of each video: every prompt n times."""
+def asked_of(cfg):
+    """The caption of each video, every prompt n times, and the image that it begins with, None without --image."""
     prompts = list(cfg.prompts)
     if cfg.file:
         prompts += films.read_text(cfg.file).split("\n")
     prompts = [prompt for prompt in prompts if prompt.strip()]
+    images = [cfg.image] * len(prompts)
+    if cfg.image and Path(cfg.image).is_dir():
+        if prompts:
+            raise ValueError(f"--image={cfg.image} is a folder, whose images have captions of their own: leave "
+                             "--prompts and --file out, or give one image")
+        images, prompts = captioned(cfg.image)
+    elif cfg.image and not Path(cfg.image).exists():
+        raise FileNotFoundError(f"--image={cfg.image}: no such file or folder")
     if not prompts or cfg.n < 1 or (cfg.batch is not None and cfg.batch < 1):
         raise ValueError(f"{len(prompts)} prompts, --n={cfg.n}, --batch={cfg.batch}: "
                          "give --prompts \"…\" or --file, and 1 or more of each")
-    return [prompt for prompt in prompts for _ in range(cfg.n)]
+    return [[x for x in some for _ in range(cfg.n)] for some in (prompts, images)]
+
+
+def captioned(folder):
+    """The images and films of a folder and those below it, and the caption of each."""
+    names, passed = films.listed(folder)
+    if passed or not names:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(passed.items())[:3])
+        raise ValueError(f"--image={folder}: {why if passed else 'no images in it'}")
+    lists, captions = films.captions(folder), []
+    for name in names:
+        caption = films.caption_of(folder, name, lists)
+        if not caption:
+            raise ValueError(f"--image={folder}: {name} has no caption in {Path(name).stem}.txt or captions.jsonl")
+        captions.append(caption)
+    return [str(Path(folder) / name) for name in names], captions
 
 
 def chosen(sampling, cfg):
@@ -292,6 +332,58 @@ def latent_shape(sampling, cfg):
     return (channels, (f - 1) // strides[0] + 1, h // strides[1], w // strides[2])
 
 
+def latent_shapes(images, sampling, cfg):
+    """(C, F, H, W) of each video; with an image, that of the shapes trained on which is nearest to it in aspect."""
+    usual = latent_shape(sampling, cfg)
+    if not cfg.image:
+        return [usual] * len(images)
+    alone = chunk_of(sampling["window"], sampling["tile"]) == 1     # then a first frame is a chunk as others are
+    if not sampling.get("first_frame") and not alone:       # old checkpoints do not say
+        raise ValueError(f"--image={cfg.image}: {cfg.ckpt} was not trained with first frames, as train.py "
+                         "--first_frame=.5 does")
+    choice = {}
+    for shape in [usual] if cfg.size else sampling["shapes"]:
+        if shape[1] > 1:
+            choice.setdefault(tuple(shape[2:]), tuple(shape))
+    if not choice:
+        raise ValueError(f"--size {' '.join(map(str, cfg.size))}: after an image, a video has more frames than one")
+    found = {}
+    for image in images:
+        if image not in found:
+            with named(image):
+                found[image] = choice[films.nearest(choice, *films.head(image).size)]
+    return [found[image] for image in images]
+
+
+def picture(image, shape, stride):
+    """An image, or a film's first frame, cropped to the size of latents (C, F, H, W) -> video of one frame."""
+    with named(image):
+        video, _ = next(films.read_video(image, sizes=[(shape[2] * stride[1], shape[3] * stride[2])], frames=1, fps=1,
+                                         report=lambda note: print(f"{image}: {note}")))
+    return video
+
+
+@contextmanager
+def named(image):
+    """Says which image it is that cannot be read."""
+    try:
+        yield
+    except ValueError as reason:
+        raise ValueError(f"--image={image}: {reason}") from reason
+
+
+def batches_of(mine, shapes, config, sampling, cfg):
+    """The places of the videos that are sampled at once, all of one shape -> [[place]]."""
+    batches = []
+    for shape in dict.fromkeys(shapes[i] for i in mine):
+        places = [i for i in mine if shapes[i] == shape]
+        at_once = cfg.batch
+        if at_once is None:
+            at_once = batch_size(config, shape, sampling, bool(cfg.image), cfg.sink)
+        batches += [places[i:i + at_once] for i in range(0, len(places), at_once)]
+    return batches
+
+
 def embedded(prompts, sampling, cfg, device):
     """{prompt: (S_i, E)}. The text encoder is loaded here and freed on return.
 
@@ -307,22 +399,24 @@ def embedded(prompts, sampling, cfg, device):
     return rows
 
 
-def batch_size(config, shape, sampling, sink=0):
-    """As many videos as 8 GB hold beside the weights, from 1 to 8.
+def batch_size(config, shape, sampling, given=False, sink=0):
+    """As many videos as 8 GB hold beside the weights, from 1 to 8; given: whether their first frames are.
 
     In bf16, a forward without gradient holds at most 40 bytes per token and model channel (Wan's models 34 to 38), in
-    fp32 at most 64. 81 frames of 480 x 832 are 32,760 tokens: 2.0 GB a video of wan-1.3b, so 3 at once; 6.7 GB of
-    wan-14b, whose weights are 29 GB. Of a causal model it is a chunk's tokens, and twice the past's k and v, in bf16,
-    where there is guidance: 0.29 GB for each latent frame of wan-1.3b's 480 x 832.
+    fp32 at most 64, and 52 more where frames are given, for a t per token. 81 frames of 480 x 832 are 32,760 tokens:
+    2.0 GB a video of wan-1.3b, so 3 at once; 6.7 GB of wan-14b, whose weights are 29 GB. Of a causal model it is a
+    chunk's tokens, and the past's k and v in bf16, twice where there is guidance: 0.29 GB for each latent frame of
+    wan-1.3b's 480 x 832.
     """
     f, h, w = token_grid(config, shape)
     pattern = sampling["window"], sampling["tile"]
     chunk = chunk_of(*pattern)
-    held = 40 * f * h * w * config.dim
+    each = 92 if given else 40
+    held = each * f * h * w * config.dim
     if chunk and caches(config, shape, *pattern):
         past = min(f, (sink - pattern[0][0]) * chunk) * h * w
         texts = 1 if sampling["guidance"] == 1 else 2
-        held = 40 * min(f, chunk) * h * w * config.dim + texts * 4 * config.blocks * past * config.dim
+        held = each * min(f, chunk) * h * w * config.dim + texts * 4 * config.blocks * past * config.dim
     return min(max(1, int(8e9 / held)), 8)
 
 
@@ -332,12 +426,12 @@ def file_name(i, caption):
     return f"{i:04d}_{words}.mp4"
 
 
-def contact_sheet(path, files, captions, shape, stride, fps):
+def contact_sheet(path, files, captions, shapes, stride, fps):
     """A picture of six frames of each video. They are read back from the files: in memory they would not all fit."""
-    frames, h, w = (shape[1] - 1) * stride[0] + 1, shape[2] * stride[1], shape[3] * stride[2]
-    size = round(h * min(1, 160 / h)), round(w * min(1, 160 / h))
     strips, shown = [], []
-    for file, caption in zip(files, captions):
+    for file, caption, shape in zip(files, captions, shapes):
+        frames, h, w = (shape[1] - 1) * stride[0] + 1, shape[2] * stride[1], shape[3] * stride[2]
+        size = round(h * min(1, 160 / h)), round(w * min(1, 160 / h))
         if file.exists():       # nodes that share no disk keep their own
             (video, _), = films.read_video(file, sizes=[size], frames=frames, fps=fps)
             strips.append(video[[round(i * (frames - 1) / 5) for i in range(6)]])

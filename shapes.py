@@ -71,6 +71,11 @@ def clip(rng, size=32, frames=17, caption=None):
     return np.rint(video).astype(np.uint8), caption
 
 
+def direction_alone(caption):
+    """"a red circle moving left" -> "moving left": what is left to say where the first frame shows the rest."""
+    return " ".join(caption.split()[-2:])
+
+
 def judge(video):
     """What a clip shows: video uint8 (F, H, W, 3) -> (shape, colour, direction), names as above or None where unclear.
 
@@ -142,6 +147,17 @@ def features(video):
     start, velocity = track(centre / [W, H], visible)
     size = np.sqrt(area.mean() / (H * W))
     return np.array([*start, size, np.linalg.norm(velocity), paint[visible].mean(), ground[visible].mean()])
+
+
+def moves(video):
+    """How far the object goes from each frame to the next, in px: video uint8 (F, H, W, 3) -> (F - 1,).
+
+    Not a number beside a frame in which none is visible.
+    """
+    alpha, _, _, visible = segment(video)
+    _, centre = centroid(alpha)
+    gone = np.linalg.norm(np.diff(centre, axis=0), axis=1)
+    return np.where(visible[1:] & visible[:-1], gone, np.nan)
 
 
 def segment(video):

@@ -25,8 +25,8 @@ from data import Latents, holds_latents, noise, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import (MODELS, Cond, bind, blank, chunk_of, chunked, fits, initial, lengths, models_of, shapes_of,
                    token_grid)
-from step import (BINS, Learner, adamw, averaged, copies, flow_loss, grid, lr_at, muon, numbers, ode, sample_t,
-                  start_average, stepwise, train_step)
+from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, grid, lr_at, muon, numbers, ode, over,
+                  place, sample_t, start_average, stepwise, train_step)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Config:
     t: Literal["uniform", "logit_normal"] = "uniform"     # density of the noise level t
     shift: float | None = None                            # time shift towards noise: t -> s t / (1 + (s - 1) t)
     text_dropout: float = 0.1                             # share of samples whose text is replaced by the null text
+    first_frame: float = 0.0                              # share of clips begun by a given frame: image to video
 
     clean_prefix: float = 0.0                             # causal: share of samples whose first chunks stay clean
 
@@ -99,8 +100,8 @@ class Config:
 # A row per model, and for an optimizer that asks for other values. The last block of each has no flags: edit it here.
 # Only matrices are decayed.
 TINY = dict(
-    optimizer="adamw",
-    steps=5500,
+    optimizer="muon",
+    steps=3000,
     batch=16,
     lr=8e-3,
     warmup=100,
@@ -109,14 +110,15 @@ TINY = dict(
     shift=2.0,
     guidance=2.0,
     remat=False,
-    val_every=1500,
-    save_every=1500,
+    val_every=1000,
+    save_every=1000,
 
     beta2=0.99,
     weight_decay=0.01,
     clip=1.0,
-    sample_steps=50,
+    sample_steps=25,
     sample_shift=1.0,
+    sample_solver="ab2",
 )
 WAN = dict(
     optimizer="adamw",
@@ -138,10 +140,18 @@ WAN = dict(
     clip=1.0,
     sample_steps=50,
     sample_shift=5.0,
+    sample_solver="euler",
 )
 DEFAULTS = {
     "tiny": TINY,
-    "tiny with muon": TINY | dict(optimizer="muon", steps=3000, val_every=1000, save_every=1000),
+    "tiny with adamw": TINY | dict(
+        optimizer="adamw",
+        steps=5500,
+        val_every=1500,
+        save_every=1500,
+        sample_steps=50,
+        sample_solver="euler",
+    ),
     "wan-1.3b": WAN | dict(shift=3.0, sample_shift=3.0),
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
@@ -150,7 +160,8 @@ DEFAULTS = {
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet
-BEFORE = {"clean_prefix": 0.0, "deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw"}
+BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw", "first_frame": 0.0,
+          "clean_prefix": 0.0}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -223,7 +234,7 @@ def main(cfg):
 
 
 def loss_of(net, micro, cfg):
-    """Flow matching of one micro-batch: text dropped here and there, t by its density.
+    """Flow matching of one micro-batch: text dropped and first frames given here and there, t by its density.
 
     A causal net has a t for each chunk (diffusion forcing, arXiv 2407.01392); see clean_prefix.
     """
@@ -231,12 +242,15 @@ def loss_of(net, micro, cfg):
     text = torch.where(drop[:, None, None], micro.null, micro.text)
     t = sample_t(micro.u, cfg.t, cfg.shift)
     free = None
+    if cfg.first_frame:
+        free = first_given(micro.x0, micro.give < cfg.first_frame)
     if t.ndim == 2:
-        place = chunk_at(micro.x0, cfg)
-        t = t[:, place]
+        chunks = chunk_at(micro.x0, cfg)
+        t = t[:, chunks]
         if cfg.clean_prefix:
-            given = clean_prefix(micro.prefix, cfg.clean_prefix, 1 + place[-1])
-            free = (given[:, None] <= place).float()
+            given = clean_prefix(micro.prefix, cfg.clean_prefix, 1 + chunks[-1])
+            later = (given[:, None] <= chunks).float()
+            free = later if free is None else later * free
     return flow_loss(net, micro.x0, Cond(text), t, micro.e, free=free)
 
 
@@ -277,7 +291,8 @@ def figures(step, seen, me, bound, micro, data, cfg, world):
     seen = numbers(parallel.mean(seen, world))
     samples_per_s = cfg.batch / seen["seconds"]
     tokens = math.prod(token_grid(bound.net.config, micro.x0.shape))
-    forward = bound.flops(micro.x0.shape[1:], micro.text.shape[1])
+    times = micro.x0.shape[2] if cfg.first_frame else 1
+    forward = bound.flops(micro.x0.shape[1:], micro.text.shape[1], times)
     work = forward * (2 if cfg.lora_rank else 3)        # a forward and its backward
     if bound.metadata is not None:
         seen["sparsity"] = bound.metadata.sparsity
@@ -329,6 +344,9 @@ def begin(cfg):
     )
     if not holds_latents(data.manifest):
         raise ValueError(f"{cfg.data[0]} holds prompts without latents: one can distil from it, not train on it")
+    if cfg.first_frame and all(shape[1] == 1 for shape in data.shapes):
+        raise ValueError(f"--first_frame={cfg.first_frame}: {' '.join(cfg.data)} holds stills alone, of which nothing "
+                         "is left to learn where the first frame is given")
     width = data.manifest["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
@@ -393,6 +411,8 @@ def resolve(cfg):
         raise ValueError(f"--mix {' '.join(map(str, cfg.mix))}: each of --data {' '.join(cfg.data)} gets one above 0")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
+    if not 0 <= cfg.first_frame <= 1:
+        raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
     flags.check_causal(cfg)
@@ -464,7 +484,7 @@ def patterns(cfg, shapes):
         windows = {window_at(step, cfg, tokens) for step in range(cfg.window_steps + 1)}
         count += len(windows | {None})
         count += lengths(MODELS[cfg.model], shape, cfg.window, cfg.tile, sp=cfg.sp)
-    return count
+    return 2 * count if cfg.first_frame else count      # validated with a t per clip too
 
 
 def validated(cfg, step, data, world):
@@ -504,7 +524,9 @@ def about(step, me, data, cfg, origin):
         "sampler": "euler",
         "steps": row["sample_steps"],
         "shift": row["sample_shift"],
+        "solver": row["sample_solver"],
         "guidance": cfg.guidance,
+        "first_frame": cfg.first_frame,
     }
     return {
         "config": asdict(cfg),
@@ -526,15 +548,19 @@ def loss_name(data):
 def validate(net, step, data, cfg, world):
     """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none.
 
-    Of a causal net also with a clean past: of each sample and level one chunk is asked about, another at the next.
+    A run with --first_frame measures it again, with the first frame given to all clips but stills, and a causal one
+    with a clean past: of each sample and level one chunk is asked about, another at the next.
     """
     ids = data.held_out
     if not ids:
         ids = range(min(cfg.val or 16, data.count))
-    total = torch.zeros(2, BINS, device=world.device)
-    clean = torch.zeros(2, BINS, device=world.device)
+    ways = [""]
+    if cfg.first_frame:
+        ways.append("_first_frame")
+    if chunk_of(cfg.window, cfg.tile):
+        ways.append("_clean_past")
+    total = torch.zeros(len(ways), 2, BINS, device=world.device)
     chunk = cfg.micro_batch or CHUNK
-    causal = chunk_of(cfg.window, cfg.tile)
     for i, counts in parallel.share(len(ids), world):
         x0, text = (x.to(world.device) for x in data.sample([ids[i]]))
         bound = bound_at(step, net, x0.shape, cfg, world)
@@ -542,39 +568,34 @@ def validate(net, step, data, cfg, world):
             levels = range(STRATA)[first:first + chunk]
             n = len(levels)
             t = torch.tensor([(k + 0.5) / STRATA for k in levels], device=world.device)
-            e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:])
-            inputs = (
-                x0.expand(n, -1, -1, -1, -1),
-                Cond(text.expand(n, -1, -1)),
-                t,
-                e.to(world.device),
-            )
-            _, seen = flow_loss(bound, *inputs)
-            if counts:
-                total += seen["loss_by"]
-            if causal:
-                place = chunk_at(x0, cfg)
-                asked = (i + torch.tensor(levels, device=world.device)) % (1 + place[-1])
-                free = (place == asked[:, None]).float()
-                _, seen = flow_loss(bound, *inputs, free=free)
-                if counts:
-                    clean += seen["loss_by"]
-    seen = parallel.mean({"all": total, "clean": clean}, world)
-    name = loss_name(data)
-    found = {name: mean_of(seen["all"])} | numbers({f"{name}_by": seen["all"]})
-    if causal:
-        found[f"{name}_clean_past"] = mean_of(seen["clean"])
+            e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:]).to(world.device)
+            x0_n = x0.expand(n, -1, -1, -1, -1)
+            for way, sums in zip(ways, total):
+                free = None
+                if way == "_first_frame":
+                    free = first_given(x0_n, torch.ones_like(t))
+                if way == "_clean_past":
+                    chunks = chunk_at(x0, cfg)
+                    asked = (i + torch.tensor(levels, device=world.device)) % (1 + chunks[-1])
+                    free = (chunks == asked[:, None]).float()
+                _, seen = flow_loss(bound, x0_n, Cond(text.expand(n, -1, -1)), t, e, free=free)
+                if counts and not (way and free is None):
+                    sums += seen["loss_by"]
+    total = parallel.mean({"loss": total}, world)["loss"]
+    found = {}
+    for way, (sums, counts) in zip(ways, total):
+        if counts.any():        # not of stills alone
+            name = f"{loss_name(data)}{way}"
+            found |= {name: (sums.sum() / counts.sum()).item()} | numbers({f"{name}_by": torch.stack((sums, counts))})
     return found
-
-
-def mean_of(sums):
-    """The mean of what `binned` gives."""
-    return (sums[0].sum() / sums[1].sum()).item()
 
 
 @torch.no_grad()
 def show(net, step, data, cfg, world, log):
-    """Videos of fixed prompts and noise into the run's folder: captions of the dataset, held-out ones first."""
+    """Videos of fixed prompts and noise into the run's folder: captions of the dataset, held-out ones first.
+
+    A run with --first_frame adds a row of videos that begin with these clips' own first frames.
+    """
     if step == 0 or cfg.samples == 0:
         return
     ids = data.for_videos(cfg.samples)
@@ -583,24 +604,35 @@ def show(net, step, data, cfg, world, log):
     bound = bound_at(step, net, shape, cfg, world)
     times = grid(row["sample_steps"], row["sample_shift"])
 
-    def draw(net, cond, uncond, z):
-        return ode(net, z, cond, times, uncond, cfg.guidance)
+    def draw(net, cond, uncond, mask, z):
+        free = mask[:, 0, :, 0, 0]
+        if free.all():
+            free = None
+        return ode(net, z, cond, times, uncond, cfg.guidance, row["sample_solver"], free)
 
-    def make(places):
+    def make(given, places):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
         text = data.text([ids[i] for i in places]).to(world.device)
         conds = Cond(text), Cond(data.null.to(world.device).expand_as(text))
+        free = torch.ones(len(z), shape[1], device=world.device)
+        if given:
+            x0, _ = data.sample([ids[i] for i in places])
+            free = first_given(z, torch.ones(len(z), device=world.device))
+            z = place(z, x0.to(world.device), free)
         if chunk_of(cfg.window, cfg.tile):
-            net_by_chunks = chunked(net, shape, world, cfg.window, cfg.tile, bound.lora)
-            return stepwise(partial(draw, net_by_chunks), net_by_chunks.see, conds, cfg.tile[0], z)
-        return draw(bound, *conds, z)
+            causal = chunked(net, shape, world, cfg.window, cfg.tile, bound.lora)
+            return stepwise(partial(draw, causal), causal.see, conds, cfg.tile[0], over(free), z)
+        return draw(bound, *conds, over(free), z)
 
-    x0 = parallel.spread(make, len(ids), cfg.micro_batch or CHUNK, world)
+    rows, columns = {"text alone": False}, None
+    if cfg.first_frame:
+        rows, columns = rows | {"first frame given": True}, len(ids)
+    made = [parallel.spread(partial(make, given), len(ids), cfg.micro_batch or CHUNK, world) for given in rows.values()]
     if world.main:
-        path = codec.write_clips(log.file("samples", step), x0, data.manifest, vae=cfg.vae, device=world.device,
-                                 report=log.say)
+        path = codec.write_clips(log.file("samples", step), torch.cat(made), data.manifest, vae=cfg.vae,
+                                 device=world.device, columns=columns, report=log.say)
         if path:
-            log.video(step, path, [data.caption(i) for i in ids])
+            log.video(step, path, [data.caption(i) for i in ids], list(rows) if columns else ())
 
 
 def show_first(micro, data, cfg, world, log):

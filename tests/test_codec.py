@@ -356,6 +356,16 @@ def test_wan_decodes_chunk_by_chunk_what_it_decodes_whole_also_two_clips_in_turn
         wan.decode_on(clips[0], None)
 
 
+def test_one_frame_is_encoded_as_the_first_of_a_clip(pipeline):
+    """So that an image can stand for the first frame of the latents that a model was trained on."""
+    video = noise(9, 32, 48, 3)
+    for coder in (codec.load("dct"), codec.load("wan", vae=pipeline)):
+        z, first = coder.encode(video), coder.encode(video[:1])
+        assert first.shape == (len(z), 1, *z.shape[2:])
+        assert torch.allclose(first[:, 0], z[:, 0], atol=1e-5)
+        assert not torch.allclose(first[:, 0], z[:, 1], atol=1e-1)
+
+
 def test_the_wan_spec_says_what_the_vae_and_the_text_encoder_are(pipeline):
     wan = codec.load("wan", vae=str(pipeline), text=str(pipeline))
     digest = hashlib.sha256((pipeline / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()

@@ -58,7 +58,7 @@ def damage(file, at):
 
 
 def by_slot(path, steps, world=1, **options):
-    """{(step, slot): (id, x0, text, e, u, drop)} of all ranks."""
+    """{(step, slot): (id, x0, text, e, u, drop, give)} of all ranks."""
     seen = {}
     for rank in range(world):
         latents = Latents(path, seed=3, batch=8, rank=rank, world=world, **options)
@@ -66,7 +66,7 @@ def by_slot(path, steps, world=1, **options):
             for m in latents.at(step):
                 for i, slot in enumerate(m.slots):
                     assert (step, slot) not in seen, "two ranks took one slot"
-                    seen[step, slot] = m.ids[i], *(x[i] for x in (m.x0, m.text, m.e, m.u, m.drop))
+                    seen[step, slot] = m.ids[i], *(x[i] for x in (m.x0, m.text, m.e, m.u, m.drop, m.give))
     return seen
 
 

@@ -20,7 +20,7 @@ import prepare
 import sample
 import step
 import train
-from data import Latents, noise
+from data import Latents, noise, stream
 from helpers import (as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
                      ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
                      spied, state)
@@ -323,6 +323,7 @@ class Rolled(NamedTuple):
     grad: bool          # whether gradients were enabled
     graph: bool         # whether x0 has a graph
     x0: torch.Tensor
+    free: torch.Tensor | None
 
 
 class Student(NamedTuple):
@@ -333,12 +334,14 @@ class Student(NamedTuple):
     matching: torch.Tensor      # sums over fifths of t
     guidance: torch.Tensor
     grads: list                 # the gradients that teacher and critic have
+    free: torch.Tensor | None
 
 
 class Critic(NamedTuple):
     net: Bound
     x0: torch.Tensor
     t: torch.Tensor
+    free: torch.Tensor | None
 
 
 class Averaged(NamedTuple):
@@ -349,17 +352,17 @@ def told(monkeypatch, cfg):
     """A run whose rollouts, losses and averages tell what they were given -> these events, in order."""
     events = []
 
-    def rolled(x0, net, z, cond, times, noises, exit):
-        events.append(Rolled(net, times, exit, torch.is_grad_enabled(), x0.requires_grad, x0.detach().clone()))
+    def rolled(x0, net, z, cond, times, noises, exit, free):
+        events.append(Rolled(net, times, exit, torch.is_grad_enabled(), x0.requires_grad, x0.detach().clone(), free))
 
-    def student(out, x0, teacher, critic, cond, uncond, t, e, scale, rescale):
+    def student(out, x0, teacher, critic, cond, uncond, t, e, scale, rescale, free):
         grads = [p.grad for bound in (teacher, critic) for p in bound.net.parameters()]
         _, seen = out
         sums = seen["matching_by"][0], seen["guidance_by"][0]
-        events.append(Student(teacher, critic, t, scale, *sums, grads))
+        events.append(Student(teacher, critic, t, scale, *sums, grads, free))
 
-    def critic(out, net, x0, cond, t, e):
-        events.append(Critic(net, x0, t))
+    def critic(out, net, x0, cond, t, e, free):
+        events.append(Critic(net, x0, t, free))
 
     def average(out, me, decay):
         events.append(Averaged(me.counts["updates"]))
@@ -446,14 +449,14 @@ def test_student_critic_and_teacher_begin_as_one_so_that_the_matching_part_is_ze
 
 
 def test_every_draw_belongs_to_a_role_a_step_and_a_slot(data):
-    cfg = replace(distill.Config(seed=3, batch=8), times=(1.0, 0.9, 0.5))
+    cfg = replace(distill.Config(seed=3, batch=8), times=(1.0, 0.9, 0.5), first_frame=0.5)
 
     def draws(role, step, **rank):
         return distill.draw(Latents(data, seed=3, batch=8, **rank), cfg, role, step)
 
     one, = draws("student", 4)
     four = [micro for rank in range(2) for micro in draws("student", 4, rank=rank, world=2, micro_batch=2)]
-    for name in ("text", "z", "e", "u"):
+    for name in ("text", "z", "free", "e", "u"):
         assert torch.equal(torch.cat([getattr(micro, name) for micro in four]), getattr(one, name)), name
     for k in range(2):
         assert torch.equal(torch.cat([micro.noises[k] for micro in four]), one.noises[k])
@@ -549,6 +552,70 @@ def test_prompts_alone_are_enough(data, teacher, tmp_path):
     run(prepare.main, cfg)
     run(distill.main, config(str(tmp_path / "p"), teacher, tmp_path / "run", steps=2, batch=2, val_every=0, samples=1))
     assert {"critic_loss", "val_std"} <= log_of(tmp_path / "run")[-1].keys()
+
+
+# ---- first frames ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def framed(data, tmp_path_factory):
+    """A teacher that learned with first frames."""
+    out = str(tmp_path_factory.mktemp("framed") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.TINY, "sample_steps", 3)
+        cfg = train.Config(data=(data,), out=out, steps=2, batch=4, warmup=1, first_frame=0.5, **QUIET)
+        run(train.main, cfg)
+    return out
+
+
+def test_student_and_scores_get_first_frames_of_the_prompts_own_clips(data, framed, tmp_path, monkeypatch):
+    other = shapes_dataset(tmp_path / "data", clips=20)     # whose mean and std are not the teacher's
+    cfg = config(other, framed, tmp_path / "run", steps=4, val_every=0, samples=1)
+    events = told(monkeypatch, cfg)
+    latents, (mean, std) = Latents(other, seed=0, batch=4), codec.moments(meta(framed)["sampling"])
+    met = []
+    for role, kind, steps in (("student", Student, (1, 3)), ("critic", Critic, range(4))):
+        for at, rolled, loss in zip(steps, rollouts(events, kind), of_kind(events, kind), strict=True):
+            give = torch.tensor([stream(0, f"{role}_give", at, slot).random(dtype=np.float32) for slot in range(4)])
+            free = step.first_given(rolled.x0, give < 0.5)
+            assert torch.equal(rolled.free, free)
+            assert torch.equal(loss.free, free)
+            _, ids = distill.prompts(latents, cfg, role, at)
+            x0, _ = latents.sample(ids)
+            frames = ((x0 * latents.std + latents.mean - mean) / std)[:, :, 0]
+            assert torch.allclose(rolled.x0[:, :, 0][give < 0.5], frames[give < 0.5], atol=1e-5)
+            met += (give < 0.5).tolist()
+    assert set(met) == {True, False}
+
+    # validated without and with
+    assert [rolled.free is None for rolled in of_kind(events, Rolled)[-3:]] == [True, False, True]
+    assert not of_kind(events, Rolled)[-2].free[:, 0].any()
+    names = {f"val_{figure}{way}" for figure in ("diversity", "std", "motion") for way in ("", "_first_frame")}
+    assert names <= log_of(cfg.out)[-1].keys()
+    assert meta(cfg.out)["sampling"]["first_frame"] == 0.5
+
+
+def test_likeness_leaves_a_given_frame_out():
+    student, clips = torch.randn(2, 8, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    wanted = distill.likeness(student[:, :, 1:], clips[:, :, 1:])
+    student[:, :, 0] *= 100
+    found = distill.likeness(student, clips, given=True)
+    assert found == {f"{name}_first_frame": ratio for name, ratio in wanted.items()}
+
+
+def test_first_frames_need_a_teacher_and_a_dataset_that_have_them(data, teacher, framed, tmp_path, capsys):
+    message = refused(distill.main, config(data, teacher, tmp_path / "run", first_frame=0.5), capsys)
+    assert "--first_frame=0.5" in message and "trained without" in message
+    message = refused(distill.main, config(data, framed, tmp_path / "run", first_frame=2.0), capsys)
+    assert "--first_frame=2.0: a share" in message
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n" * 4)
+    prompts = str(tmp_path / "p")
+    run(prepare.main, prepare.Config(prompts=str(tmp_path / "prompts.txt"), shape=(24, 5, 8, 8), text_length=8,
+                                     out=prompts))
+    message = refused(distill.main, config(prompts, framed, tmp_path / "run"), capsys)
+    assert "--first_frame=0.5" in message and "holds prompts alone" in message
+    run(distill.main, config(prompts, framed, tmp_path / "run", first_frame=0.0, steps=2, batch=2, **QUIET))
+    assert meta(tmp_path / "run")["sampling"]["first_frame"] == 0
 
 
 # ---- LoRA: student and critic are adapters of the one teacher -------------------------------------------------------
@@ -824,7 +891,7 @@ def rolling(causal):
 def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_bit(rolling):
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
-    trained = distill.roll(student, cond, z, noises, 2, cfg)
+    trained = distill.roll(student, cond, z, noises, 2, None, cfg)
     sampling = dict(sampler="rollout", times=cfg.times, guidance=1.0, tile=CHUNKS["tile"])
     with torch.no_grad():
         sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, see=student.see)
@@ -836,7 +903,7 @@ def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_b
 def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_gradient(rolling, exit):
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
-    x0 = distill.roll(student, cond, z, noises, exit, cfg)
+    x0 = distill.roll(student, cond, z, noises, exit, None, cfg)
     chunks = x0.split(2, 2)
     grads = []
     for i, chunk in enumerate(chunks):

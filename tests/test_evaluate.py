@@ -85,7 +85,7 @@ def test_a_verdict_compares_each_word():
 def clips(n, seed, right):
     x = points(n + evaluate.PROMPTS * evaluate.SEEDS, seed, D=6)
     latents = torch.from_numpy(np.random.default_rng(seed).normal(size=(len(x), 2, 3, 1, 1)))
-    return Clips(latents, [], np.array(right), x)
+    return Clips(latents, [], np.array(right), x, None)
 
 
 def test_figures_of_real_clips_are_the_unit_and_joint_wants_all_three_right():
@@ -185,7 +185,8 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     K = 4 if of else 1
     captions = evaluate.CAPTIONS[:5]
 
-    def recorded(net, draw, cond, uncond, sampling):
+    def recorded(net, draw, cond, uncond, sampling, free):
+        assert free is None
         noises = [draw(k) for k in range(K)]
         seen.append((noises, cond.text, uncond.text))
         assert sampling == system.sampling
@@ -194,7 +195,7 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     monkeypatch.setattr(evaluate.step, "sample", recorded)
     coder = evaluate.codec.load("dct")
     cfg = evaluate.Config(n=5, batch=3, seed=9)
-    x0 = run(lambda cfg: evaluate.sampled(system, coder, captions, cfg, parallel.init("cpu")), cfg)
+    x0 = run(lambda cfg: evaluate.sampled(system, coder, captions, None, cfg, parallel.init("cpu")), cfg)
     assert torch.equal(x0, noise(9, "sample", K - 1, range(5), (24, 5, 8, 8)))
     for places, (noises, text, null) in zip(([0, 1, 2], [3, 4]), seen, strict=True):
         assert len(noises) == K
@@ -208,6 +209,58 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     assert torch.equal(torch.from_numpy(np.load(file)), x0)
 
 
+@pytest.mark.parametrize("begins", ["captions", "directions"])
+def test_a_system_begins_with_the_frames_of_real_clips(runs, tmp_path, monkeypatch, begins):
+    system, seen = system_of(runs[0]), []
+    system = system._replace(begins=begins, saved=system.saved._replace(origin=str(tmp_path / "run/ckpt/step_2")))
+    (tmp_path / "run").mkdir()
+    frames, captions = noise(1, "sample", 0, range(5), (24, 5, 8, 8)), evaluate.CAPTIONS[:5]
+
+    def recorded(net, draw, cond, uncond, sampling, free):
+        assert not free[:, 0].any()
+        assert free[:, 1:].all()
+        seen.extend(cond.text)
+        return draw(0)
+
+    monkeypatch.setattr(evaluate.step, "sample", recorded)
+    coder, cfg = evaluate.codec.load("dct"), evaluate.Config(n=5, batch=3, seed=9)
+    x0 = run(lambda cfg: evaluate.sampled(system, coder, captions, frames, cfg, parallel.init("cpu")), cfg)
+    assert torch.equal(x0[:, :, 0], frames[:, :, 0])
+    assert torch.equal(x0[:, :, 1:], noise(9, "sample", 0, range(5), (24, 5, 8, 8))[:, :, 1:])
+    for row, caption in zip(seen, captions, strict=True):
+        said = caption if begins == "captions" else " ".join(caption.split()[-2:])
+        words, = coder.embed([said])
+        assert torch.equal(row[:len(words)], words)
+        assert not row[len(words):].any()
+
+
+def test_given_frames_are_left_out_of_std_and_motion():
+    right = np.ones((20, 3), bool)
+    real, other = clips(20, 0, right), clips(20, 1, right)
+    odd = real._replace(latents=real.latents.clone())
+    odd.latents[:, :, 0] *= 50
+    seen = figures(odd, real, [other], given=True)
+    assert (seen["std"], seen["motion"]) == (1, 1)
+    assert figures(odd, real, [other])["std"] > 5
+
+
+def test_the_jump_after_the_first_frame_is_told_from_later_ones():
+    gone = np.array([[3.0, 1, 1], [5, 1, np.nan], [np.nan, 2, 1]])
+    assert evaluate.jumps(gone) == {"jump": 4, "later": 1.2}
+    assert np.isnan(evaluate.jumps(gone * np.nan)["jump"])
+
+
+@pytest.mark.slow
+def test_first_frames_add_two_rows_to_each_system_and_two_figures(runs, few, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    run(evaluate.main, evaluate.Config(ckpt=runs[1], n=12, first_frame=True, out=str(out), device="cpu"))
+    table = json.loads(out.read_text())["table"]
+    student = "student, 4 steps"
+    assert list(table)[2:] == [student, f"{student}, first frame", f"{student}, first frame, moving …"]
+    assert table["real clips"]["jump"] == pytest.approx(table["real clips"]["later"], abs=0.6)
+    assert "jump      later" in capsys.readouterr().out
+
+
 def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.step, "sample", lambda net, draw, *rest: draw(0))
     coder, origin = evaluate.codec.load("dct"), str(tmp_path / "run/ckpt/step_0000002")
@@ -216,7 +269,7 @@ def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, mo
     for given, seed in asked:
         system = system_of(runs[0], **given)
         system = system._replace(saved=system.saved._replace(origin=origin))
-        draw = partial(evaluate.sampled, system, coder, evaluate.CAPTIONS[:2], evaluate.Config(seed=seed))
+        draw = partial(evaluate.sampled, system, coder, evaluate.CAPTIONS[:2], None, evaluate.Config(seed=seed))
         run(lambda draw: draw(parallel.init("cpu")), draw)
     assert len(list((tmp_path / "run/evaluate").iterdir())) == 3
 

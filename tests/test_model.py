@@ -316,6 +316,9 @@ def test_flops_are_those_that_torch_counts(name, ends):
         bound = Bound(DiT(config), **sparse)
         bound(x, torch.empty(3), Cond(torch.empty(3, 7, config.text_dim)))
     assert 3 * bound.flops(x.shape[1:], 7) == counter.get_total_flops()
+    with counter:
+        bound(x, torch.empty(3, 5, device="meta"), Cond(torch.empty(3, 7, config.text_dim, device="meta")))
+    assert 3 * bound.flops(x.shape[1:], 7, times=5) == counter.get_total_flops()
 
 
 def test_flops_of_wan_at_480p():

@@ -169,6 +169,16 @@ def weighed(main, size=1, *, shard=1, shapes=((24, 5, 8, 8),), length=8, **flags
     return plan.weigh(cfg, parallel.imagine(size, shard, cfg.sp), lora, shapes, length, **takes)
 
 
+def test_a_t_per_frame_is_weighed_where_first_frames_are_given():
+    shape = (24, 5, 8, 8)
+    alone, given = (weighed(train.main, shapes=[shape], first_frame=share) for share in (0.0, 0.5))
+    still = weighed(train.main, shapes=[(24, 1, 8, 8)], first_frame=0.5)
+    assert given.held == alone.held
+    more = (max(given.passing.values()) - max(alone.passing.values())) / (16 * 80 * 128)
+    assert more > 4 * 6 * 4         # each of 4 blocks keeps what t says to every token: 6 numbers a channel
+    assert still.passing == weighed(train.main, shapes=[(24, 1, 8, 8)]).passing
+
+
 NET = 4 * 1_259_744             # bytes of the tiny model in fp32
 ADAPTER = 4 * (4 * 4 * (8 * 256 + 2 * 640))    # of an adapter of rank 4: per block, 8 of 128 x 128 and 2 of 128 x 512
 

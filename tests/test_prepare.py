@@ -26,7 +26,7 @@ import helpers
 import prepare
 import shapes
 from conftest import ROOT
-from data import Latents
+from data import Latents, stream
 from prepare import Config
 from test_codec import pipeline  # noqa: F401 (a fixture)
 from test_films import film, steady
@@ -130,6 +130,25 @@ def test_alone_it_writes_moving_shapes_that_decode_to_their_captions(tmp_path, c
 def test_moving_shapes_are_a_function_of_the_seed(tmp_path):
     a, b, c = (stored(run(clips=6, seed=seed, out=tmp_path / name)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert equal(a, b) and [row[1] for row in a] != [row[1] for row in c]
+
+
+def test_short_captions_are_of_their_share_and_change_nothing_else(tmp_path, capsys):
+    whole = stored(run(clips=30, out=tmp_path / "a"))
+    short = stored(run(clips=30, out=tmp_path / "b", short_captions=0.3))
+    said = []
+    for (source, caption, z, text), (same_source, words, same_z, other_text) in zip(whole, short, strict=True):
+        assert source == same_source
+        assert torch.equal(z, same_z)
+        said.append(stream(0, "short", int(source.split()[1])).random() < 0.3)
+        assert words == (" ".join(caption.split()[-2:]) if said[-1] else caption)
+        assert torch.equal(other_text, text) != said[-1]
+    assert 3 < sum(said) < 15
+    capsys.readouterr()
+    again = stored(run(clips=30, out=tmp_path / "b"))       # their words alone are made again
+    assert equal(again, whole)
+    assert f"{sum(said)} captions changed" in capsys.readouterr().out
+    assert "--short_captions=1.5: a share" in refused(capsys, clips=3, out=tmp_path / "c", short_captions=1.5)
+    assert "does nothing for --videos" in refused(capsys, videos=tmp_path, short_captions=0.5)
 
 
 def test_the_defaults_are_the_ones_that_the_readme_names():

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ckpt
@@ -77,10 +78,10 @@ def asked(monkeypatch):
     """What the sampler was asked for: a list of (net, noises, cond, uncond, sampling)."""
     calls, original = [], sample.step.sample
 
-    def recorded(net, draw, cond, uncond, sampling):
+    def recorded(net, draw, cond, uncond, sampling, free=None):
         noises = []
         calls.append((net, noises, cond, uncond, sampling))
-        return original(net, kept_in(noises, draw), cond, uncond, sampling)
+        return original(net, kept_in(noises, draw), cond, uncond, sampling, free)
 
     monkeypatch.setattr(sample.step, "sample", recorded)
     return calls
@@ -159,7 +160,7 @@ def test_flags_change_the_sampler_and_a_negative_prompt_takes_the_place_of_null(
 def test_prompts_come_from_a_file_too_and_empty_lines_do_not(teacher, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(f"\ufeff{PROMPTS[1]}\r\n\n  \n{PROMPTS[2]}\n".encode())
     cfg = config(teacher, "", prompts=PROMPTS[:1], file=str(tmp_path / "prompts.txt"), n=2)
-    assert sample.captions_of(cfg) == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert sample.asked_of(cfg) == [[prompt for prompt in PROMPTS for _ in range(2)], [None] * 6]
 
 
 def test_the_first_bucket_is_sampled_unless_a_size_is_given():
@@ -429,7 +430,7 @@ def test_a_file_of_prompts_is_read_as_people_write_it_or_refused(tmp_path, capsy
     if said:
         assert said in refused(sample.main, cfg, capsys)
     else:
-        assert sample.captions_of(cfg) == ["a red circle", " a blue\x0bsquare "]
+        assert sample.asked_of(cfg)[0] == ["a red circle", " a blue\x0bsquare "]
 
 
 def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_path, monkeypatch):
@@ -490,8 +491,118 @@ def test_the_sheet_reads_large_videos_small(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(codec, "contact_sheet", lambda path, clips, captions: seen.extend(clips))
     files = [tmp_path / "a.mp4", tmp_path / "on another node.mp4"]
-    sample.contact_sheet(tmp_path / "s.png", files, ["a", "b"], (16, 2, 40, 60), (4, 8, 8), 8)
+    sample.contact_sheet(tmp_path / "s.png", files, ["a", "b"], [(16, 2, 40, 60)] * 2, (4, 8, 8), 8)
     assert [strip.shape for strip in seen] == [(6, 160, 240, 3)]
+
+
+# ---- from an image --------------------------------------------------------------------------------------------------
+
+
+FRAMED = {"first_frame": 0.5, "shapes": [[24, 3, 4, 4], [24, 2, 4, 8], [24, 3, 4, 8], [24, 1, 8, 4]]}
+RED, BLUE = (200, 60, 40), (30, 60, 180)
+
+
+@pytest.fixture(scope="module")
+def framed(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("framed") / "run", SAMPLING | FRAMED)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What the sampler made: a list of (x0, noises)."""
+    def record(x0, net, draw, *rest):
+        return x0, draw(0)
+
+    return spied(monkeypatch, sample.step, "sample", record)
+
+
+def image_at(path, h, w, colour):
+    """A picture of one colour, or a film that begins with it and goes on in grey."""
+    frames = np.full((5, h, w, 3), 128, np.uint8)
+    frames[0] = colour
+    if path.suffix == ".mp4":
+        codec.write_video(path, [frames], 8)
+    else:
+        Image.fromarray(frames[0]).save(path)
+    return str(path)
+
+
+def begins_with(x0, colour):
+    """Whether the clip's first frame has the colour all over, as far as codecs keep it."""
+    mean, std = codec.moments(SAMPLING)
+    frame = codec.load("dct").decode(x0 * std + mean)[0]
+    return np.abs(frame - np.float32(colour)).max() < 8
+
+
+@pytest.mark.parametrize("sampler", [SAMPLING, STUDENT], ids=["teacher", "student"])
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "mp4"])
+def test_a_video_begins_with_the_image_in_the_bucket_of_its_aspect(tmp_path, made, ending, sampler):
+    run_folder = saved(tmp_path / "run", sampler | FRAMED)
+    image = image_at(tmp_path / f"a.{ending}", 60, 110, RED)
+    run(sample.main, config(run_folder, tmp_path / "s", image=image, prompts=PROMPTS[:2]))
+    (x0, z), = made
+    assert x0.shape == (2, 24, 2, 4, 8)     # of this aspect, most clips were of two frames
+    assert torch.equal(x0[:, :, 0], z[:, :, 0])
+    assert torch.equal(z[:, :, 1:], noise(0, "sample", 0, [0, 1], (24, 2, 4, 8))[:, :, 1:])
+    assert all(begins_with(clip, RED) for clip in x0)
+    assert len(videos(tmp_path / "s")) == 2
+
+
+def test_a_folder_of_images_has_captions_of_its_own(framed, tmp_path, made, asked):
+    folder = tmp_path / "images"
+    (folder / "more").mkdir(parents=True)
+    image_at(folder / "b.png", 40, 40, BLUE)
+    image_at(folder / "more/a.jpg", 30, 64, RED)
+    (folder / "b.txt").write_text("a blue square moving up\n")
+    (folder / "captions.jsonl").write_text('{"file": "more/a.jpg", "caption": "a red circle moving left"}\n')
+    run(sample.main, config(framed, tmp_path / "s", image=str(folder), prompts=(), n=2))
+    assert [x0.shape for x0, _ in made] == [(2, 24, 3, 4, 4), (2, 24, 2, 4, 8)]
+    for (x0, z), colour, places in zip(made, (BLUE, RED), ([0, 1], [2, 3]), strict=True):
+        assert all(begins_with(clip, colour) for clip in x0)
+        assert torch.equal(z[:, :, 1:], noise(0, "sample", 0, places, x0.shape[1:])[:, :, 1:])
+    words = codec.load("dct").embed(["a blue square moving up"])[0]
+    assert torch.equal(asked[0][2].text[1, :len(words)], words)
+    assert sorted(videos(tmp_path / "s")) == [
+        "0000_a_blue_square_moving_up.mp4", "0001_a_blue_square_moving_up.mp4",
+        "0002_a_red_circle_moving_left.mp4", "0003_a_red_circle_moving_left.mp4"]
+
+
+def test_a_size_is_chosen_for_an_image_too(framed, tmp_path, made):
+    image = image_at(tmp_path / "a.png", 60, 110, RED)
+    run(sample.main, config(framed, tmp_path / "s", image=image, size=(9, 16, 16), prompts=PROMPTS[:1]))
+    (x0, _), = made
+    assert x0.shape == (1, 24, 3, 4, 4)
+    assert begins_with(x0[0], RED)
+
+
+def test_an_image_that_cannot_begin_a_video_is_refused_in_a_line(teacher, framed, tmp_path, capsys):
+    image = image_at(tmp_path / "a.png", 16, 16, RED)
+    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "folder").mkdir()
+    image_at(tmp_path / "folder/a.png", 16, 16, RED)
+
+    def said(run_folder, image, **more):
+        return refused(sample.main, config(run_folder, tmp_path / "s", image=image, **more), capsys)
+
+    assert "was not trained with first frames" in said(teacher, image)
+    assert "no such file or folder" in said(framed, str(tmp_path / "nowhere.png"))
+    assert re.search("broken.png: unreadable", said(framed, str(tmp_path / "broken.png")))
+    assert "more frames than one" in said(framed, image, size=(1, 16, 16))
+    assert "captions of their own" in said(framed, str(tmp_path / "folder"))
+    assert "a.png has no caption" in said(framed, str(tmp_path / "folder"), prompts=())
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_t_per_frame_takes_more_memory_and_fewer_videos_are_sampled_at_once():
+    net, shape = blank("tiny").to(torch.bfloat16), (24, 5, 8, 8)
+    for island in net.islands():
+        island.float()
+    x, t, text = (torch.empty(*size, device="meta") for size in ((1, *shape), (1, 5), (1, 8, 64)))
+    with torch.no_grad(), plan.Alive(net.parameters()) as alive:
+        net(x, t, Cond(text))
+    assert 86 < alive.most / math.prod(token_grid(net.config, shape)) / net.config.dim < 92
+    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104)) == 3
+    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), given=True) == 1
 
 
 AT_ONCE = [("tiny", (24, 5, 8, 8), 8), ("wan-1.3b", (16, 21, 60, 104), 3),

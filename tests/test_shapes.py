@@ -36,6 +36,17 @@ def test_a_clip_is_a_function_of_its_generator_and_all_captions_are_drawn():
     assert {shapes.clip(rng, size=8, frames=1)[1] for _ in range(1000)} == set(shapes.CAPTIONS)
 
 
+def test_the_moves_of_a_clip_are_its_travel_in_equal_parts():
+    video, _ = shapes.clip(np.random.default_rng(0), 64, 9, "a white circle moving right")
+    gone = shapes.moves(video)
+    assert gone.shape == (8,)
+    assert np.abs(gone - gone.mean()).max() < 0.05
+    _, centre = shapes.centroid(shapes.segment(video)[0])
+    assert gone.sum() == pytest.approx(centre[-1, 0] - centre[0, 0], abs=0.05)
+    video[3] = 0        # nothing is seen
+    assert np.isnan(shapes.moves(video)).tolist() == [False, False, True, True, False, False, False, False]
+
+
 def test_a_caption_that_does_not_exist_names_the_words_that_do():
     with pytest.raises(ValueError, match="pink.*triangle.*purple.*down"):
         shapes.clip(np.random.default_rng(0), caption="a pink circle moving left")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import export
 import prepare
 import sample
 import train
-from data import Latents
+from data import Latents, stream
 from helpers import (V1_PATH, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
                      out_of_memory, ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
                      signal_one_of_two, spied, state, wait_until)
@@ -473,8 +474,9 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(data, whole, tmp_path
 
 @pytest.mark.slow
 def test_muon_has_its_row_and_resumes_to_the_bit(data, tmp_path):
-    cfg = config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0, val_every=0, optimizer="muon")
+    cfg = config(data, tmp_path / "whole", steps=4, decay_steps=4, samples=0, val_every=0)
     assert train.resolve(replace(cfg, steps=None, decay_steps=None)).steps == 3000
+    assert train.resolve(replace(cfg, steps=None, decay_steps=None, optimizer="adamw")).steps == 5500
     run(train.main, cfg)
     for steps in (2, 4):
         run(train.main, replace(cfg, out=str(tmp_path / "run"), steps=steps))
@@ -485,10 +487,10 @@ def test_muon_has_its_row_and_resumes_to_the_bit(data, tmp_path):
 
 
 def test_a_run_keeps_its_optimizer_and_another_is_refused(data, tmp_path, capsys):
-    cfg = config(data, tmp_path / "run", steps=1, decay_steps=1, samples=0, val_every=0, optimizer="muon")
+    cfg = config(data, tmp_path / "run", steps=1, decay_steps=1, samples=0, val_every=0, optimizer="adamw")
     run(train.main, cfg)
-    assert train.resolve(replace(cfg, optimizer=None)).optimizer == "muon"
-    assert "--optimizer=adamw (was muon)" in refused(train.main, replace(cfg, optimizer="adamw", steps=2), capsys)
+    assert train.resolve(replace(cfg, optimizer=None)).optimizer == "adamw"
+    assert "--optimizer=muon (was adamw)" in refused(train.main, replace(cfg, optimizer="muon", steps=2), capsys)
 
 
 @pytest.mark.slow
@@ -506,6 +508,100 @@ def test_other_datasets_or_shares_are_refused_on_resume(data, whole, tmp_path, c
     other = shapes_dataset(tmp_path / "data", clips=61)
     assert "data'] (is not what" in refused(train.main, replace(config(data, whole), data=(data, other)), capsys)
     assert "--mix=[1.0]" in refused(train.main, config(data, whole, mix=(1.0,)), capsys)
+
+
+# ---- first frames ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A dataset of clips and stills."""
+    out = str(tmp_path_factory.mktemp("mixed") / "data")
+    run(prepare.main, prepare.Config(clips=60, frames=(1, 17), out=out))
+    return out
+
+
+class Lost(NamedTuple):
+    """What flow_loss was given and gave."""
+    x0: torch.Tensor
+    t: torch.Tensor
+    free: torch.Tensor | None
+    trained: bool
+    bins: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def given(mixed, tmp_path_factory):
+    """A run with first frames, and its losses: (folder, [Lost])."""
+    def lost(out, net, x0, cond, t, e, free=None):
+        return Lost(x0.clone(), t, free, torch.is_grad_enabled(), out[1]["loss_by"])
+
+    out = tmp_path_factory.mktemp("given") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        seen = spied(patch, train, "flow_loss", lost)
+        run(train.main, config(mixed, out, first_frame=0.5, val=3))
+    return out, seen
+
+
+def test_a_share_of_the_clips_is_given_the_first_frame_and_no_still_is(given):
+    trained = [loss for loss in given[1] if loss.trained]
+    frees = []
+    for step, loss in enumerate(trained):
+        assert loss.t.shape == (4,)
+        if loss.x0.shape[2] == 1:
+            assert loss.free is None
+            continue
+        give = torch.tensor([stream(0, "give", step, slot).random(dtype=np.float32) for slot in range(4)])
+        assert torch.equal(loss.free[:, 0], (give >= 0.5).float())
+        assert loss.free[:, 1:].all()
+        frees.append(loss.free[:, 0])
+    assert len(trained) == 8 > len(frees) > 0
+    assert set(torch.cat(frees).tolist()) == {0, 1}
+
+
+def test_validation_is_without_and_with_the_frame_which_is_then_left_out(given):
+    out, seen = given
+    last = max(i for i, loss in enumerate(seen) if loss.trained)
+    begun = [loss for loss in seen[last + 1:] if loss.free is not None]
+    assert {loss.x0.shape[2] for loss in seen[last + 1:]} == {1, 5}
+    assert {loss.x0.shape[2] for loss in begun} == {5}
+    for loss in begun:
+        assert not loss.free[:, 0].any()
+        assert loss.free[:, 1:].all()
+    sums, counts = sum(loss.bins for loss in begun)
+    line = log_of(out)[-1]
+    assert line["val_loss_first_frame"] == pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-5)
+    assert {f"val_loss_first_frame_by_t{i}" for i in range(5)} <= line.keys()
+
+
+def test_validation_without_the_frame_is_the_one_of_a_run_without(mixed, given, tmp_path):
+    run(train.main, config(mixed, tmp_path / "run", steps=1, val=3, **QUIET | dict(val_every=1)))
+    names = [name for name in log_of(tmp_path / "run")[0] if name.startswith("val_loss")]
+    assert len(names) == 6
+    for name in names:
+        assert log_of(tmp_path / "run")[0][name] == log_of(given[0])[0][name]
+
+
+def test_a_run_with_first_frames_says_so_and_shows_both_ways(given):
+    out, _ = given
+    assert meta(out)["sampling"]["first_frame"] == 0.5
+    shown = json.loads((out / "samples" / "captions.json").read_text())
+    rows = [told["rows"] for told in shown.values()]
+    assert rows == [["text alone", "first frame given"]] * 2
+    assert all(len(told["captions"]) == 2 for told in shown.values())
+
+
+def test_first_frames_are_given_alike_in_batches_of_any_size(data, tmp_path):
+    cfg = config(data, tmp_path / "4", steps=3, first_frame=0.5, **QUIET)
+    run(train.main, cfg)
+    run(train.main, replace(cfg, out=str(tmp_path / "1"), micro_batch=1))
+    close(log_of(tmp_path / "1"), log_of(tmp_path / "4"), 2e-4, "loss", "grad_norm", "val_loss_first_frame")
+
+
+def test_stills_alone_have_no_first_frame_to_give(tmp_path, capsys):
+    run(prepare.main, prepare.Config(clips=20, frames=1, out=str(tmp_path / "data")))
+    message = refused(train.main, config(str(tmp_path / "data"), tmp_path / "run", first_frame=0.5), capsys)
+    assert "holds stills alone" in message
 
 
 # ---- several ranks --------------------------------------------------------------------------------------------------
@@ -746,6 +842,7 @@ REFUSED = [  # flags, what the message says
     (dict(mix=(math.inf,)), "each of --data"),
     (dict(model="wan-1.3b"), "tiny"),
     (dict(text_dropout=1.5), "text_dropout"),
+    (dict(first_frame=1.5), "--first_frame=1.5: a share"),
     (dict(steps=0), "--steps=0 is not 1 or more"),
     (dict(keep=0), "--keep=0 is not 1 or more"),
     (dict(lr=math.nan), "--lr=nan"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ckpt
 import codec
@@ -100,9 +101,9 @@ def ours(path, wan, out, **more):
     calls, videos = [], []
     original, write = sample.step.sample, codec.write_video
 
-    def drawn(net, draw, cond, uncond, sampling):
+    def drawn(net, draw, cond, uncond, sampling, free=None):
         noises = []
-        x0 = original(net, kept_in(noises, draw), cond, uncond, sampling)
+        x0 = original(net, kept_in(noises, draw), cond, uncond, sampling, free)
         calls.append((noises, x0, sampling))
         return x0
 
@@ -118,14 +119,18 @@ def ours(path, wan, out, **more):
     return Sampled(noises, latents, videos, sampling)
 
 
-def theirs(wan, mine, transformer=None, lora=None, grid=True):
-    """What diffusers' pipeline makes of the same noises -> its latents and pixels."""
+def theirs(wan, mine, transformer=None, lora=None, grid=True, image=None):
+    """What diffusers' pipeline makes of the same noises, or its pipeline from an image -> its latents and pixels."""
     parts = {}
     if transformer is not None:
         parts["transformer"] = diffusers.WanTransformer3DModel.from_pretrained(transformer)
     pipe = diffusers.WanPipeline.from_pretrained(wan, **parts)
     if lora:
         pipe.load_lora_weights(lora)
+    begun = {}
+    if image is not None:
+        parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+        pipe, begun = diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True), {"image": image}
     noises, sampling = mine.noises, mine.sampling
     few = "times" in sampling       # the student's sampler is diffusers' stochastic one, whose noise must be ours
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=sampling["shift"], stochastic_sampling=few)
@@ -148,7 +153,7 @@ def theirs(wan, mine, transformer=None, lora=None, grid=True):
         module = sys.modules[type(scheduler).__module__]
         patch.setattr(module, "randn_tensor", lambda shape, **options: next(fresh))
         pixels = pipe(
-            prompt=list(PROMPTS), height=8 * h, width=8 * w, num_frames=5, latents=noises[0],
+            **begun, prompt=list(PROMPTS), height=8 * h, width=8 * w, num_frames=5, latents=noises[0],
             max_sequence_length=LENGTH, guidance_scale=sampling["guidance"], callback_on_step_end=keep,
             num_inference_steps=len(sampling["times"]) if few else sampling["steps"]).frames
     return kept[-1], pixels
@@ -178,6 +183,24 @@ def test_weights_and_films_become_a_model_that_diffusers_samples_alike(wan, trai
     assert not near(untrained, mine.latents, 1e-2)
     other_times, _ = theirs(wan, mine, tmp_path / "export", grid=False)         # diffusers' default grid is another
     assert not near(other_times, mine.latents, 1e-3)
+
+
+def test_a_model_of_first_frames_begins_with_an_image_as_diffusers_pipeline_does(wan, data, tmp_path):
+    """Its expand_timesteps, of Wan 2.2's 5B: a t per token, 0 in the first frame, which it puts in place at each step."""
+    out = str(tmp_path / "run")
+    run(train.main, train.Config(model="small", data=(data,), init=wan, out=out, samples=0, first_frame=0.5))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    picture.save(tmp_path / "a.png")
+    mine = ours(out, wan, tmp_path / "s", image=str(tmp_path / "a.png"))
+    export.main(export.Config(ckpt=out, out=str(tmp_path / "export")))
+    latents, pixels = theirs(wan, mine, tmp_path / "export", image=picture)
+    assert near(latents[:, :, 1:], mine.latents[:, :, 1:])
+    for a, b in zip(pixels, mine.videos, strict=True):
+        assert np.abs(255 * a - b).max() <= 1
+    told = json.loads((tmp_path / "export/nanovideo.json").read_text())
+    assert told["sampling"]["first_frame"] == 0.5
+    alone, _ = theirs(wan, ours(out, wan, tmp_path / "t"), tmp_path / "export")
+    assert not near(alone[:, :, 1:], mine.latents[:, :, 1:], 1e-2)
 
 
 @pytest.mark.slow
