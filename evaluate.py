@@ -77,9 +77,10 @@ def main(cfg):
                              f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
         systems = [longer(system, cfg) for system in systems_of(student, teacher, cfg)]
         if cfg.first_frame:
-            if sampling["shapes"][0][1] == 1 or cfg.frames:
-                raise ValueError(f"--first_frame --frames={cfg.frames}: {cfg.ckpt} was trained on stills, or its clips "
-                                 "are to be longer than the real ones")
+            if sampling["shapes"][0][1] == 1:
+                raise ValueError(f"--first_frame: {cfg.ckpt} was trained on stills")
+            if cfg.frames:
+                raise ValueError(f"--first_frame begins clips as long as real ones, --frames={cfg.frames} does not")
             systems = [begun for system in systems for begun in (system, *from_frames(system))]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
@@ -213,11 +214,12 @@ def longer(system, cfg):
     if (frames - 1) % stride or made < usual or window < 1 or cfg.sink < 0:
         raise ValueError(f"{told}: frames are 1 + a multiple of {stride}, {usual} latent ones at "
                          "least; a chunk sees 1 or more, its own; a sink is of 0 or more")
-    return system._replace(sampling=sampling | {
-        "window": [-window, *sampling["window"][1:]],
-        "sink": cfg.sink,
-        "frames": made,
-    })
+    asked = dict(
+        window=[-window, *sampling["window"][1:]],
+        sink=cfg.sink,
+        frames=made,
+    )
+    return system._replace(sampling=sampling | asked)
 
 
 def from_frames(system):
@@ -329,10 +331,11 @@ def late(latents, coder, sampling, captions):
     mean, std = codec.moments(sampling)
     first = (sampling["shapes"][0][1] - 1) * coder.stride[0] + 1
     seen = [judge_late(coder.decode(z * std + mean), first, caption) for z, caption in zip(latents, captions)]
-    found = {}
-    for name in dict.fromkeys(name for clip in seen for name in clip):
-        found[name] = float(np.mean([clip[name] for clip in seen if name in clip]))
-    return found
+    values = {}
+    for clip in seen:
+        for name, value in clip.items():
+            values.setdefault(name, []).append(value)
+    return {name: float(np.mean(some)) for name, some in values.items()}
 
 
 def mistaken(real, captions, cfg):

@@ -667,7 +667,7 @@ def causal(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("causal") / "run", STUDENT | CAUSAL)
 
 
-def made(ckpt, out, **flags):
+def by_chunks(ckpt, out, **flags):
     """The latents that are decoded, by chunk and clip, and how many pictures were in the films before each."""
     decoded, written = [], []
     with pytest.MonkeyPatch.context() as patch:
@@ -694,8 +694,8 @@ def clip_of(decoded, i):
 
 
 def test_a_causal_clip_goes_chunk_by_chunk_into_its_file_and_a_longer_one_begins_as_a_shorter_one(causal, tmp_path):
-    short, _ = made(causal, tmp_path / "short")
-    long, written = made(causal, tmp_path / "long", frames=37)     # 10 latent frames
+    short, _ = by_chunks(causal, tmp_path / "short")
+    long, written = by_chunks(causal, tmp_path / "long", frames=37)     # 10 latent frames
     assert [z.shape[1] for z, _, _ in short[::2]] == [2, 2, 1]
     assert [z.shape[1] for z, _, _ in long[::2]] == [2] * 5
     assert [state for _, state, _ in long[:4]] == [None, None, "begun", "begun"]
@@ -710,7 +710,7 @@ def test_a_causal_clip_goes_chunk_by_chunk_into_its_file_and_a_longer_one_begins
 
 def test_what_a_causal_clip_is_made_of_is_what_the_sampler_makes_at_once(causal, tmp_path):
     """step.sample, which evaluate.py uses, from the same noises: the cache sees all of 5 frames."""
-    short, _ = made(causal, tmp_path / "out")
+    short, _ = by_chunks(causal, tmp_path / "out")
     source = ckpt.stored(causal, ["ema"])
     net = blank("tiny").to_empty(device="cpu")
     ckpt.fill(parallel.local_rows(net), ckpt.model_of(source, "ema"))
@@ -727,7 +727,7 @@ def test_what_a_causal_clip_is_made_of_is_what_the_sampler_makes_at_once(causal,
 @pytest.mark.parametrize("flags, window, sink", [({}, 3, 0), (dict(window=2, sink=1), 2, 1), (dict(window=7), 7, 0)])
 def test_a_chunk_sees_as_many_as_in_training_or_what_the_flags_say(causal, tmp_path, monkeypatch, flags, window, sink):
     seen = spied(monkeypatch, sample, "chunked", lambda net, *args, **more: net)
-    made(causal, tmp_path / "out", frames=17, **flags)
+    by_chunks(causal, tmp_path / "out", frames=17, **flags)
     assert (seen[0].window, seen[0].sink) == (window, sink)
 
 
@@ -738,8 +738,19 @@ def test_the_null_text_has_a_past_where_it_guides_and_none_where_nobody_asks_for
     calls = []
     see = Chunked.see
     monkeypatch.setattr(Chunked, "see", lambda net, cond, x0: calls.append(len(cond.past)) or see(net, cond, x0))
-    made(saved(tmp_path / "run", sampler | CAUSAL), tmp_path / "out")
+    by_chunks(saved(tmp_path / "run", sampler | CAUSAL), tmp_path / "out")
     assert calls == [0] * texts + [1] * texts
+
+
+def test_an_image_is_the_first_chunk_of_one_frame_untrained_and_of_more_after_training_alone(causal, tmp_path, capsys):
+    image = image_at(tmp_path / "a.png", 60, 60, RED)
+    for name, more in (("one", {"tile": [1, 99, 99]}), ("two", {"first_frame": 0.5})):
+        run_folder = saved(tmp_path / name, STUDENT | CAUSAL | more)
+        decoded, _ = by_chunks(run_folder, tmp_path / f"{name}_out", image=image)
+        assert begins_with((decoded[0][0] - 0.1) / 0.2, RED)
+        assert not torch.equal(clip_of(decoded, 0)[:, 1], clip_of(decoded, 1)[:, 1])
+    said = refused(sample.main, sample.Config(ckpt=causal, prompts=PROMPTS[:1], image=image), capsys)
+    assert "was not trained with first frames" in said
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -759,7 +770,7 @@ def test_a_model_that_is_not_causal_takes_no_length_beyond_its_size(student, cap
 
 def test_without_a_cache_it_says_so_and_a_sink_is_refused(tmp_path, capsys):
     sliding = saved(tmp_path / "run", STUDENT | CAUSAL | {"tile": [2, 2, 2]})
-    decoded, _ = made(sliding, tmp_path / "out", frames=9)
+    decoded, _ = by_chunks(sliding, tmp_path / "out", frames=9)
     assert "no cache serves --sp or tiles that slide in space" in capsys.readouterr().out
     assert [z.shape[1] for z, _, _ in decoded[::2]] == [2, 1]
     cfg = sample.Config(ckpt=sliding, prompts=PROMPTS[:1], sink=1)

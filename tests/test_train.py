@@ -137,6 +137,13 @@ def test_a_causal_run_validates_each_chunk_behind_a_clean_past_and_shows_videos_
     assert meta(tmp_path / "run")["sampling"]["window"] == [-9, 1, 1]
 
 
+def test_a_first_frame_and_a_clean_prefix_go_together(data):
+    t, micro, _ = asked_of(train.Config(shift=2.0, clean_prefix=0.5, first_frame=0.5, **CAUSAL), data)
+    alone, _, _ = asked_of(train.Config(shift=2.0, clean_prefix=0.5, **CAUSAL), data)
+    assert torch.equal(t[:, 0] == 0, (micro.prefix < 0.5) | (micro.give < 0.5))
+    assert torch.equal(t[:, 1:], alone[:, 1:])
+
+
 @pytest.mark.slow
 def test_a_causal_run_stopped_and_resumed_and_one_on_two_ranks_are_the_uninterrupted_run(data, tmp_path):
     flags = dict(steps=4, decay_steps=4, save_every=2, clean_prefix=0.5, **QUIET | CAUSAL)
