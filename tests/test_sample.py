@@ -601,8 +601,8 @@ def test_a_t_per_frame_takes_more_memory_and_fewer_videos_are_sampled_at_once():
     with torch.no_grad(), plan.Alive(net.parameters()) as alive:
         net(x, t, Cond(text))
     assert 86 < alive.most / math.prod(token_grid(net.config, shape)) / net.config.dim < 92
-    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104)) == 3
-    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), given=True) == 1
+    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), SAMPLING) == 3
+    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), SAMPLING, given=True) == 1
 
 
 AT_ONCE = [("tiny", (24, 5, 8, 8), 8), ("wan-1.3b", (16, 21, 60, 104), 3),
@@ -613,7 +613,7 @@ AT_ONCE = [("tiny", (24, 5, 8, 8), 8), ("wan-1.3b", (16, 21, 60, 104), 3),
 @pytest.mark.parametrize("name, shape, videos", AT_ONCE)
 def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(name, shape, videos):
     config = MODELS[name]
-    assert sample.batch_size(config, shape) == videos
+    assert sample.batch_size(config, shape, SAMPLING) == videos
     net = blank(name)
     net.blocks = net.blocks[:2]                 # without gradient, a block leaves nothing behind
     net.to(torch.bfloat16)
@@ -630,7 +630,7 @@ def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(name, shape, videos):
 
 
 def test_the_default_batch_is_the_sizes(teacher, tmp_path, asked, monkeypatch):
-    monkeypatch.setattr(sample, "batch_size", lambda config, shape: shape[1])
+    monkeypatch.setattr(sample, "batch_size", lambda config, shape, *_: shape[1])
     run(sample.main, config(teacher, tmp_path / "s", prompts=PROMPTS * 2, size=(13, 16, 16)))
     assert [len(noises[0]) for _, noises, *_ in asked] == [4, 2]
 
@@ -780,6 +780,5 @@ def test_without_a_cache_it_says_so_and_a_sink_is_refused(tmp_path, capsys):
 def test_a_causal_video_of_wan_takes_a_chunk_and_its_past_of_the_8_gb():
     causal = dict(window=[-3, 1, 1], tile=[3, 99, 99], guidance=1.0)
     shape = (16, 201, 60, 104)
-    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), SAMPLING) == 3
     assert sample.batch_size(MODELS["wan-1.3b"], shape, causal) == 2       # 0.3 GB of activations, 2.6 GB of past
     assert sample.batch_size(MODELS["wan-1.3b"], shape, causal | dict(guidance=5.0)) == 1
