@@ -960,13 +960,16 @@ IN_BLOCK = [("modulation", "scale_shift_table"), ("norm2", "norm3"), ("norm3", "
             *((f"{ours}.{a}", f"{theirs}.{b}")
               for ours, theirs in [("self_attn", "attn1"), ("cross_attn", "attn2")]
               for a, b in [("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"),
-                           ("norm_q", "norm_q"), ("norm_k", "norm_k")])]
+                           ("norm_q", "norm_q"), ("norm_k", "norm_k"), ("k_img", "add_k_proj"),
+                           ("v_img", "add_v_proj"), ("norm_k_img", "norm_added_k")])]
 OUTSIDE = [("head.modulation", "scale_shift_table"), ("head.head", "proj_out"),
            ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
            ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
            ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
            ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-           ("time_projection.1", "condition_embedder.time_proj")]
+           ("time_projection.1", "condition_embedder.time_proj"),
+           *((f"img_emb.proj.{i}", f"condition_embedder.image_embedder.{theirs}") for i, theirs in
+             [(0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2")])]
 
 
 def to_diffusers(name):
@@ -986,19 +989,24 @@ def rename(name, ours, theirs):
     return name
 
 
-def weights(path, role="ema", **ranks):
+def weights(path, role="ema", expert=None, **ranks):
     """The Source of one model's weights under our names; detects the format.
 
     path: a .safetensors file; a folder of them, sharded or not; the diffusers pipeline's folder around it, or its id on
     the Hugging Face hub; in Wan's, diffusers' or ComfyUI's names, with what trainers put before and between them; in
     fp8 too, with scales or without. Or a checkpoint of ours, or a run's folder (its newest valid one), of which role is
     read, an adapter folded into the weights under it.
-    FileNotFoundError or ValueError names what is there. Of Wan2.2's two experts name one folder yourself.
+    expert high|low: that of Wan 2.2's two, in a folder that holds both; a run of the other one is refused.
+    FileNotFoundError or ValueError names what is there.
     """
     if is_ours(path):
-        return model_of(stored(path, {role}, **ranks), role, **ranks)
+        source = model_of(stored(path, {role}, **ranks), role, **ranks)
+        trained = source.sampling.get("expert") if source.sampling else None
+        if expert and trained not in (None, expert):
+            raise ValueError(f"{source.origin} is the expert for {trained} noise, wanted is that for {expert}")
+        return source
     with together(ranks.get("agree", identity), path):
-        return imported(path)
+        return imported(path, expert)
 
 
 def is_ours(path):
@@ -1006,13 +1014,15 @@ def is_ours(path):
     return (Path(path) / "ckpt").is_dir() or (Path(path) / "manifest.json").is_file()
 
 
-def imported(path):
+def imported(path, expert=None):
     """The Source of a Wan transformer's safetensors under our names."""
-    folder = fetched(path)
-    one_expert(folder)
+    folder = one_expert(fetched(path, expert), expert)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     source = dequantized(unwrapped(files(folder)))
+    # diffusers' first conversions of image-to-video models hold norms that no layer has
+    kept = {name: shape for name, shape in source.shapes.items() if ".norm_added_q." not in name}
+    source = source._replace(shapes=kept)
     if any(re.fullmatch(r"blocks\.\d+\.attn1\.to_q\.weight", name) for name in source.shapes):
         return renamed(source, from_diffusers)
     if any(re.fullmatch(r"blocks\.\d+\.self_attn\.q\.weight", name) for name in source.shapes):
@@ -1026,7 +1036,7 @@ def imported(path):
                      f"names: it holds {some}")
 
 
-def fetched(path):
+def fetched(path, expert=None):
     """A path that is there; of an id on the Hugging Face hub the folder to which its transformer is downloaded."""
     folder = Path(path)
     if folder.exists():
@@ -1040,9 +1050,11 @@ def fetched(path):
         from huggingface_hub import snapshot_download
         small = ["model_index.json", "*config.json"]    # their * takes a / as well
         folder = Path(snapshot_download(str(path), allow_patterns=small))
-        one_expert(folder)
+        part = one_expert(folder, expert)
         wanted = dict(allow_patterns="*.safetensors*", ignore_patterns="*/*")
-        if (folder / "transformer").is_dir():
+        if part != folder:
+            wanted = dict(allow_patterns=f"{part.name}/*")
+        elif (folder / "transformer").is_dir():
             wanted = dict(allow_patterns="transformer/*")
         return Path(snapshot_download(str(path), **wanted))
     except ImportError as error:
@@ -1054,18 +1066,47 @@ def fetched(path):
                                 f"be fetched now ({why})") from error
 
 
-def one_expert(folder):
-    """ValueError for a folder of Wan 2.2's two experts, for high noise and for low, of which a net can be one."""
+EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2", "low_noise_model")}
+
+
+def one_expert(folder, expert=None):
+    """A folder, of Wan 2.2's two experts in it that one's; ValueError where none is named, or the named is missing."""
     listed = {}
     if (folder / "model_index.json").is_file():
         listed = read_json(folder / "model_index.json")
-    for pair in ("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"):
-        there = [(folder / name).is_dir() or any(listed.get(name) or ()) for name in pair]
-        if all(there):      # a part that a pipeline lacks is [null, null] in its index
-            first, second = (folder / name for name in pair)
-            raise ValueError(f"{folder} holds two experts, {first.name} for high noise and "
-                             f"{second.name} for low. One net at all noise levels would be "
-                             f"neither: name one, {first} or {second}")
+    for high, low in zip(EXPERTS["high"], EXPERTS["low"]):
+        # a part that a pipeline lacks is [null, null] in its index
+        there = [(folder / name).is_dir() or any(listed.get(name) or ()) for name in (high, low)]
+        if not any(there):
+            continue
+        if expert:
+            name = high if expert == "high" else low
+            if not there[expert == "low"]:
+                raise ValueError(f"{folder} holds no {name}, the expert for {expert} noise")
+            return folder / name
+        if all(there):
+            raise ValueError(f"{folder} holds two experts, {high} for high noise and {low} for low. One net at all "
+                             f"noise levels would be neither: name one, {folder / high} or {folder / low}")
+    return folder
+
+
+def other_of(expert):
+    return "low" if expert == "high" else "high"
+
+
+def beside(path, expert):
+    """The path of the other expert in the pipeline that holds this one, or this one's folder; None of a run of ours,
+    or where there is none."""
+    folder = Path(path)
+    if is_ours(folder):
+        return None
+    if not folder.exists():
+        return str(path)        # on the hub, where both are
+    for mine, its in zip(EXPERTS[expert], EXPERTS[other_of(expert)]):
+        for whole in (folder, folder.parent):
+            if (whole / mine).is_dir() and (whole / its).is_dir() and folder in (whole, whole / mine):
+                return str(whole / its)
+    return None
 
 
 WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"    # of PyTorch's
@@ -1174,13 +1215,14 @@ class Lora(NamedTuple):
         return sorted({self.source.shapes[f"{module}.A"][0] for module in self.scales})
 
 
-def base_of(path, source):
+def base_of(path, source, expert=None):
     """What a run that trains adapters keeps in its meta as "base": where the weights under them are, and which."""
     if (Path(path) / "ckpt").is_dir():      # the newest may be another one by now
         path = step_folder(path, source.manifest["step"])
     if Path(path).exists():     # else a name on the hub, whose files are links to others without .safetensors
         path = os.path.abspath(path)
-    return {"path": str(path), "crc32": fingerprint(source)}
+    base = {"path": str(path), "crc32": fingerprint(source)}
+    return base | {"expert": expert} if expert else base
 
 
 def fingerprint(source):
@@ -1211,7 +1253,7 @@ def merged(adapter, base=None, **ranks):
     if path is None:
         path = meta["base"]["path"]
     try:
-        below = weights(path, **ranks)
+        below = weights(path, expert=meta["base"].get("expert"), **ranks)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{adapter.origin} is an adapter of weights that are not at "
                                 f"{path}: put or link them there ({error})") from error
@@ -1279,7 +1321,7 @@ def own_lora(source):
 
 
 # {a block's Linear as diffusers or Wan call it, with dots or kohya's underscores: ours}
-LINEARS = {written: ours for ours, theirs in IN_BLOCK if re.search(r"\.[qkvo02]$", ours)
+LINEARS = {written: ours for ours, theirs in IN_BLOCK if re.search(r"\.([qkvo02]|[kv]_img)$", ours)
            for name in (ours, theirs) for written in (name, name.replace(".", "_"))}
 FRONTS = (r"(?:base_model|model|diffusion_model|transformer|unet|pipe|dit|net)\."
           r"|(?:lora_unet|lycoris)_")

@@ -39,12 +39,15 @@ class Codec(NamedTuple):
     decode_on: Callable     # a clip's next chunk z, state (None at its first) -> video, state: joined, as decode's
     embed: Callable     # [prompt] -> [fp32 (S_i, E)], S_i <= spec["text_length"]; "" is the unconditional prompt
     decodes: bool       # whether `decode` works: wan without its VAE cannot
+    show: Callable      # first picture, frames, last picture or None -> y like z, *normalised*: what an image-to-video
+                        # model is shown, a clip of these pictures and grey ones; a picture is (h, w, 3), wan alone
+    see: Callable       # picture -> fp32 (tokens, width): what CLIP sees in it, wan alone
 
 
-def load(spec, *, vae=None, text=None, device="cpu", text_length=None):
+def load(spec, *, vae=None, text=None, clip=None, device="cpu", text_length=None):
     """A Codec from its name, "dct" or "wan", or from the spec that a manifest or a checkpoint carries.
 
-    vae, text: for wan, a local folder or a hub id of a diffusers pipeline; each may be None if it is not needed.
+    vae, text, clip: for wan, a local folder or a hub id of a diffusers pipeline; each may be None if it is not needed.
     text_length: the most tokens of a prompt, None = the codec's own (dct 8, wan 512).
     The weights are freed with the Codec: load the text encoder, embed, drop it, then load the VAE.
     Raises ValueError or FileNotFoundError for weights that are not what is wanted, ImportError for a missing package.
@@ -53,11 +56,11 @@ def load(spec, *, vae=None, text=None, device="cpu", text_length=None):
     if text_length is not None:
         spec = spec | {"text_length": text_length}
     if spec["name"] == "wan":
-        return wan(spec, vae, text, device)
+        return wan(spec, vae, text, clip, device)
     if spec["name"] != "dct":
         raise ValueError(f"no codec is called {spec['name']!r}: there are 'dct' and 'wan'")
-    if vae or text:
-        raise ValueError("the dct codec has no weights: --vae and --text are for wan")
+    if vae or text or clip:
+        raise ValueError("the dct codec has no weights: --vae, --text and --clip are for wan")
     return dct(spec)
 
 
@@ -118,7 +121,10 @@ def dct(spec):
     def embed(prompts):
         return [embed_words(prompt, spec["text_width"], spec["text_length"]) for prompt in prompts]
 
-    return Codec(spec, tuple(spec["stride"]), encode, decode, decode_on, embed, decodes=True)
+    def never(*_):
+        raise ValueError("no model is shown pictures by the dct codec: they are for wan")
+
+    return Codec(spec, tuple(spec["stride"]), encode, decode, decode_on, embed, True, never, never)
 
 
 def dct_basis(channels, f, h, w):
@@ -156,28 +162,32 @@ def word_vector(word, width):
 # wan: diffusers' AutoencoderKLWan and transformers' UMT5, each loaded only when it is asked for
 
 PIPELINE = "a diffusers pipeline such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+CLIP_PIPELINE = "a diffusers pipeline such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 LARGE = 1280 * 720      # pixels per frame above which the VAE works in tiles
 
 
-def wan(spec, vae, text, device):
+def wan(spec, vae, text, clip, device):
     spec = {"name": "wan", "text_length": 512} | spec
 
-    def absent(*_, flag):
-        raise ValueError(f"the wan codec lacks this part: {flag}=PATH is wanted, a folder of {PIPELINE}")
+    def absent(*_, flag, pipeline=PIPELINE):
+        raise ValueError(f"the wan codec lacks this part: {flag}=PATH is wanted, a folder of {pipeline}")
 
-    encode = decode = decode_on = partial(absent, flag="--vae")
-    embed = partial(absent, flag="--text")
+    encode = decode = decode_on = show = partial(absent, flag="--vae")
+    embed, see = partial(absent, flag="--text"), partial(absent, flag="--clip", pipeline=CLIP_PIPELINE)
     if vae:
-        found, encode, decode, decode_on = wan_vae(vae, device)
+        found, encode, decode, decode_on, show = wan_vae(vae, device)
         spec = agree(spec, found, f"--vae={vae}")
     if text:
         found, embed = wan_text(text, spec["text_length"], device)
         spec = agree(spec, found, f"--text={text}")
-    return Codec(spec, tuple(spec.get("stride", ())), encode, decode, decode_on, embed, decodes=bool(vae))
+    if clip:
+        found, see = wan_clip(clip, device)
+        spec = agree(spec, found, f"--clip={clip}")
+    return Codec(spec, tuple(spec.get("stride", ())), encode, decode, decode_on, embed, bool(vae), show, see)
 
 
 def wan_vae(path, device):
-    """-> what the VAE adds to the spec, encode, decode, decode_on. Latents are the posterior's mean, fp32."""
+    """-> what the VAE adds to the spec, encode, decode, decode_on, show. Latents are the posterior's mean, fp32."""
     folder = part_of(path, "vae")
     check_family(folder, "_class_name", "AutoencoderKLWan")
     vae, report = need("diffusers").AutoencoderKLWan.from_pretrained(
@@ -189,18 +199,31 @@ def wan_vae(path, device):
     spec = {"channels": config.z_dim, "stride": stride, "vae_sha256": sha256(folder),
             "mean": list(config.latents_mean), "std": list(config.latents_std)}
 
-    def encode(video):
-        check_video(video, stride)
-        vae.use_tiling = video.shape[1] * video.shape[2] > LARGE
-        x = torch.from_numpy(video).to(device).float() / 127.5 - 1
+    def pixels(video):
+        return torch.from_numpy(video).to(device).float() / 127.5 - 1
+
+    def latents(x):
+        check_video(x, stride)
+        vae.use_tiling = x.shape[1] * x.shape[2] > LARGE
         return vae.encode(rearrange(x, "f h w c -> 1 c f h w")).latent_dist.mode()[0].cpu()
 
-    def pixels(x):
+    def encode(video):
+        return latents(pixels(video))
+
+    def show(first, frames, last=None):
+        x = torch.zeros(frames, *first.shape, device=device)    # grey, which no byte is
+        if last is not None:
+            x[-1] = pixels(last)
+        x[0] = pixels(first)
+        mean, std = moments(spec)
+        return (latents(x) - mean) / std
+
+    def seen(x):
         return to_bytes(rearrange(x, "1 c f h w -> f h w c") / 2 + 0.5)
 
     def decode(z):
         vae.use_tiling = z.shape[2] * stride[1] * z.shape[3] * stride[2] > LARGE
-        return pixels(vae.decode(z[None].to(device).float()).sample)
+        return seen(vae.decode(z[None].to(device).float()).sample)
 
     @torch.no_grad()
     def decode_on(z, state):
@@ -222,9 +245,36 @@ def wan_vae(path, device):
         x = torch.cat(frames, 2)
         if config.patch_size is not None:
             x = need("diffusers.models.autoencoders.autoencoder_kl_wan").unpatchify(x, patch_size=config.patch_size)
-        return pixels(x.clamp(-1, 1)), held
+        return seen(x.clamp(-1, 1)), held
 
-    return spec, encode, decode, decode_on
+    return spec, encode, decode, decode_on, show
+
+
+def wan_clip(path, device):
+    """-> what CLIP adds to the spec, see: the states before its last layer, by which Wan 2.1 is told the first frame.
+
+    Pictures are resized and cropped as the pipeline's own image processor says.
+    """
+    folder, eyes = part_of(path, "image_encoder"), part_of(path, "image_processor")
+    check_family(folder, "model_type", "clip_vision_model", CLIP_PIPELINE)
+    if not (eyes / "preprocessor_config.json").exists():
+        eyes = folder.parent / "image_processor"
+    if not (eyes / "preprocessor_config.json").exists():
+        raise FileNotFoundError(f"{path} has an image encoder and no image processor; wanted is {CLIP_PIPELINE}")
+    processor = need("transformers").CLIPImageProcessor.from_pretrained(eyes)
+    encoder, report = need("transformers").CLIPVisionModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True)
+    check_keys(folder, report)
+    encoder = encoder.to(device).eval().requires_grad_(False)
+    config = encoder.config
+    spec = {"clip_tokens": (config.image_size // config.patch_size)**2 + 1, "clip_width": config.hidden_size,
+            "clip_sha256": sha256(folder)}
+
+    def see(picture):
+        x = processor(images=picture, return_tensors="pt").pixel_values.to(device)
+        return encoder(x, output_hidden_states=True).hidden_states[-2][0].float().cpu()
+
+    return spec, see
 
 
 def wan_text(path, length, device):
@@ -285,18 +335,18 @@ def part_of(path, part):
     return folder / part if (folder / part).is_dir() else folder
 
 
-def check_family(folder, key, wanted):
+def check_family(folder, key, wanted, pipeline=PIPELINE):
     """Refuses a folder whose config.json is absent or names another class of model."""
     if not (folder / "config.json").exists():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"{folder} has no config.json but {found}; wanted is {PIPELINE}")
+        raise FileNotFoundError(f"{folder} has no config.json but {found}; wanted is {pipeline}")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is damaged, it is not JSON: {error}") from error
     if config.get(key) != wanted:
         found = config.get("_class_name") or config.get("architectures") or config.get("model_type")
-        raise ValueError(f"{folder} holds {found}; wanted is {wanted}, as in {PIPELINE}")
+        raise ValueError(f"{folder} holds {found}; wanted is {wanted}, as in {pipeline}")
 
 
 def check_keys(folder, report):

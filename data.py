@@ -8,9 +8,11 @@ A dataset is a folder of raw numbers that store.py writes and `Latents` reads:
 
     manifest.json            codec, mean and std, dtype, fps; shape, count and files of each bucket; sizes and checksums
     16x21x60x104.0.bin       latents of one shape by rank 0, not normalised, each on pages of its own
+    16x21x60x104.image.0.bin  extra tensors called "image" that stand beside them, row by row, as nets take them
     text.0.bin               text embeddings by rank 0, a row per token, no padding; text.null.bin: those of no prompt
     text_off.npy             int64 (N, 3): a sample's first text row, how many, and the byte where its caption begins
-    crc.npy                  uint32 (N, 2): CRC32 of a sample's latent and text, checked when they are first read
+    crc.npy                  uint32 (N, 2): CRC32 of a sample's latent and text, then a column for each of its extra
+                             tensors; checked when they are first read
     captions.jsonl           id, caption and source of each sample
     place.npy                int64 (N,): a sample's row in its bucket's files; not there where that is its order
     journal.0.jsonl          what rank 0 has stored, from where an interrupted Writer goes on; spec.json: its settings
@@ -60,8 +62,7 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
             "student_score_t_perm", "student_score_t", "student_score_noise",
             "critic_prompt", "critic_z", "critic_renoise",
             "critic_score_t_perm", "critic_score_t", "critic_score_noise",
-            "clip", "give", "student_give", "critic_give", "short",
-            "clean_prefix")
+            "clip", "give", "student_give", "critic_give", "short", "pair", "pair_prompt", "clean_prefix")
 
 
 def stream(seed, purpose, step, slot=0):
@@ -193,7 +194,7 @@ class Ahead:
 
 
 def send(x, device):
-    """x on the device: a tensor, or a NamedTuple or list of whatever, whose tensors are sent.
+    """x on the device: a tensor, or a NamedTuple, list or dict of whatever, whose tensors are sent.
 
     A copy to a GPU is begun, not waited for: it joins the device's default stream, so that kernels launched once this
     has returned find it complete. Memory that is not page-locked is copied there first, else the copy would wait.
@@ -206,6 +207,8 @@ def send(x, device):
         return [send(item, device) for item in x]
     if isinstance(x, tuple):
         return x._make(send(item, device) for item in x)
+    if isinstance(x, dict):
+        return {name: send(item, device) for name, item in x.items()}
     return x
 
 
@@ -233,6 +236,7 @@ class Micro(NamedTuple):
     prefix: torch.Tensor    # (B,) fp32 in [0, 1): where it is < p, the first chunks stay clean
     ids: list           # of the samples in the dataset
     slots: list         # of the samples in the global batch
+    extras: dict        # {name: (B, …) fp32} of the dataset's extra tensors, as they were stored
 
 
 class Folder:
@@ -251,12 +255,19 @@ class Folder:
         widths = [stride(shape, dtype) // dtype.itemsize for shape in self.shapes]
         self.latents = [Rows(path, b["files"], width, dtype) for b, width in zip(buckets, widths)]
         self.tokens = Rows(path, text["files"], text["width"], dtype)
+        self.extras = []        # of each bucket {name: (shape, Rows)}
+        for bucket in buckets:
+            found = {}
+            for name, about in bucket.get("extras", {}).items():
+                wide = stride(about["shape"], DTYPES[about["dtype"]]) // DTYPES[about["dtype"]].itemsize
+                found[name] = tuple(about["shape"]), Rows(path, about["files"], wide, DTYPES[about["dtype"]])
+            self.extras.append(found)
         self.text_off = self.array("text_off.npy")
         self.crc = self.array("crc.npy")
         self.place = self.array("place.npy")
         # opened now, for prepare.py may give its name to another while we train
         self.lines = open(self.path / listed(self.manifest, "captions.jsonl"), "rb")
-        self.checked = np.zeros((self.count, 2), bool)
+        self.checked = np.zeros((self.count, 2 + len(self.extras[0])), bool)
 
     def array(self, name):
         """A small file of numbers, mapped; None where the dataset has none of that name."""
@@ -285,13 +296,25 @@ class Folder:
         self.check(id, 1, rows, self.tokens, first)
         return rows
 
+    def extra(self, id, name):
+        """One of a sample's extra tensors as stored, mapped."""
+        bucket, row = self.find(id)
+        shape, rows = self.extras[bucket][name]
+        x = rows(row)[0, :math.prod(shape)].view(shape)
+        self.check(id, 2 + list(self.extras[bucket]).index(name), x, rows, row)
+        return x
+
     def null(self):
         """(S_0, E), the text of no prompt."""
         return self.tokens(*self.manifest["text"]["null"])
 
     def caption(self, id):
+        return self.said(id)["caption"]
+
+    def said(self, id):
+        """A sample's caption and source."""
         self.captions.seek(self.text_off[id, 2])
-        return json.loads(self.captions.readline())["caption"]
+        return json.loads(self.captions.readline())
 
     @cached_property
     def captions(self):
@@ -303,7 +326,7 @@ class Folder:
         return self.lines
 
     def check(self, id, part, stored, source, row):
-        """Compares a sample's latent (part 0) or text (1) with its checksum, the first time it is read."""
+        """Compares a sample's latent (part 0), text (1) or extra tensor with its checksum, when it is first read."""
         if not self.checked[id, part]:
             if zlib.crc32(raw(stored)) != self.crc[id, part]:
                 file = self.path / source.files[source.find(row)[0]]
@@ -316,6 +339,8 @@ class Folder:
         """Has the system fetch a sample from disk meanwhile."""
         bucket, row = self.find(id)
         self.latents[bucket].will_need(row)
+        for _, rows in self.extras[bucket].values():
+            rows.will_need(row)
         self.tokens.will_need(*self.text_off[id, :2].tolist())
 
 
@@ -416,7 +441,7 @@ class Latents:
         give = [stream(self.seed, "give", step, slot).random(dtype=np.float32) for slot in slots]
         prefix = [stream(self.seed, "clean_prefix", step, slot).random(dtype=np.float32) for slot in slots]
         drop, give, prefix = map(torch.tensor, (drop, give, prefix))
-        return Micro(x0, text, self.null, drop, u, e, give, prefix, ids, slots)
+        return Micro(x0, text, self.null, drop, u, e, give, prefix, ids, slots, self.extras(ids))
 
     def batch_ids(self, step):
         """The global batch of a step -> (bucket, [id])."""
@@ -476,6 +501,23 @@ class Latents:
         text = self.empty(len(ids), *self.text_shape)
         self.each(self.read_text, ids, text)
         return text
+
+    def extra_shapes(self):
+        """{name: shape} of the extra tensors of the first bucket's samples; all others have those names too."""
+        return {name: shape for name, (shape, _) in self.folders[0].extras[0].items()}
+
+    def extras(self, ids):
+        """Extra tensors of samples of one bucket -> {name: (B, …) fp32}, as they were stored."""
+        def fill(id, name, out):
+            folder, id = self.find(id)
+            out.copy_(folder.extra(id, name))
+
+        found = {}
+        folder, own = self.find(ids[0])
+        for name, (shape, _) in folder.extras[folder.find(own)[0]].items():
+            found[name] = self.empty(len(ids), *shape)
+            self.each(fill, ids, [name] * len(ids), found[name])
+        return found
 
     def will_need(self, ids):
         """Has the system fetch all these samples from disk while the first of them is read."""
@@ -569,7 +611,8 @@ def check_alike(first, other):
     """Refuses a dataset that cannot be mixed with the first."""
     def described(folder):
         about = {"codec": folder.manifest["codec"], "text length": folder.manifest["text"]["length"],
-                 "null text (--negative)": zlib.crc32(raw(folder.null())), "latents": holds_latents(folder.manifest)}
+                 "null text (--negative)": zlib.crc32(raw(folder.null())), "latents": holds_latents(folder.manifest),
+                 "extra tensors": sorted(folder.extras[0])}
         if all(any(frames > 1 for _, frames, _, _ in some.shapes) for some in (first, other)):
             about["fps"] = folder.manifest["fps"]       # of stills it says nothing
         return about

@@ -7,13 +7,15 @@
 
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
-gradient. No discriminator, no real clips. A causal student rolls out chunk by chunk, each after its own clean ones; the
+gradient. No discriminator, no real clips. With --pairs the student first learns where the unguided teacher's ODE leads
+from known noise, which keeps its variety. A causal student rolls out chunk by chunk, each after its own clean ones; the
 other two see whole clips. The same command again resumes, exactly.
-Reads top to bottom: flags, setup in five steps, the loop, the two losses, draws, checkpoints, validation.
+Reads top to bottom: flags, setup in five steps, the loop, the losses, draws, pairs, checkpoints, validation.
 Imports model, plan and every leaf but shapes.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -28,22 +30,27 @@ import codec
 import flags
 import parallel
 import plan
-from data import Ahead, Latents, holds_latents, noise, stratified, stream
+from data import DTYPES, Ahead, Latents, holds_latents, noise, read_manifest, send, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import (MODELS, NO_CACHE, Chunked, Cond, bind, blank, caches, chunk_of, chunked, fits, initial,
-                   lengths, models_of, shapes_of)
+from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, check_causal, check_expert,
+                   check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of, shapes_of, shown)
+from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
-                  lr_at, numbers, ode, over, place, rollout, sample_t, start_average, stepwise, to_x0, train_step)
+                  is_high, lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average,
+                  stepwise, to_x0, train_step, trajectory, within)
+from store import Writer
 
 
 @dataclass(frozen=True)
 class Config:
-    """Distil a few-step student. A flag left None takes the value of the model's row in DEFAULTS."""
+    """Distil a few-step student. A flag left None takes its value from DEFAULTS, by model and --student_steps."""
 
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
     student: str | None = None                            # what the student starts from, a causal run; None = teacher
     model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; None = the teacher run's
+    expert: Literal["high", "low"] | None = None          # which of Wan 2.2's two experts to distil: high first
+    other: str | None = None                              # for --expert=low: the run of its high student
     data: str = "data/shapes"                             # dataset: a folder that prepare.py wrote; prompts are enough
     out: str = "out/distill"                              # folder of the run: log, curves, samples, checkpoints
     seed: int = 0                                         # random seed
@@ -58,6 +65,11 @@ class Config:
     guidance_interval: tuple[float, float] | None = None  # lowest and highest t with guidance (arXiv 2404.07724)
     score_shift: float | None = None                      # time shift of the t at which teacher and critic are asked
     first_frame: float | None = None                      # share of clips begun by a given frame; None = the teacher's
+
+    # before that, and beside it
+    pairs: int | None = None                              # clips of the unguided teacher from known noise; 0 = none
+    pairs_steps: int | None = None                        # updates of the student on these pairs, before --steps
+    anchor: float | None = None                           # weight of the pairs' loss beside distribution matching
 
     # optimizers
     steps: int | None = None                              # number of critic updates
@@ -99,8 +111,9 @@ class Config:
     dry_run: tuple[int, ...] = ()                         # plan for this many ranks (and GB per GPU), then exit
 
 
-# A row per model. The last block of each has no flags: edit it here. rescale is the share of the contrast added by
-# guidance that is taken back; only matrices are decayed.
+# A row per model, and for fewer steps of the student; see `row_of`. The last block of each has no flags: edit it here.
+# rescale is the share of the contrast added by guidance that is taken back; only matrices are decayed; pairs_… is how
+# the student learns from pairs, and the dtype that they are stored in.
 TINY = dict(
     steps=1000,
     batch=16,
@@ -113,6 +126,9 @@ TINY = dict(
     score_shift=4.0,
     guidance=2.0,
     guidance_interval=(0.6, 0.97),
+    pairs=0,
+    pairs_steps=1000,
+    anchor=0.3,
     remat=False,
     val_every=500,
     save_every=500,
@@ -120,6 +136,26 @@ TINY = dict(
     rescale=0.6,
     weight_decay=0.0,
     clip=10,
+    pairs_lr=3e-3,
+    pairs_betas=(0.9, 0.999),
+    pairs_ema=0.99,
+    pairs_warmup=20,
+    pairs_dtype="fp32",
+)
+TINY_2 = TINY | dict(
+    steps=120,
+    student_every=2,
+    shift=2.0,
+    score_shift=2.0,
+    guidance_interval=(0.0, 1.0),
+    pairs=4000,
+)
+TINY_1 = TINY_2 | dict(
+    steps=400,
+    student_lr=6e-4,
+    score_shift=0.7,
+    pairs_steps=700,
+    anchor=0.1,
 )
 WAN = dict(
     steps=3000,
@@ -134,6 +170,9 @@ WAN = dict(
     score_shift=5.0,
     guidance=4.0,
     guidance_interval=(0.0, 1.0),
+    pairs=0,
+    pairs_steps=3000,
+    anchor=0.3,
     remat=True,
     val_every=100,
     save_every=100,
@@ -141,18 +180,33 @@ WAN = dict(
     rescale=0.0,
     weight_decay=0.01,
     clip=10,
+    pairs_lr=2e-6,
+    pairs_betas=(0.9, 0.999),
+    pairs_ema=0.99,
+    pairs_warmup=20,
+    pairs_dtype="bf16",
 )
 DEFAULTS = {
     "tiny": TINY,
+    "tiny K=2": TINY_2,
+    "tiny K=1": TINY_1,
     "wan-1.3b": WAN,
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
+    "wan-14b-i2v": WAN,
+    "wan2.2-a14b": WAN | dict(guidance=4.0),
+    "wan2.2-a14b-i2v": WAN | dict(guidance=3.5),
 }
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "wandb", "micro_batch",
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet, or must have been where there is none any more
-BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "student": None}
+BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "pairs": 0, "pairs_steps": 0, "anchor": 0.0,
+          "expert": None, "other": None, "student": None}
+BETAS = (0.0, 0.999)    # of student and critic
+ODE_STEPS = 8           # least number of steps in which the teacher makes a pair
+PAIRS_LOG = 10          # updates on pairs from one line of the log to the next
+USUAL_STEPS = 4         # of the student, for which a model's own row was made
 CLAMP = (0.02, 0.98)    # of the t at which teacher and critic are asked
 SEEDS = 4               # noises per prompt at validation, to see how far the clips of one prompt differ
 CHUNK = 16              # clips sampled at once where no --micro_batch is given
@@ -167,30 +221,24 @@ class Draw(NamedTuple):
     e: torch.Tensor     # (B, C, F, H, W) noise of the score's x_t
     u: torch.Tensor     # (B,) uniforms of the score's t
     noises: list        # K - 1 of (B, C, F, H, W), between the steps of the rollout
+    extras: dict        # {name: (B, …)} what an image-to-video model is shown
 
 
 def main(cfg):
     # 1) refuse what cannot be, before anything is allocated or written
     with flags.door(__file__):
         cfg, world, data, origin = begin(cfg)
-        if origin.step > cfg.steps or origin.step == cfg.steps and validated(cfg, origin.step, world):
+        if origin.step > end_of(cfg) or origin.step == end_of(cfg) and validated(cfg, origin.step, world):
             return world.say(finished(cfg, origin))
 
     # 2) build: three nets of one make; with LoRA student and critic are adapters, of one net where they start alike
     teacher_net = build(cfg, data, world, trainable=cfg.lora_rank > 0)
     student_net = teacher_net if one_net(cfg) else build(cfg, data, world)
     critic_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
-    student = learner("student", student_net, cfg, world)
-    critic = learner("critic", critic_net, cfg, world)
+    student = learner("student", student_net, betas_at(origin.step, cfg), cfg, world)
+    critic = learner("critic", critic_net, BETAS, cfg, world)
     student.average = copies(student.rows)
-    state = ckpt.roles(
-        net=student.rows,
-        opt=student.opt_rows,
-        ema=student.average,
-        critic=critic.rows,
-        critic_opt=critic.opt_rows,
-        null=parallel.whole(data.null),
-    )
+    state = state_of(student, critic, data)
 
     # 3) values: the teacher's; student's and critic's of this run's checkpoint, new adapters', or the teacher's too
     with flags.door(__file__):
@@ -207,20 +255,21 @@ def main(cfg):
             start_average(student)
     origin = origin._replace(weights=None, begins=None)     # closes their files
 
-    # 4) the log, and signals
-    log = Log(cfg.out, asdict(cfg), step=origin.step, steps=cfg.steps, main=world.main, wandb=cfg.wandb)
+    # 4) the teacher's pairs, if any, the log, and signals
+    nets = partial(bound_nets, student_net, critic_net, (teacher_net, high_net(origin, cfg, world)), origin, cfg, world)
+    pairs = pairs_of(nets, data, origin, cfg, world)
+    log = Log(cfg.out, asdict(cfg), step=origin.step, steps=end_of(cfg), main=world.main, wandb=cfg.wandb, signs=signs)
     stopped, clock = parallel.stop_requested(world), Clock()
 
     # 5) the loop
-    nets = partial(bound_nets, student_net, critic_net, teacher_net, origin.teacher_sampling, cfg, world)
     draws = Ahead(partial(draw, data, cfg), {"student": cfg.student_every, "critic": 1}, world.device)
-    K, clip = len(cfg.times), DEFAULTS[cfg.model]["clip"]
+    exits, clip = exits_of(cfg), row_of(cfg)["clip"]
     goal = []       # the teacher's clips, from the first validation on
-    for step in range(origin.step, cfg.steps + 1):
+    for step in range(origin.step, end_of(cfg) + 1):
         # once in a while: save, then validate; a run killed in between validates when it resumes
-        last, stop = step == cfg.steps, stopped()
+        last, stop = step == end_of(cfg), stopped()
         if step > origin.step and (last or stop or due(step, cfg.save_every)):
-            meta = about(student, critic, cfg, origin)
+            meta = about(step, student, critic, cfg, origin)
             ckpt.save(cfg.out, step, state, meta, keep=cfg.keep, report=log.say, **world.ranks)
         if not stop and (last or due(step, cfg.val_every)) and not validated(cfg, step, world):
             with averaged(student):
@@ -229,55 +278,110 @@ def main(cfg):
             log.say(ended(step, student.counts, cfg))
             break
 
+        # at first the student alone learns the teacher's pairs
+        n = step - cfg.pairs_steps
+        if n < 0:
+            regress(step, student, nets, pairs, origin, cfg, world, clock, log)
+            continue
+
         # the student follows the teacher, now and then
         seen = {}
-        if due(step + 1, cfg.student_every):
+        if due(n + 1, cfg.student_every):
             with clock("seconds"), ckpt.ending(cfg.out, step):
-                exit = student.counts["updates"] % K        # the same on all ranks, and each as often
+                exit = exits[student.counts["updates"] % len(exits)]    # the same on all ranks, and each as often
                 with clock("data_wait"):
-                    micros = draws("student", step)
+                    micros = draws("student", n)
                 losses = [partial(student_loss, nets, micro, exit, cfg) for micro in micros]
-                lr = rate(step, cfg.student_lr, cfg)
+                losses = anchored(losses, pairs, n, nets, cfg)
+                lr = rate(n, cfg.student_lr, cfg)
                 seen |= named("student", train_step(student, losses, lr=lr, clip=clip, ema=cfg.ema))
             clock.add("flops", cfg.batch * student_flops(nets, micros[0], exit, cfg))
 
         # the critic follows the student, always
         with clock("seconds"), ckpt.ending(cfg.out, step):
-            exit = critic.counts["updates"] % K
+            exit = exits[critic.counts["updates"] % len(exits)]
             with clock("data_wait"):
-                micros = draws("critic", step)
+                micros = draws("critic", n)
             losses = [partial(critic_loss, nets, micro, exit, cfg) for micro in micros]
-            lr = rate(step, cfg.critic_lr, cfg)
+            lr = rate(n, cfg.critic_lr, cfg)
             seen |= named("critic", train_step(critic, losses, lr=lr, clip=clip))
         clock.add("flops", cfg.batch * critic_flops(nets, micros[0], exit, cfg))
         say_skipped(step, student, critic, seen, data, cfg, log)
 
         # one line, at a step that updated both
-        if due(step + 1, cfg.student_every):
+        if due(n + 1, cfg.student_every):
             seen |= clock.take(min(cfg.student_every, step + 1 - origin.step))
-            log(step + 1, **figures(seen, student, critic, cfg, world))
-        if step == origin.step:
-            show_first(micros[0], origin, cfg, world, log)
+            log(step + 1, **figures(seen, [student, critic], cfg, world))
+        show_first(step, micros[0].z, origin, cfg, world, log)
     log.close()
+
+
+def regress(step, student, nets, pairs, origin, cfg, world, clock, log):
+    """An update of the student on the teacher's pairs: plain flow matching, at the student's own times.
+
+    After the last of them the student is its average, and nothing else of this stage is left.
+    """
+    row = row_of(cfg)
+    with clock("seconds"), ckpt.ending(cfg.out, step):
+        with clock("data_wait"):
+            micros = pairs(step)
+        losses = [partial(pairs_loss, nets, micro, cfg) for micro in micros]
+        lr = lr_at(step, lr=row["pairs_lr"], warmup=row["pairs_warmup"], decay_steps=cfg.pairs_steps,
+                   schedule="cosine")
+        seen = named("pairs", train_step(student, losses, lr=lr, clip=row["clip"], ema=row["pairs_ema"]))
+    clock.add("flops", cfg.batch * pairs_flops(nets, micros[0], cfg))
+    if student.counts["in_a_row"]:
+        log.say(f"step {step}: the student's gradient norm on pairs is {seen['pairs_grad_norm']:.3g}, update skipped")
+    if due(step + 1, PAIRS_LOG) or step + 1 == cfg.pairs_steps:
+        seen |= clock.take(min(step % PAIRS_LOG, step - origin.step) + 1)
+        log(step + 1, **figures(seen, [student], cfg, world))
+    if step + 1 == cfg.pairs_steps:
+        start_again(student, BETAS)
+    show_first(step, micros[0].e, origin, cfg, world, log)
+
+
+def pairs_loss(nets, pair, cfg):
+    """Flow matching on the teacher's pairs, by the error of x0: that of the point x_t on the ODE's way is its end."""
+    student, _, _ = nets(pair.x0.shape)
+    return flow_loss(student, pair.x0, Cond(pair.text), pair.t, pair.e, pair.t.square(), times=cfg.times)
 
 
 def student_loss(nets, micro, exit, cfg):
     """Distribution matching on what the student's sampler gives at its step `exit`, with its graph."""
     student, critic, teacher = nets(micro.z.shape)
-    cond, uncond = Cond(micro.text), Cond(micro.null.expand_as(micro.text))
+    cond = cond_of(micro.text, micro.extras)
+    uncond = cond._replace(text=micro.null.expand_as(micro.text))
     x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
-    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
-    rescale = DEFAULTS[cfg.model]["rescale"]
+    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
+    rescale = row_of(cfg)["rescale"]
     return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
+
+
+def anchored(losses, pairs, n, nets, cfg):
+    """The student's losses of step n, each with that of the teacher's pairs beside it in the weight --anchor.
+
+    anchor_share: what the pairs' gradient on the student's x0 is of both, by their root mean squares.
+    """
+    def both(loss_of, pair):
+        loss, seen = loss_of()
+        beside, of_pairs = pairs_loss(nets, pair, cfg)
+        anchor, matching = 2 * cfg.anchor * of_pairs["loss"].sqrt(), (2 * seen["loss"]).sqrt()
+        seen |= named("pairs", of_pairs) | {"anchor_share": anchor / (anchor + matching)}
+        return loss + cfg.anchor * beside, seen
+
+    if not cfg.anchor:
+        return losses
+    micros = pairs(cfg.pairs_steps + n // cfg.student_every)
+    return [partial(both, loss_of, pair) for loss_of, pair in zip(losses, micros, strict=True)]
 
 
 def critic_loss(nets, micro, exit, cfg):
     """Flow matching on the student's clips: train.py's own loss."""
     student, critic, _ = nets(micro.z.shape)
-    cond = Cond(micro.text)
+    cond = cond_of(micro.text, micro.extras)
     with torch.no_grad():
         x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
-    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP)
+    t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     return flow_loss(critic, x0, cond, t, micro.e, free=micro.free)
 
 
@@ -297,6 +401,17 @@ def roll(student, cond, z, noises, exit, free, cfg):
     return stepwise(draw, student.see, (cond,), student.chunk, over(ones), z, *noises)
 
 
+def part_of(cfg):
+    """(boundary, expert) of the part of all t that one of two experts has, None where there is one net."""
+    return (MODELS[cfg.model].boundary, cfg.expert) if cfg.expert else None
+
+
+def exits_of(cfg):
+    """The steps of the student's sampler after which a rollout may end: of an expert, those that it makes itself."""
+    boundary = MODELS[cfg.model].boundary
+    return [k for k, t in enumerate(cfg.times) if not cfg.expert or is_high(t, boundary) == (cfg.expert == "high")]
+
+
 def scale_at(t, cfg):
     """The teacher's guidance at each t (B,), or None where there is none at any t."""
     low, high = cfg.guidance_interval
@@ -309,7 +424,8 @@ def student_flops(nets, micro, exit, cfg):
     sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3        # a forward and its backward
     scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
-    return student.flops(*sizes) * (exit + learning + sees(cfg)) + critic.flops(*sizes) * scores
+    graphs = 2 if cfg.anchor else 1
+    return student.flops(*sizes) * (exit + graphs * learning + sees(cfg)) + critic.flops(*sizes) * scores
 
 
 def critic_flops(nets, micro, exit, cfg):
@@ -325,24 +441,36 @@ def sees(cfg):
     return 1 if chunk_of(cfg.window, cfg.tile) else 0
 
 
+def pairs_flops(nets, pair, cfg):
+    """The same of an update on pairs."""
+    student, _, _ = nets(pair.x0.shape)
+    learning = 2 if cfg.lora_rank else 3
+    return student.flops(pair.x0.shape[1:], pair.text.shape[1]) * learning
+
+
 def sizes_of(micro):
     """What Bound.flops counts by: a latent's shape, tokens of a text, times t of a sample."""
     times = 1 if micro.free is None else micro.free.shape[1]
     return micro.z.shape[1:], micro.text.shape[1], times
 
 
-def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
+def bound_nets(student, critic, frozen, origin, cfg, world, shape):
     """The three nets as the losses see them, for latents (…, F, H, W) -> (student, critic, teacher), each a Bound.
 
     A causal student is a model.Chunked. It attends as its flags say, the teacher as it was trained, and so does the
-    critic, its copy.
+    critic, its copy. Where the expert for low noise is distilled, the student is a Pair, in whose rollouts `high` makes
+    the first steps.
     """
+    (teacher, high), teacher_sampling = frozen, origin.teacher_sampling
     adapters = ("student", "critic") if cfg.lora_rank else (None, None)
     full = [teacher_sampling[name] for name in ("window", "tile", "dense_ends")]
     if chunk_of(cfg.window, cfg.tile):
         few = chunked(student, shape, world, cfg.window, cfg.tile, adapters[0])
     else:
         few = bind(student, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapters[0])
+    if high is not None:
+        told = [origin.high.sampling[name] for name in ("window", "tile", "dense_ends")]
+        few = Pair(bind(high, shape, world, *told), few, MODELS[cfg.model].boundary)
     return (
         few,
         bind(critic, shape, world, *full, adapters[1]),
@@ -350,9 +478,9 @@ def bound_nets(student, critic, teacher, teacher_sampling, cfg, world, shape):
     )
 
 
-def rate(step, lr, cfg):
-    """The learning rate of update `step`."""
-    return lr_at(step, lr=lr, warmup=0, decay_steps=cfg.steps, schedule=cfg.schedule)
+def rate(n, lr, cfg):
+    """The learning rate n critic updates after the start."""
+    return lr_at(n, lr=lr, warmup=0, decay_steps=cfg.steps, schedule=cfg.schedule)
 
 
 def named(role, seen):
@@ -364,17 +492,17 @@ def say_skipped(step, student, critic, seen, data, cfg, log):
     for role, me in (("student", student), ("critic", critic)):
         norm = seen.get(f"{role}_grad_norm")
         if norm is not None and me.counts["in_a_row"]:
-            _, ids = prompts(data, cfg, role, step)
+            _, ids = prompts(data, cfg, role, step - cfg.pairs_steps)
             log.say(f"step {step}: the {role}'s gradient norm is {norm:.3g}, update skipped; samples {ids}")
 
 
-def figures(seen, student, critic, cfg, world):
+def figures(seen, learners, cfg, world):
     """What a line of the log holds: measurements over all ranks, speed."""
     seen = numbers(parallel.mean(seen, world))
     flops_per_s = seen.pop("flops") / seen["seconds"] / world.size
     return seen | {
-        "skipped": student.counts["skipped"] + critic.counts["skipped"],
-        "student_updates": student.counts["updates"],
+        "skipped": sum(me.counts["skipped"] for me in learners),
+        "student_updates": learners[0].counts["updates"],
         "samples_per_s": cfg.batch / seen["seconds"],
         **Log.speed(flops_per_s, world.device, cfg.precision),
     }
@@ -395,13 +523,13 @@ def draw(data, cfg, role, step):
     u = stratified(cfg.seed, f"{role}_score_t_perm", f"{role}_score_t", step, cfg.batch)
     micros = []
     for slots in data.slots:
-        text = data.text([ids[slot] for slot in slots])
+        some = [ids[slot] for slot in slots]
         z, free = begun(noise(cfg.seed, f"{role}_z", step, slots, shape), role, step, slots, ids, data, cfg)
         e = noise(cfg.seed, f"{role}_score_noise", step, slots, shape)
         noises = []
         for k in range(K - 1):
             noises.append(noise(cfg.seed, f"{role}_renoise", step, [slot * K + k for slot in slots], shape))
-        micros.append(Draw(text, data.null, z, free, e, u[slots], noises))
+        micros.append(Draw(data.text(some), data.null, z, free, e, u[slots], noises, data.extras(some)))
     return micros
 
 
@@ -427,6 +555,151 @@ def prompts(data, cfg, role, step):
     return bucket, ids
 
 
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """Clips of the teacher, and points on the way to them from their noise, as the student takes them at once."""
+    x0: torch.Tensor    # (B, C, F, H, W) where the teacher's ODE ends
+    e: torch.Tensor     # (B, C, F, H, W) the noise that takes x0 to the point: where the ODE began, for t = 1
+    t: torch.Tensor     # (B,) of the student's times, that of the point
+    text: torch.Tensor  # (B, S, E)
+
+
+def pairs_of(nets, data, origin, cfg, world):
+    """-> function of a step that gives this rank's [Point] on the device; None where the run needs none any more.
+
+    They are made first, where out/pairs does not hold them yet.
+    """
+    if not cfg.anchor and origin.step >= cfg.pairs_steps:
+        return None
+    with flags.door(__file__):
+        folder = make_pairs(nets, data, origin, cfg, world)
+        stored = Latents(
+            folder,
+            seed=cfg.seed,
+            batch=cfg.batch,
+            micro_batch=cfg.micro_batch,
+            rank=world.data_rank,
+            world=world.data_size,
+            device=world.device,
+        )
+    number = np.array([stored.folders[0].said(id)["source"] for id in range(stored.count)])
+    ids = [some[np.argsort(number[some])] for some in stored.buckets]   # in one order, whichever ranks made them
+    return partial(Ahead(partial(draw_pairs, stored, number, ids, cfg), {"pairs": 1}, world.device), "pairs")
+
+
+def draw_pairs(stored, number, ids, cfg, role, step):
+    """This rank's pairs for one update, each at one of the student's times -> [Point], a pure function of the step."""
+    bucket, positions = stored.order.at(step)
+    u = stratified(cfg.seed, "t_perm", "t", step, cfg.batch)
+    K = len(cfg.times)
+    pairs = []
+    for slots in stored.slots:
+        some = ids[bucket][positions[slots]].tolist()
+        latents, text = stored.sample(some)
+        x0, *points = latents.chunk(K, 1)
+        z = noise(cfg.seed, "pair", 0, number[some].tolist(), x0.shape[1:])
+        which = (u[slots] * K).long()
+        x_t = torch.stack([z, *points], 1)[torch.arange(len(some)), which]
+        t = torch.tensor(cfg.times)[which]
+        e = (x_t - over(1 - t) * x0) / over(t)
+        pairs.append(Point(x0.contiguous(), e, t, text))
+    return pairs
+
+
+def make_pairs(nets, data, origin, cfg, world):
+    """Makes --pairs clips of the unguided teacher by an ODE of second order -> their folder, a dataset, out/pairs.
+
+    A sample has the channels of the clip and of the points of its way at times[1:], all normalised. Its source is its
+    number, of which its noise, its bucket and its caption are functions. Made once, by all ranks; killed, it goes on.
+    """
+    folder, spec, times = Path(cfg.out) / "pairs", pairs_spec(data, origin, cfg), ode_times(cfg)
+    agree, chunk = world.ranks["agree"], cfg.micro_batch or CHUNK
+    if parallel.agree(finished_with(folder, spec), world):
+        return folder
+    with ckpt.together(agree, folder):
+        writer = Writer(folder, spec, world.rank)
+    drawn = [pair_prompt(data, cfg, number) for number in range(cfg.pairs)]
+    left = [number for number in range(cfg.pairs) if str(number) not in writer.done]
+    world.say(f"{len(left)} of {cfg.pairs} pairs of the teacher to be made, in {len(times)} steps each -> {folder}")
+    for bucket, shape in enumerate(data.shapes):
+        _, _, teacher = nets(shape)
+        todo = [number for number in left if drawn[number][0] == bucket]
+        mine = parallel.share(len(todo), world)     # as many on all ranks, for sharded ones forward in step
+        for i in range(0, len(mine), chunk):
+            some = [todo[place] for place, _ in mine[i:i + chunk]]
+            prompts = [drawn[number][1] for number in some]
+            z = noise(cfg.seed, "pair", 0, some, shape).to(world.device)
+            cond = Cond(data.text(prompts).to(world.device))
+            points = dict(zip([*times[1:], 0.0], trajectory(teacher, z, cond, times, solver="ab2")))
+            made = torch.cat([points[t] for t in (0.0, *cfg.times[1:])], 1).cpu()
+            for latent, number, prompt, (_, counts) in zip(made, some, prompts, mine[i:i + chunk]):
+                if counts and world.rank % world.sp == 0:
+                    at, id = data.find(prompt)
+                    writer.add(latent, at.text(id), caption=at.caption(id), source=number, key=str(number))
+    with ckpt.together(agree, folder):
+        writer.save()
+    with ckpt.together(agree, folder):
+        if world.main:
+            channels = len(cfg.times) * data.shapes[0][0]
+            writer.finish(data.folders[0].null(), [0.0] * channels, [1.0] * channels)
+    return folder
+
+
+def pairs_spec(data, origin, cfg):
+    """What pairs are made of: a folder that was begun with other settings is refused."""
+    made = data.manifest
+    return {
+        "codec": {
+            "name": "pairs",
+            "teacher": origin.base["crc32"],
+            "data": data.content,
+            "seed": cfg.seed,
+            "pairs": cfg.pairs,
+            "times": list(cfg.times),
+            "ode": ode_times(cfg),
+            "text_width": made["text"]["width"],
+            "text_length": made["text"]["length"],
+        },
+        "fps": made["fps"],
+        "dtype": row_of(cfg)["pairs_dtype"],
+    }
+
+
+def to_make(cfg):
+    """The run's pairs as its plan counts them, or None."""
+    if not cfg.pairs:
+        return None
+    dtype = DTYPES[row_of(cfg)["pairs_dtype"]]
+    return plan.Pairs(cfg.pairs, len(cfg.times), len(ode_times(cfg)), dtype.itemsize)
+
+
+def finished_with(folder, spec):
+    """Whether a folder holds a whole dataset of these settings."""
+    return (folder / "manifest.json").exists() and read_manifest(folder)["codec"] == spec["codec"]
+
+
+def ode_times(cfg):
+    """The times at which a pair's ODE is solved: the student's, and those of a grid of ODE_STEPS steps or more.
+
+    The grid's points that are next to one of the student's are left out: the step after a very short one would carry v
+    too far.
+    """
+    n = math.ceil(ODE_STEPS / len(cfg.times)) * len(cfg.times)
+    own = [shifted(t, 1 / cfg.shift) for t in cfg.times]
+    between = [i / n for i in range(n, 0, -1) if min(abs(i / n - u) for u in own) > 0.25 / n]
+    return sorted([*cfg.times, *(shifted(u, cfg.shift) for u in between)], reverse=True)
+
+
+def pair_prompt(data, cfg, number):
+    """-> (bucket, id of the sample whose prompt it takes) of a pair."""
+    sizes = np.array([len(ids) for ids in data.buckets])
+    rng = stream(cfg.seed, "pair_prompt", number)
+    bucket = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+    return bucket, int(data.buckets[bucket][rng.integers(sizes[bucket])])
+
+
 # ---- setup ----------------------------------------------------------------------------------------------------------
 
 
@@ -441,14 +714,15 @@ class Origin(NamedTuple):
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
     teacher_sampling: dict          # sampling block of the teacher
     student_sampling: dict          # and of the student
+    high: ckpt.Source | None        # of --other
 
 
 def begin(cfg):
     """The resolved config, the ranks, the dataset and the run's Origin; errors for what cannot be, or exits."""
     cfg = resolve(cfg)
-    takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True)
+    takes = dict(optimizer=optimizer(cfg), learners=2, teacher=True, graphs=2 if cfg.anchor else 1)
     if cfg.dry_run:
-        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes))
+        raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes, pairs=to_make(cfg)))
     world = parallel.init(cfg.device, cfg.shard, cfg.sp, cfg.precision, cfg.compile, cfg.deterministic)
     cfg = replace(cfg, precision=world.precision)
     data = Latents(
@@ -460,7 +734,7 @@ def begin(cfg):
         world=world.data_size,
         device=world.device,
     )
-    weights = ckpt.weights(cfg.teacher, **world.ranks)
+    weights = ckpt.weights(cfg.teacher, expert=cfg.expert, **world.ranks)
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
     if cfg.first_frame:     # first frames are normalised as the teacher knows them
         data.mean, data.std = codec.moments(student_sampling)
@@ -470,13 +744,18 @@ def begin(cfg):
     plan.start(cfg, world, adapters(cfg), data, **takes)
 
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin, models_of)
-    base = ckpt.base_of(cfg.teacher, weights)
+    base = ckpt.base_of(cfg.teacher, weights, cfg.expert)
     inputs = {"data": data.content, "teacher": base["crc32"]}
     begins = weights
     if cfg.student:
         begins = ckpt.weights(cfg.student, **world.ranks)
         ckpt.match(shapes_of(cfg.model), begins.shapes, begins.origin, models_of)
         inputs["student"] = ckpt.fingerprint(begins)
+    high = None
+    if cfg.other:
+        high = ckpt.weights(cfg.other, **world.ranks)
+        check_high(high, cfg)
+        inputs["other"] = ckpt.fingerprint(high)
     if chunk_of(cfg.window, cfg.tile):
         if not all(caches(MODELS[cfg.model], shape, cfg.window, cfg.tile, cfg.sp) for shape in data.shapes):
             world.say(NO_CACHE)
@@ -486,30 +765,62 @@ def begin(cfg):
         saved = ckpt.read_manifest(path)
         ckpt.differences(path, saved, asdict(cfg), inputs, may_change(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
+    if row_steps(cfg) != cfg.student_steps:
+        kind = " of such a student" if apart(cfg) else ""
+        world.say(f"--model={cfg.model} has no row of defaults for {cfg.student_steps} steps{kind}: "
+                  f"those of {row_steps(cfg)} are taken")
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
         raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
-    origin = Origin(path, step, counts, weights, begins, base, inputs, teacher_sampling, student_sampling)
+    origin = Origin(path, step, counts, weights, begins, base, inputs, teacher_sampling, student_sampling, high)
     return cfg, world, data, origin
 
 
 def resolve(cfg):
     """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
     cfg = inherit(cfg)
+    check_expert(cfg.model, cfg.expert)
+    check_first_frame(cfg.model, cfg.first_frame)
+    check_causal(cfg.model, cfg.window)
+    if cfg.expert and cfg.student:
+        raise ValueError(f"--student={cfg.student} does not apply to --expert={cfg.expert}: an expert's student starts "
+                         "from its teacher")
+    if (cfg.expert == "low") != (cfg.other is not None):
+        raise ValueError(f"--expert={cfg.expert} --other={cfg.other}: the expert for high noise is distilled first and "
+                         "alone, then that for low with --other=RUN, the high student's, which begins its rollouts")
     if cfg.times and cfg.shift is not None:
         raise ValueError(f"--times are the student's times themselves, --shift={cfg.shift} does not apply")
-    row = DEFAULTS[cfg.model]
+    if cfg.times:
+        cfg = replace(cfg, student_steps=len(cfg.times))
+    flags.at_least(cfg, 1, "student_steps")
+    given, row = cfg, row_of(cfg)
     saved = ckpt.flags_of(cfg.out, cfg.resume)
+    if saved:
+        saved = BEFORE | saved
     kept = {*row, "precision", "lora_alpha"} - set(cfg.allow)
     if not cfg.lora_rank:
         kept -= {"lora_alpha"}      # the rank is what differs, and is named
     cfg = flags.filled(cfg, {name: saved.get(name) for name in kept}, row)
     cfg = replace(cfg, lora_alpha=flags.lora_alpha(cfg))
-    flags.at_least(cfg, 0, "guidance", "ema", "val_every", "save_every", "samples", "dense_ends", "lora_rank")
-    flags.at_least(cfg, 1, "student_steps", "steps", "student_every", "batch", "keep")
+    flags.at_least(cfg, 0, "guidance", "ema", "val_every", "save_every", "samples", "dense_ends", "lora_rank",
+                   "pairs", "pairs_steps", "anchor")
+    flags.at_least(cfg, 1, "student_every", "batch", "keep")
     flags.above(cfg, 0, "shift", "score_shift", "student_lr", "critic_lr")
     flags.check_run(cfg)
-    if cfg.ema >= 1 or cfg.steps < cfg.student_every:
+    for name in ("pairs_steps", "anchor"):
+        if getattr(given, name) and not cfg.pairs:
+            raise ValueError(f"--{name}={getattr(given, name)} needs pairs of the teacher: --pairs=N makes N")
+    if not cfg.pairs:
+        cfg = replace(cfg, pairs_steps=0, anchor=0.0)
+    elif not cfg.pairs_steps and not cfg.anchor:
+        raise ValueError(f"--pairs={cfg.pairs}, but --pairs_steps and --anchor are 0: nothing learns from them")
+    elif apart(cfg):
+        raise ValueError(f"--pairs={cfg.pairs}: a causal student, or one that --student starts, learns from none: "
+                         "leave the flag out")
+    elif cfg.expert or MODELS[cfg.model].image:
+        raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is another")
+    flags.at_least(cfg, min(1, 1 - cfg.pairs_steps), "steps")
+    if cfg.ema >= 1 or cfg.steps < cfg.student_every and not cfg.pairs_steps:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
                          "never change")
     times = cfg.times
@@ -517,6 +828,9 @@ def resolve(cfg):
         times = tuple(grid(cfg.student_steps, cfg.shift))
     if times[0] != 1 or min(times) <= 0 or any(a <= b for a, b in pairwise(times)):
         raise ValueError(f"--times {' '.join(map(str, times))}: they start at 1, noise, and descend, all above 0")
+    if not exits_of(replace(cfg, times=times)):
+        raise ValueError(f"--expert={cfg.expert}: none of the student's times {' '.join(f'{t:.4g}' for t in times)} is "
+                         f"its own, they lie on the other's side of {MODELS[cfg.model].boundary}")
     if not 0 <= cfg.guidance_interval[0] < cfg.guidance_interval[1] <= 1:
         interval = " ".join(map(str, cfg.guidance_interval))
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
@@ -526,6 +840,27 @@ def resolve(cfg):
     if not 0 <= cfg.first_frame <= 1:
         raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     return replace(cfg, times=times, student_steps=len(times))
+
+
+def row_of(cfg):
+    """The row of defaults: of the model and the student's number of steps, else of the next larger number of steps."""
+    return DEFAULTS.get(f"{cfg.model} K={row_steps(cfg)}", DEFAULTS[cfg.model])
+
+
+def row_steps(cfg):
+    """The student's number of steps for which its row of defaults was made; a model's own row is for 4.
+
+    That is also taken by a causal student, of any number of steps: rows for fewer begin with pairs, and it has none.
+    """
+    if apart(cfg):
+        return USUAL_STEPS
+    rows = [K for K in range(cfg.student_steps, USUAL_STEPS) if f"{cfg.model} K={K}" in DEFAULTS]
+    return min(rows, default=USUAL_STEPS)
+
+
+def apart(cfg):
+    """Whether the student is causal, or starts apart from the teacher: it learns no pairs."""
+    return cfg.student is not None or chunk_of(cfg.window, cfg.tile) is not None
 
 
 def inherit(cfg):
@@ -538,18 +873,18 @@ def inherit(cfg):
         begins = ckpt.sampling_of(cfg.student)
     if sampling is None and cfg.model is None:
         raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
-    known = 0.0
+    known = {"first_frame": 0.0}
     if sampling is not None:
         if cfg.model not in (None, sampling["model"]):
             raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
         if "times" in sampling:
             raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
-        known = sampling.get("first_frame", 0.0)     # of old checkpoints
-        if cfg.first_frame and not known:
+        known = {"first_frame": sampling.get("first_frame", 0.0), "expert": sampling.get("expert")}     # old ones lack both
+        if cfg.first_frame and not known["first_frame"]:
             raise ValueError(f"--first_frame={cfg.first_frame}, but {cfg.teacher} was trained without: train.py "
                              "--first_frame first")
         cfg = replace(cfg, model=sampling["model"])
-    cfg = flags.filled(cfg, {}, {"first_frame": known})
+    cfg = flags.filled(cfg, {}, known)
     if begins is None:
         return cfg
     if begins["model"] != cfg.model:
@@ -565,6 +900,7 @@ def samplings(cfg, data, weights):
     made = data.manifest
     width = made["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
+    shown(cfg.model, data.extra_shapes())
     if cfg.first_frame and (not holds_latents(made) or all(shape[1] == 1 for shape in data.shapes)):
         held = "stills" if holds_latents(made) else "prompts"
         raise ValueError(f"--first_frame={cfg.first_frame} takes first frames of clips, and {cfg.data} holds {held} "
@@ -598,7 +934,32 @@ def samplings(cfg, data, weights):
         "guidance": 1.0,
         "first_frame": cfg.first_frame,
     }
+    if cfg.expert:
+        student |= {"expert": cfg.expert, "boundary": MODELS[cfg.model].boundary}
     return teacher, student
+
+
+def check_high(high, cfg):
+    """ValueError unless a Source is of the high student that goes before: of the same model, times and boundary."""
+    sampling = high.sampling
+    if sampling is None or sampling.get("expert") != "high" or "times" not in sampling:
+        raise ValueError(f"--other={cfg.other} is no run that distilled the expert for high noise")
+    found = [sampling["model"], sampling["boundary"], *sampling["times"]]
+    wanted = [cfg.model, MODELS[cfg.model].boundary, *cfg.times]
+    if found != wanted:
+        raise ValueError(f"--other={cfg.other} is of model, boundary and times {' '.join(map(str, found))}; this run "
+                         f"is of {' '.join(map(str, wanted))}: the two experts sample together")
+
+
+def high_net(origin, cfg, world):
+    """The frozen net of --other, None where the student makes all steps of its rollouts."""
+    if origin.high is None:
+        return None
+    net = blank(cfg.model)
+    parallel.prepare(net, world, trainable=False, shapes=2 * len(origin.student_sampling["shapes"]))
+    with flags.door(__file__):
+        ckpt.fill(parallel.local_rows(net), origin.high, **world.ranks)
+    return net
 
 
 def adapters(cfg):
@@ -606,9 +967,14 @@ def adapters(cfg):
     return dict.fromkeys(("student", "critic"), (cfg.lora_rank, cfg.lora_alpha)) if cfg.lora_rank else {}
 
 
-def optimizer(cfg):
+def optimizer(cfg, betas=BETAS):
     """-> function of rows: their optimizer, and the rows of its state."""
-    return partial(adamw, betas=(0.0, 0.999), weight_decay=DEFAULTS[cfg.model]["weight_decay"])
+    return partial(adamw, betas=betas, weight_decay=row_of(cfg)["weight_decay"])
+
+
+def betas_at(step, cfg):
+    """AdamW's betas of the student, which are others while it learns from pairs alone."""
+    return row_of(cfg)["pairs_betas"] if step < cfg.pairs_steps else BETAS
 
 
 def build(cfg, data, world, trainable=True):
@@ -637,12 +1003,12 @@ def fill_frozen(teacher_net, student_net, origin, world):
         ckpt.fill(frozen, origin.begins, **world.ranks)
 
 
-def learner(role, net, cfg, world):
+def learner(role, net, betas, cfg, world):
     """A whole net, or its adapter called `role`, and its optimizer, as train_step takes it."""
     rows = parallel.local_rows(net, trained=True)
     if cfg.lora_rank:
         rows = {name: part for name, part in rows.items() if f".lora.{role}." in name}
-    opt, opt_rows = optimizer(cfg)(rows)
+    opt, opt_rows = optimizer(cfg, betas)(rows)
     return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world))
 
 
@@ -668,25 +1034,43 @@ def validated(cfg, step, world):
     return parallel.agree(done, world)
 
 
+def end_of(cfg):
+    """The run's last step."""
+    return cfg.pairs_steps + cfg.steps
+
+
+def state_of(student, critic, data):
+    """What a checkpoint holds: never the teacher."""
+    return ckpt.roles(
+        net=student.rows,
+        opt=student.opt_rows,
+        ema=student.average,
+        critic=critic.rows,
+        critic_opt=critic.opt_rows,
+        null=parallel.whole(data.null),
+    )
+
+
 def ended(step, counts, cfg):
     saved = f"is saved in {cfg.out}" if step else "is the start: nothing is saved"
-    if step and not counts["updates"]:
+    if counts["skipped"] and not counts["updates"]:
         saved += ", but no update was finite: the weights are those that the run began with"
-    return f"step {step} of {cfg.steps} {saved}{'; the same command goes on' if step < cfg.steps else ''}"
+    return f"step {step} of {end_of(cfg)} {saved}{'; the same command goes on' if step < end_of(cfg) else ''}"
 
 
 def finished(cfg, origin):
     more = "--steps=N" if "steps" in may_change(cfg) else "--steps=N --allow steps"
-    done = f"{origin.step} of {cfg.steps} steps"
+    done = f"{origin.step} of {end_of(cfg)} steps"
     return f"{origin.path} is finished, {done}: {more} adds, --out= starts another"
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def about(student, critic, cfg, origin):
+def about(step, student, critic, cfg, origin):
     """What a checkpoint says beside its tensors: it stands alone."""
     return {
+        "stage": "pairs" if step < cfg.pairs_steps else "matching",
         "config": asdict(cfg),
         "inputs": origin.inputs,
         "base": origin.base,
@@ -720,13 +1104,20 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
     shape = data.shape_of(ids[0])
     student, critic, teacher = nets(shape)
     times = grid(origin.teacher_sampling["steps"], origin.teacher_sampling["shift"])
+    exits, low, high = exits_of(cfg), *cfg.guidance_interval
+    if cfg.expert:      # the part of the teacher's path that is its own, and of the guided levels
+        boundary = MODELS[cfg.model].boundary
+        times = [t for t in times if is_high(t, boundary) == (cfg.expert == "high")]
+        low, high = within(torch.tensor([low, high]), boundary, cfg.expert).tolist()
 
     def draw(purpose, k, places):
         return noise(cfg.seed, purpose, k, places, shape).to(world.device)
 
     def conds(places):
-        text = data.text([ids[place // SEEDS] for place in places]).to(world.device)
-        return Cond(text), Cond(data.null.to(world.device).expand_as(text))
+        some = [ids[place // SEEDS] for place in places]
+        text, extras = send([data.text(some), data.extras(some)], world.device)
+        cond = cond_of(text, extras)
+        return cond, cond._replace(text=data.null.to(world.device).expand_as(text))
 
     def begun(given, places):
         z = draw("sample", 0, places)
@@ -740,11 +1131,15 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         z, free = begun(given, places)
         noises = [draw("sample", k, places) for k in range(1, len(cfg.times))]
         cond, _ = conds(places)
-        return roll(student, cond, z, noises, len(cfg.times) - 1, free, cfg)
+        return roll(student, cond, z, noises, exits[-1], free, cfg)
 
     def many_steps(given, places):
         z, free = begun(given, places)
         cond, uncond = conds(places)
+        if exits[0] > 0:        # where the high student ends, noised to where the low teacher begins
+            noises = [draw("sample", k, places) for k in range(1, exits[0] + 1)]
+            x0 = rollout(student, z, cond, cfg.times, noises, exits[0] - 1)
+            z = add_noise(x0, noises[-1], z.new_full((len(z),), times[0]))
         solver = origin.teacher_sampling.get("solver", "euler")     # of old checkpoints
         return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, free)
 
@@ -752,10 +1147,10 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         places = [i * SEEDS for i in some]
         x0 = few_steps(False, places)
         cond, uncond = conds(places)
-        t = x0.new_full((len(x0),), sum(cfg.guidance_interval) / 2)
+        t = x0.new_full((len(x0),), (low + high) / 2)
         x_t = add_noise(x0, draw("val", 0, some), t)
         f = to_x0(x_t, critic(x_t, t, cond), t)
-        rescale = DEFAULTS[cfg.model]["rescale"]
+        rescale = row_of(cfg)["rescale"]
         r, _ = guided_x0(teacher, x_t, t, cond, uncond, scale_at(t, cfg), rescale)
         return torch.stack([x0, f, r], 1)
 
@@ -814,10 +1209,10 @@ def likeness(student, teacher, given=False):
     return {f"{name}{way}": ratio for name, ratio in seen.items()}
 
 
-def show_first(micro, origin, cfg, world, log):
+def show_first(step, z, origin, cfg, world, log):
     """Decodes a clip after the first update, where memory is full: what would fail at a validation is said now."""
-    if world.main and cfg.vae and parallel.on_gpu(world.device):
-        codec.write_clips(log.file("noise", 0), micro.z[:1].cpu(), origin.student_sampling, vae=cfg.vae,
+    if step == origin.step and world.main and cfg.vae and parallel.on_gpu(world.device):
+        codec.write_clips(log.file("noise", 0), z[:1].cpu(), origin.student_sampling, vae=cfg.vae,
                           device=world.device, report=log.say)
 
 

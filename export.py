@@ -15,7 +15,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -40,45 +40,129 @@ class Config:
     merge: bool = False                             # fold the adapter into the weights under it
     base: str | None = None                         # weights to merge into; None = the run's own
 
+    # of one of Wan 2.2's two experts
+    other: str | None = None                        # the other expert's run: both are exported
+
 
 def main(cfg):
     with flags.door(__file__):
         if cfg.shard_gb <= 0:
             raise ValueError(f"--shard_gb={cfg.shard_gb}: above 0")
-        whole = ckpt.stored(cfg.ckpt, {cfg.weights, "null"})
-        saved = ckpt.role_of(whole, cfg.weights)
-        check(saved, cfg)
-        meta, step = saved.manifest["meta"], saved.manifest["step"]
-        told = {"checkpoint": saved.origin, "step": step, "sampling": saved.sampling}
-        if ckpt.adapts(saved):
-            told["base"] = meta["base"]     # what the adapter is for, or is folded into
-        causal = chunk_of(saved.sampling["window"], saved.sampling["tile"])
-        if causal:
-            told["note"] = CAUSAL.format(frames=causal, chunks=-saved.sampling["window"][0])
-        beside = {"nanovideo.json": told}
-        stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
-        if cfg.format == "comfy":
-            stem, shard = Path(cfg.out).name, math.inf
+        made = [made_of(cfg.ckpt, cfg, Path(cfg.out).name)]
+        if cfg.other:
+            made = both_of(made[0], cfg)
+        elif made[0].sampling.get("expert"):
+            print(f"{cfg.ckpt} is the expert for {made[0].sampling['expert']} noise: --other=RUN exports both, as "
+                  "pipelines want them")
+        folders = {}
+        for one in made:
+            folders[part_of(one, cfg)] = one
+        export(cfg.out, folders, DTYPES[cfg.dtype], index_of(made, cfg))
 
-        if cfg.lora:
-            source = lora_file(saved, meta["config"]["lora_alpha"], cfg.format)
-            stem, shard = "pytorch_lora_weights" if cfg.format == "diffusers" else stem, math.inf
-        else:
-            source = ckpt.merged(saved, cfg.base) if cfg.merge else saved
-            config = MODELS[saved.sampling["model"]]
-            ckpt.match(shapes_of(saved.sampling["model"]), source.shapes, source.origin)
-            source = ckpt.renamed(source, NAMES[cfg.format])
-            if cfg.format in CONFIG:
-                beside["config.json"] = CONFIG[cfg.format](config, saved.sampling)
-        export(cfg.out, source, DTYPES[cfg.dtype], shard, stem, beside, whole.tensor("null"))
-
-    print(f"{saved.origin}, step {step}: {len(source.shapes)} tensors, read back bit for bit, in")
-    for file in sorted(Path(cfg.out).iterdir()):
-        print(f"  {file}  {file.stat().st_size / 1e6:,.1f} MB")
-    if causal:
-        print(told["note"])
+    for one in made:
+        print(f"{one.origin}: {len(one.source.shapes)} tensors, read back bit for bit, in")
+    for file in sorted(Path(cfg.out).rglob("*")):
+        if file.is_file():
+            print(f"  {file}  {file.stat().st_size / 1e6:,.1f} MB")
+    for one in made:
+        if "note" in one.beside["nanovideo.json"]:
+            print(one.beside["nanovideo.json"]["note"])
     if cfg.lora:
-        print(f"It adapts {needed(meta['base'])}")
+        for one in made:
+            print(f"It adapts {needed(one.base)}")
+
+
+class Made(NamedTuple):
+    """What is written of one net."""
+    source: ckpt.Source     # tensors under the program's names
+    stem: str               # of their files
+    shard: float            # bytes of a file at most
+    beside: dict            # {name: JSON} of further files
+    null: torch.Tensor
+    sampling: dict
+    base: dict | None       # what an adapter is for
+    origin: str             # for messages
+
+
+def made_of(path, cfg, name):
+    """A run's net, or its adapter alone, as the program reads it -> Made. name: of comfy's file."""
+    whole = ckpt.stored(path, {cfg.weights, "null"})
+    saved = ckpt.role_of(whole, cfg.weights)
+    check(saved, cfg)
+    meta, step = saved.manifest["meta"], saved.manifest["step"]
+    told = {"checkpoint": saved.origin, "step": step, "sampling": saved.sampling}
+    if ckpt.adapts(saved):
+        told["base"] = meta["base"]     # what the adapter is for, or is folded into
+    causal = chunk_of(saved.sampling["window"], saved.sampling["tile"])
+    if causal:
+        told["note"] = CAUSAL.format(frames=causal, chunks=-saved.sampling["window"][0])
+    beside = {"nanovideo.json": told}
+    stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
+    if cfg.format == "comfy":
+        stem, shard = name, math.inf
+
+    if cfg.lora:
+        source = lora_file(saved, meta["config"]["lora_alpha"], cfg.format)
+        stem, shard = "pytorch_lora_weights" if cfg.format == "diffusers" else stem, math.inf
+    else:
+        source = ckpt.merged(saved, cfg.base) if cfg.merge else saved
+        config = MODELS[saved.sampling["model"]]
+        ckpt.match(shapes_of(saved.sampling["model"]), source.shapes, source.origin)
+        source = ckpt.renamed(source, NAMES[cfg.format])
+        if cfg.format in CONFIG:
+            beside["config.json"] = CONFIG[cfg.format](config, saved.sampling)
+    origin = f"{saved.origin}, step {step}"
+    return Made(source, stem, shard, beside, whole.tensor("null"), saved.sampling, meta.get("base"), origin)
+
+
+def both_of(mine, cfg):
+    """[Made] of two experts, that for high noise first."""
+    if cfg.base:
+        raise ValueError("--base is of one adapter: merge into the runs' own bases, or export one expert at a time")
+    other = made_of(cfg.other, cfg, Path(cfg.out).name)
+    for path, one in ((cfg.ckpt, mine), (cfg.other, other)):
+        if "expert" not in one.sampling:
+            raise ValueError(f"{path} is {one.sampling['model']}, not one of two experts: --other does not apply")
+    made = sorted((mine, other), key=lambda one: one.sampling["expert"])
+    experts = [one.sampling["expert"] for one in made]
+    if experts != ["high", "low"]:
+        raise ValueError(f"{cfg.ckpt} and {cfg.other} are both the expert for {experts[0]} noise")
+    for name in ("model", "boundary", "times"):
+        if mine.sampling.get(name) != other.sampling.get(name):
+            raise ValueError(f"two experts of one {name}: {mine.sampling.get(name)} of {cfg.ckpt} and "
+                             f"{other.sampling.get(name)} of {cfg.other} do not go together")
+    if cfg.format == "comfy":
+        made = [one._replace(stem=f"{one.stem}_{one.sampling['expert']}_noise") for one in made]
+    return made
+
+
+def part_of(one, cfg):
+    """The folder of an expert within --out, as pipelines have it; "" where --out is that of one net."""
+    if not cfg.other:
+        return ""
+    part = {"diffusers": 0, "wan": 1}.get(cfg.format)
+    expert = one.sampling["expert"]
+    return f"{expert}_noise" if part is None else ckpt.EXPERTS[expert][part]
+
+
+def index_of(made, cfg):
+    """{name: JSON} beside the folders of two experts: how both are sampled, and diffusers' index of its pipeline."""
+    if not cfg.other:
+        return {}
+    sampling = {name: value for name, value in made[0].sampling.items() if name != "expert"}
+    beside = {"nanovideo.json": {"sampling": sampling}}
+    if cfg.format == "diffusers" and not cfg.lora:
+        image = MODELS[sampling["model"]].image
+        net = ["diffusers", "WanTransformer3DModel"]
+        beside["model_index.json"] = {
+            "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline", "_diffusers_version": "0.35.0",
+            "boundary_ratio": sampling["boundary"], "expand_timesteps": False,
+            "transformer": net, "transformer_2": net,
+            "vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
+        if image:
+            beside["model_index.json"] |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    return beside
 
 
 # ---- formats --------------------------------------------------------------------------------------------------------
@@ -97,11 +181,18 @@ NAMES = {
 def wan_config(config, sampling):
     """config.json as Wan's WanModel reads it."""
     return {"_class_name": "WanModel", "_diffusers_version": "0.30.0",
-            "model_type": "ti2v" if sampling["model"] == "wan2.2-5b" else "t2v",
+            "model_type": model_type(config),
             "dim": config.dim, "num_layers": config.blocks, "num_heads": config.heads,
             "ffn_dim": config.ffn, "freq_dim": config.freq_dim,
-            "in_dim": config.channels, "out_dim": config.channels,
+            "in_dim": config.channels + config.image, "out_dim": config.channels,
             "text_len": sampling["text"]["length"], "eps": config.eps}
+
+
+def model_type(config):
+    """Wan's word for what a model makes videos from."""
+    if config.image:
+        return "i2v"
+    return "ti2v" if config == MODELS["wan2.2-5b"] else "t2v"
 
 
 def diffusers_config(config, sampling):
@@ -109,11 +200,12 @@ def diffusers_config(config, sampling):
     return {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0",
             "num_layers": config.blocks, "num_attention_heads": config.heads,
             "attention_head_dim": config.dim // config.heads, "ffn_dim": config.ffn,
-            "in_channels": config.channels, "out_channels": config.channels,
+            "in_channels": config.channels + config.image, "out_channels": config.channels,
             "patch_size": list(config.patch), "text_dim": config.text_dim,
             "freq_dim": config.freq_dim, "eps": config.eps,
             "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-            "image_dim": None, "added_kv_proj_dim": None,
+            "image_dim": config.clip_dim if config.clip_dim else None,
+            "added_kv_proj_dim": config.dim if config.clip_dim else None,
             "pos_embed_seq_len": None, "rope_max_seq_len": 1024}
 
 
@@ -165,10 +257,10 @@ def lora_file(saved, alpha, format):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
-def export(out, source, dtype, shard, stem, beside, null):
-    """Writes a source's tensors to the folder out, as safetensors of at most `shard` bytes, and checks what it wrote.
+def export(out, folders, dtype, beside):
+    """Writes nets {folder within out: Made} as safetensors and their null text, and checks what it wrote.
 
-    Several files get the index that diffusers and Wan have. beside: {name: JSON} of further files; null: the null text.
+    Several files get the index that diffusers and Wan have. beside: {name: JSON} of further files in out itself.
     out must not exist or be empty (FileExistsError) and appears only when complete and read back bit for bit.
     """
     out = Path(out)
@@ -178,20 +270,34 @@ def export(out, source, dtype, shard, stem, beside, null):
             raise FileExistsError(f"{path} is there and not empty: name another --out")
     part.mkdir(parents=True, exist_ok=True)
     try:
-        write_shards(part, source, dtype, shard, stem)
-        written = ckpt.files(part)
-        ckpt.match(source.shapes, written.shapes, part)
-        for name in source.shapes:
-            if not same_bits(written.tensor(name), cast(source.tensor(name), dtype)):
-                raise OSError(f"{part}: {name} reads back otherwise than written")
+        for folder, made in folders.items():
+            write_net(part / folder, made, dtype)
         for name, value in beside.items():
-            (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        torch.save(null.clone(), part / ckpt.NULL)
+            write_json(part / name, value)
+        for folder in {*folders, ""}:
+            torch.save(made.null.clone(), part / folder / ckpt.NULL)
         if out.exists():
             out.rmdir()
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_net(folder, one, dtype):
+    """Writes a Made to a folder, and reads it back."""
+    folder.mkdir(exist_ok=True)
+    write_shards(folder, one.source, dtype, one.shard, one.stem)
+    written = ckpt.files(folder)
+    ckpt.match(one.source.shapes, written.shapes, folder)
+    for name in one.source.shapes:
+        if not same_bits(written.tensor(name), cast(one.source.tensor(name), dtype)):
+            raise OSError(f"{folder}: {name} reads back otherwise than written")
+    for name, value in one.beside.items():
+        write_json(folder / name, value)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_shards(folder, source, dtype, limit, stem):

@@ -73,8 +73,10 @@ def filled(cfg, *rows):
 def at_least(cfg, least, *names):
     """ValueError for a flag that is below `least`, or not finite."""
     for name in names:
-        if not least <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"--{name}={getattr(cfg, name)} is not {least} or more")
+        value = getattr(cfg, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if not least <= one < math.inf:
+                raise ValueError(f"--{name}={one} is not {least} or more")
 
 
 def above(cfg, bound, *names):

@@ -52,11 +52,13 @@ class Log:
     """log(step, loss=…, lr=…) writes numbers or tensors measured after `step` updates; non-finite ones as null.
 
     step, steps: the update that the run starts from, and its last. wandb: off, online or offline; a folder that has a
-    wandb run continues it; see check_wandb.
+    wandb run continues it; see check_wandb. signs: a function of all entries -> {cause: line}, asked at each; a line is
+    said once for its cause.
     """
 
-    def __init__(self, out, config, *, step=0, steps, main=True, wandb="off"):
+    def __init__(self, out, config, *, step=0, steps, main=True, wandb="off", signs=None):
         self.out, self.start, self.steps, self.main = Path(out), step, steps, main
+        self.signs, self.warned = signs, set()
         if not main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -99,6 +101,11 @@ class Log:
         if self.wandb:
             self.wandb.log({"step": step} | seen)
         self.show(step, seen)
+        if self.signs:
+            for cause, line in self.signs(self.entries).items():
+                if cause not in self.warned:
+                    self.warned.add(cause)
+                    self.say(f"step {step}: {line}")
         if time.monotonic() - self.drawn > max(60, 100 * self.cost):    # at most 1 % of the time
             self.draw()
 

@@ -1,4 +1,4 @@
-"""The Wan 2.1 / 2.2 text-to-video DiT under its original parameter names. Imports attention.
+"""The Wan 2.1 / 2.2 DiT, text and image to video, under its original parameter names. Imports attention.
 
 B batch · C F H W latent channels, frames, rows, columns · L video tokens · S text tokens · E text width
 D model width · N heads · K head width
@@ -26,32 +26,79 @@ class ModelConfig:
     blocks: int
     heads: int                  # N; the head width K = dim / heads
     ffn: int                    # hidden width of the feed-forward
-    channels: int               # C of the latents, in and out
+    channels: int               # C of the latents, which come out
     text_dim: int               # E
+    inputs: int | None = None   # channels in, the image's after the latents'; None = the latents' alone
+    clip_dim: int = 0           # width of CLIP's image tokens; 0 = it takes none
+    boundary: float | None = None   # t from which on the expert for high noise is asked; None = one net at all t
     freq_dim: int = 256         # sinusoids that describe t
     patch: tuple = (1, 2, 2)    # frames, rows, columns of one token
     eps: float = 1e-6
 
+    @property
+    def image(self):
+        """Channels of Cond.image: 4 of the mask and those of the encoded clip; 0 = it takes no image."""
+        return 0 if self.inputs is None else self.inputs - self.channels
 
-MODELS = {  #                      dim  blocks  heads    ffn  channels  text_dim
-    "tiny":       ModelConfig(     128,      4,     4,   512,       24,       64),  # 1.26 M, the built-in shapes
-    "wan-1.3b":   ModelConfig(    1536,     30,    12,  8960,       16,     4096),  # 1.42 B
-    "wan2.2-5b":  ModelConfig(    3072,     30,    24, 14336,       48,     4096),  # 5.00 B
-    "wan-14b":    ModelConfig(    5120,     40,    40, 13824,       16,     4096),  # 14.29 B, Wan 2.1 and half of 2.2
-}
+    def conditions(self, shape):
+        """{part of Cond: its shape, without B, for latents (F, H, W); None = it takes none}, but for the text."""
+        return {"image": (self.image, *shape) if self.image else None,
+                "clip": (CLIP_TOKENS, self.clip_dim) if self.clip_dim else None}
+
+
+MODELS = {  #                       dim  blocks  heads    ffn  channels  text_dim  inputs  clip_dim  boundary
+    "tiny":            ModelConfig( 128,      4,     4,   512,       24,       64),  # 1.26 M, the built-in shapes
+    "wan-1.3b":        ModelConfig(1536,     30,    12,  8960,       16,     4096),  # 1.42 B
+    "wan2.2-5b":       ModelConfig(3072,     30,    24, 14336,       48,     4096),  # 5.00 B
+    "wan-14b":         ModelConfig(5120,     40,    40, 13824,       16,     4096),  # 14.29 B
+    "wan-14b-i2v":     ModelConfig(5120,     40,    40, 13824,       16,     4096,     36,     1280),  # 16.39 B
+    "wan2.2-a14b":     ModelConfig(5120,     40,    40, 13824,       16,     4096,   None,        0,    0.875),
+    "wan2.2-a14b-i2v": ModelConfig(5120,     40,    40, 13824,       16,     4096,     36,        0,      0.9),
+}   # the last two are either half of 28.58 B: the expert for high noise or for low
 
 USUAL = {  # the latents (C, F, H, W) and the text tokens that each is mostly trained on
-    "tiny":       ((24, 5, 8, 8), 8),           # the built-in shapes, 17 frames of 32 x 32
-    "wan-1.3b":   ((16, 21, 60, 104), 512),     # 81 frames of 480 x 832
-    "wan2.2-5b":  ((48, 31, 44, 80), 512),      # 121 frames of 704 x 1280
-    "wan-14b":    ((16, 21, 60, 104), 512),
+    "tiny":            ((24, 5, 8, 8), 8),          # the built-in shapes, 17 frames of 32 x 32
+    "wan-1.3b":        ((16, 21, 60, 104), 512),    # 81 frames of 480 x 832
+    "wan2.2-5b":       ((48, 31, 44, 80), 512),     # 121 frames of 704 x 1280
+    "wan-14b":         ((16, 21, 60, 104), 512),
+    "wan-14b-i2v":     ((16, 21, 60, 104), 512),
+    "wan2.2-a14b":     ((16, 21, 60, 104), 512),
+    "wan2.2-a14b-i2v": ((16, 21, 60, 104), 512),
 }
+CLIP_TOKENS = 257       # of an image: one for all of it, and 16 x 16 parts
 
 
 class Cond(NamedTuple):
     """What the net is told beside x_t and t."""
-    text: torch.Tensor  # (B, S, E) with its pads
-    past: tuple = ()    # of a causal net, the chunks before x_t: see Chunked
+    text: torch.Tensor                  # (B, S, E) with its pads
+    image: torch.Tensor | None = None   # (B, 4 + C, F, H, W): which pixel frames are given, and their encoded clip
+    clip: torch.Tensor | None = None    # (B, CLIP_TOKENS, clip_dim): what CLIP sees in the first frame
+    past: tuple = ()                    # of a causal net, the chunks before x_t: see Chunked
+
+
+# A dataset's extra tensors that hold an encoded clip, and whether its last frame is given beside its first.
+IMAGES = {"image": False, "image_ends": True}
+
+
+def cond_of(text, extras):
+    """Cond of texts (B, S, E) and of a dataset's extra tensors {name: (B, …)}: a clip gets its mask, CLIP's tokens."""
+    image = None
+    for name in IMAGES.keys() & extras.keys():
+        image = masked(extras[name], IMAGES[name])
+    return Cond(text, image, extras.get("clip"))
+
+
+def masked(y, ends=False):
+    """y (B, C, F, H, W), an encoded clip, after Wan's mask of 4 channels -> (B, 4 + C, F, H, W).
+
+    The mask is 1 for a pixel frame that is given. A latent frame stands for four of them, one to a channel; the first
+    latent frame for the first pixel frame alone, four times.
+    """
+    mask = y.new_zeros(len(y), 4, *y.shape[2:])
+    if ends:
+        mask[:, -1, -1] = 1
+    mask[:, :, 0] = 1
+    return torch.cat((mask, y), 1)
 
 
 class Seq(NamedTuple):
@@ -104,7 +151,7 @@ class PatchEmbedding(nn.Conv3d):
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         affine = (self.weight.float(), self.bias.float()) if self.elementwise_affine else ()
-        return F.layer_norm(x, self.normalized_shape, *affine, eps=self.eps)    # the stream x is fp32
+        return F.layer_norm(x.float(), self.normalized_shape, *affine, eps=self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -158,14 +205,17 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads, eps):
+    def __init__(self, dim, heads, eps, image=False):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if image:
+            self.k_img, self.v_img, self.norm_k_img = Linear(dim, dim), Linear(dim, dim), RMSNorm(dim, eps)
 
-    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, past=()):
-        """x (B, L, D) attends to context (B, S, D), which is x itself in self-attention -> y, (k, v).
+    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, past=(), image=None):
+        """x (B, L, D) attends to context (B, S, D), which is x itself in self-attention, and apart to an image's tokens
+        (B, S', D), by the same queries -> y, (k, v) of the context.
 
         past: [(k, v)] of chunks before x, which it attends to as well; their k are turned here, by their place: rope
         has rows for them, before x's. The k that is returned is not turned.
@@ -179,6 +229,10 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, [table[:, -q.shape[1]:] for table in rope]), rotate(k, rope)
         y = attend(q.to(v.dtype), k.to(v.dtype), v, metadata)
+        if image is not None:
+            k, v = self.norm_k_img(self.k_img(image, lora)), self.v_img(image, lora)
+            k, v = (rearrange(h, "B L (N K) -> B L N K", N=self.heads) for h in (k, v))
+            y = y + attend(q.to(v.dtype), k.to(v.dtype), v, metadata)
         return self.o(rearrange(y, "B L N K -> B L (N K)"), lora), own
 
 
@@ -196,7 +250,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(D, eps, elementwise_affine=False)
         self.self_attn = Attention(D, config.heads, eps)
         self.norm3 = LayerNorm(D, eps)
-        self.cross_attn = Attention(D, config.heads, eps)
+        self.cross_attn = Attention(D, config.heads, eps, image=config.clip_dim > 0)
         self.norm2 = LayerNorm(D, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(Linear(D, config.ffn), nn.GELU(approximate="tanh"), Linear(config.ffn, D))
         self.modulation = nn.Parameter(torch.zeros(1, 6, D))
@@ -207,8 +261,9 @@ class Block(nn.Module):
                               context_fn=KEEP_ATTENTION)
         return self.layers(*inputs)
 
-    def layers(self, x, e, text, rope, attend, metadata, lora, past=(), keep=False):
-        """x (B, L, D), text (B, S, D), e (B, 1 or L, 6, D): what t says to every token, or to each.
+    def layers(self, x, e, text, image, rope, attend, metadata, lora, past=(), keep=False):
+        """x (B, L, D), text (B, S, D), image (B, S', D) or None, e (B, 1 or L, 6, D): what t says to all tokens, or to
+        each.
 
         past: this block's [(k, v)] of chunks before x. keep: -> x and its own (k, v).
         """
@@ -219,7 +274,7 @@ class Block(nn.Module):
         y, own = self.self_attn(h, h, lora, rope, attend, metadata, past)
         x = torch.addcmul(x, y.float(), gate_attn)
 
-        y, _ = self.cross_attn(self.norm3(x), text, lora)
+        y, _ = self.cross_attn(self.norm3(x), text, lora, image=image)
         x = x + y.float()
 
         up, gelu, down = self.ffn
@@ -227,6 +282,18 @@ class Block(nn.Module):
         y = down(gelu(up(h, lora)), lora)
         x = torch.addcmul(x, y.float(), gate_ffn)
         return (x, own) if keep else x
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP's tokens of an image to those that the blocks attend to. Its GELU is the exact one, the others' is not."""
+
+    def __init__(self, inputs, dim):
+        super().__init__()
+        self.proj = nn.Sequential(LayerNorm(inputs, eps=1e-5), Linear(inputs, inputs), nn.GELU(), Linear(inputs, dim),
+                                  LayerNorm(dim, eps=1e-5))
+
+    def forward(self, clip):
+        return self.proj(clip)
 
 
 class Head(nn.Module):
@@ -253,10 +320,12 @@ class DiT(nn.Module):
         D, E = config.dim, config.text_dim
         self.config = config
         self.adapters = ()      # names that add_lora has given
-        self.patch_embedding = PatchEmbedding(config.channels, D, config.patch, config.patch)
+        self.patch_embedding = PatchEmbedding(config.channels + config.image, D, config.patch, config.patch)
         self.text_embedding = nn.Sequential(Linear(E, D), nn.GELU(approximate="tanh"), Linear(D, D))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, D), nn.SiLU(), Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
+        if config.clip_dim:
+            self.img_emb = ImageEmbedding(config.clip_dim, D)
         self.blocks = nn.ModuleList(Block(config, remat) for _ in range(config.blocks))
         self.head = Head(config)
 
@@ -272,12 +341,14 @@ class DiT(nn.Module):
         keep: -> v and what later chunks attend to of x, which takes a place in their Cond's past.
         Raises ValueError on shapes that do not fit the config.
         """
-        grid = self.door(x, t, cond.text, metadata, lora)
+        grid = self.door(x, t, cond, metadata, lora)
         before = self.past_door(cond.past, grid, metadata, dense_ends, seq, keep)
         p, q, r = self.config.patch
-        tokens = rearrange(x, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=p, q=q, r=r)
+        shown = x if cond.image is None else torch.cat((x, cond.image.to(x.dtype)), 1)
+        tokens = rearrange(shown, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=p, q=q, r=r)
         rope = rope_rows(before, grid, self.config.dim // self.config.heads, x.device)
         text = self.text_embedding(cond.text)                                           # (B, S, D)
+        image = None if cond.clip is None else self.img_emb(cond.clip)
         e = self.time_embedding(sinusoids(t.reshape(len(t), -1), self.config.freq_dim))    # (B, 1 or F, D)
         e6 = rearrange(self.time_projection(e), "B F (n D) -> B F n D", n=6)
 
@@ -298,7 +369,7 @@ class DiT(nn.Module):
         kept = []
         for i, block in enumerate(self.blocks):
             dense = min(i, len(self.blocks) - 1 - i) < dense_ends
-            inputs = tokens, e6, text, rope, seq.attend, None if dense else metadata, lora
+            inputs = tokens, e6, text, image, rope, seq.attend, None if dense else metadata, lora
             if before or keep:
                 tokens, own = block(*inputs, [chunk[i] for chunk in cond.past], True)
                 kept.append(own)
@@ -311,9 +382,9 @@ class DiT(nn.Module):
         v = rearrange(tokens, "B (F H W) (p q r C) -> B C (F p) (H q) (W r)", F=f, H=h, W=w, p=p, q=q, r=r)
         return (v.to(x.dtype), kept) if keep else v.to(x.dtype)
 
-    def door(self, x, t, text, metadata, lora):
+    def door(self, x, t, cond, metadata, lora):
         """The grid of tokens (F, H, W) of inputs that fit; ValueError for others."""
-        C, E = self.config.channels, self.config.text_dim
+        text, C, E = cond.text, self.config.channels, self.config.text_dim
         if x.ndim != 5 or x.shape[1] != C:
             raise ValueError(f"x is {tuple(x.shape)}: wants (B, {C}, F, H, W)")
         grid = token_grid(self.config, x.shape)
@@ -321,6 +392,12 @@ class DiT(nn.Module):
             raise ValueError(f"t is {tuple(t.shape)}: wants ({len(x)},) or ({len(x)}, {grid[0]})")
         if text.ndim != 3 or len(text) != len(x) or text.shape[2] != E:
             raise ValueError(f"text is {tuple(text.shape)}: wants ({len(x)}, S, {E})")
+        for name, wanted in self.config.conditions(x.shape[2:]).items():
+            part = getattr(cond, name)
+            there = None if part is None else tuple(part.shape)
+            wanted = (len(x), *wanted) if wanted else None
+            if there != wanted:
+                raise ValueError(f"{name} is {there}: wants {wanted}")
         if metadata is not None and len(metadata.order) != math.prod(grid):
             raise ValueError(f"metadata orders {len(metadata.order)} tokens, the grid {grid} has {math.prod(grid)}")
         if lora is not None and lora not in self.adapters:
@@ -364,6 +441,27 @@ class Bound:
     def flops(self, shape, text_length, times=1):
         """Of one sample's forward, shape (C, F, H, W); training costs three times as much. times: see `flops`."""
         return flops(self.net.config, shape, text_length, self.metadata, self.dense_ends, times)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experts as one net, callable like Bound: `high` is asked at t ≥ boundary, `low` below it."""
+    high: Callable
+    low: Callable
+    boundary: float
+
+    def __call__(self, x_t, t, cond):
+        """t: one number for the whole batch, and for all ranks. Were it chosen by sample, sharded ranks would gather
+        one expert's weights on one rank and the other's on another, without an error."""
+        least, most = torch.stack(t.aminmax()).tolist()
+        if least != most:
+            raise ValueError(f"two experts at t from {least:g} to {most:g}: they are asked at one t for all samples")
+        expert = self.high if most >= np.float32(self.boundary) else self.low
+        return expert(x_t, t, cond)
+
+    def flops(self, shape, text_length, times=1):
+        """Of one sample's forward, which either expert does."""
+        return self.high.flops(shape, text_length, times)
 
 
 def bind(net, shape, world, window=None, tile=(4, 4, 8), dense_ends=0, lora=None):
@@ -479,6 +577,35 @@ def models_of(shapes):
     return [name for name in MODELS if shapes_of(name) == shapes]
 
 
+def check_expert(name, expert):
+    """ValueError unless an expert is named just where the model called `name` has two."""
+    two = [other for other, config in MODELS.items() if config.boundary]
+    if expert and name not in two:
+        raise ValueError(f"--expert={expert}: {name} is one net at all noise levels, {' and '.join(two)} have two")
+    if name in two and not expert:
+        raise ValueError(f"{name} has two experts: --expert=high or --expert=low says which")
+
+
+def check_first_frame(name, share):
+    """ValueError where first frames cannot be given to the model called `name`, by a t of 0 there."""
+    config = MODELS[name]
+    if share and config.image:
+        raise ValueError(f"--first_frame={share} does not apply: {name} is always shown the image")
+    if share and config.boundary:
+        raise ValueError(f"--first_frame={share} does not apply: {name}'s two experts are asked at one t for all frames")
+
+
+def check_causal(name, window):
+    """ValueError where the model called `name` cannot be causal: one shown an image, or two experts."""
+    config = MODELS[name]
+    if window is not None and window[0] < 0 and (config.image or config.boundary):
+        why = "has two experts, asked at one t for all frames"
+        if config.image:
+            why = "is shown an image as long as the clip"
+        raise ValueError(f"--window {' '.join(map(str, window))}: {name} {why}, so it cannot be causal; the window of "
+                         "frames is above 0")
+
+
 def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
     """ValueError unless the model called `name` takes latents of these shapes (C, F, H, W) and texts of this width."""
     config = MODELS[name]
@@ -492,6 +619,23 @@ def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
         tokens = token_grid(config, shape)
         if window is not None:
             build_metadata(tokens, tile, window)
+
+
+def shown(name, extras):
+    """ValueError unless a dataset's extra tensors {name: shape} are what the model called `name` is shown."""
+    config = MODELS[name]
+    images = sorted(IMAGES.keys() & extras.keys())
+    if config.image and not images:
+        raise ValueError(f"--model={name} begins with an image, and the dataset has none: prepare.py --image stores "
+                         "them beside the latents")
+    if images and not config.image:
+        fitting = [other for other, c in MODELS.items() if c.image and c.channels == config.channels]
+        raise ValueError(f"the dataset has images beside its latents (prepare.py --image), and --model={name} is shown "
+                         f"none; {fitting or 'no model'} would fit")
+    width = extras["clip"][-1] if "clip" in extras else 0
+    if width != config.clip_dim:
+        raise ValueError(f"the dataset has CLIP's tokens of width {width} (0: none; prepare.py --clip stores them), "
+                         f"--model={name} takes {config.clip_dim}")
 
 
 def initial(name, shape, rng):
@@ -528,13 +672,17 @@ def flops(config, shape, text_length, metadata=None, dense_ends=0, times=1):
     """
     D, S = config.dim, text_length
     L = math.prod(token_grid(config, shape))
-    patch = config.channels * math.prod(config.patch)
+    patch = math.prod(config.patch)
+    ends = L * D * patch * (config.channels + config.image) + L * D * patch * config.channels
     time = times * (config.freq_dim * D + D * D + 6 * D * D)
     text = S * (config.text_dim * D + D * D)
+    image = CLIP_TOKENS if config.clip_dim else 0
+    clip = image * (config.clip_dim * config.clip_dim + config.clip_dim * D)
+    S = S + image       # what the cross-attentions attend to
     block = L * (4 * D * D + 2 * D * D + 2 * D * config.ffn) + S * 2 * D * D + 2 * L * S * D
     sparse = 0 if metadata is None else max(config.blocks - 2 * dense_ends, 0)
     pairs = (config.blocks - sparse) * L * L + (sparse * metadata.pairs if sparse else 0)
-    return 2 * (time + text + 2 * L * patch * D + config.blocks * block + 2 * pairs * D)
+    return 2 * (time + text + clip + ends + config.blocks * block + 2 * pairs * D)
 
 
 def add_lora(net, name, rank, alpha):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from data import micro_size, read_manifest
-from model import MODELS, USUAL, Cond, bind, blank, chunk_of, fits, token_grid
+from model import MODELS, USUAL, Cond, bind, blank, chunk_of, fits, shown, token_grid
 
 # {latent channels: (GB of the VAE's weights, GB of decoding one clip, per latent row and column)}. Decoding holds about
 # 14 maps of 4 frames of the decoder's last and widest stage (96 channels) in fp32, the caches of its convolutions among
@@ -32,13 +32,25 @@ VAES = {
 }
 
 
+SPEED = 400e12      # floating-point operations a second
+
+
 class Weight(NamedTuple):
     held: dict          # {what: bytes} on the fullest rank, all the time
     passing: dict       # {what: bytes} on top of that, one of them at a time
     checkpoint: int     # bytes on disk
+    dataset: dict = {}  # {what: bytes} on disk that the run makes before it learns
 
 
-def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False):
+class Pairs(NamedTuple):
+    """A dataset of pairs that a run makes by its teacher."""
+    count: int
+    points: int         # latents of each
+    forwards: int       # of the teacher, for each
+    bytes: int          # of a number
+
+
+def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False, graphs=1, pairs=None):
     """Prints what a run takes on the ranks of --dry_run beside what is there -> exit code, 2 where it does not fit.
 
     The dataset's buckets where there is a dataset, else what the model is mostly trained on. See `weigh`.
@@ -59,22 +71,37 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False):
         shapes = [tuple(bucket["shape"]) for manifest in manifests for bucket in manifest["buckets"]]
         text = manifests[0]["text"]
         length, width = text["length"], text["width"]
+        shown(cfg.model, {name: about["shape"] for name, about in manifests[0]["buckets"][0].get("extras", {}).items()})
     fits(cfg.model, shapes[0][0], width, shapes, cfg.sp, cfg.window, cfg.tile)
-    weight = weigh(cfg, world, lora, shapes, length, optimizer=optimizer, learners=learners, teacher=teacher)
+    weight = weigh(cfg, world, lora, shapes, length, optimizer=optimizer, learners=learners, teacher=teacher,
+                   graphs=graphs, pairs=pairs)
 
     if gb:
         memory, disk = 1e9 * gb[0], math.inf
     else:
         memory, disk = memory_of(device, ranks), free_disk(cfg.out)
+    if pairs:
+        print(making(pairs, cfg, world, shapes, length))
     return show(f"{Path(file).name} --model={cfg.model}, ranks: {ranks}", weight, cfg, world, memory, disk)
 
 
-def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False):
+def making(pairs, cfg, world, shapes, length):
+    """What it takes to make pairs, in words: most of them are of the largest shape, for all that is known."""
+    net = blank(cfg.model)
+    flops = max(bind(net, shape, world).flops(shape, length) for shape in shapes)
+    in_all = pairs.count * pairs.forwards * flops
+    hours = in_all / (world.size * SPEED) / 3600
+    return (f"{pairs.count:,} pairs are made by {pairs.count * pairs.forwards:,} forwards of the teacher, "
+            f"{in_all / 1e15:,.3g} PFLOP: {hours:.2g} h at {SPEED / 1e12:.0f} TFLOP/s a rank, an H100's in bf16")
+
+
+def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False, graphs=1):
     """On a GPU, says before anything is allocated what the run takes; ValueError where what is held does not fit."""
     if not parallel.on_gpu(world.device):
         return
     length = data.manifest["text"]["length"]
-    weight = weigh(cfg, world, lora, data.shapes, length, optimizer=optimizer, learners=learners, teacher=teacher)
+    weight = weigh(cfg, world, lora, data.shapes, length, optimizer=optimizer, learners=learners, teacher=teacher,
+                   graphs=graphs)
     held = sum(weight.held.values())
     most = max(weight.passing.values())
     memory = memory_of(world.device, world.size)
@@ -86,12 +113,13 @@ def start(cfg, world, lora, data, *, optimizer, learners=1, teacher=False):
     world.say(line)
 
 
-def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=False):
+def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=False, graphs=1, pairs=None):
     """What a run takes on the fullest rank -> Weight.
 
     lora {adapter: (rank, alpha)}; shapes (C, F, H, W) of the buckets, length of texts. optimizer: a function of rows
     that gives (optimizer, rows of its state), as step.adamw. learners: nets that learn, adapters of one net with lora,
-    the first of them averaged. teacher: whether a frozen net stands beside them.
+    the first of them averaged. teacher: whether a frozen net stands beside them. graphs: forwards of one net whose
+    activations are held for one backward. pairs: the Pairs that the run makes, None where it makes none.
     """
     micro = micro_size(cfg.batch, cfg.micro_batch, world.data_size)
     net = blank(cfg.model, cfg.remat, lora)
@@ -117,6 +145,10 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
         gathered = learners * takes["gathered"]
         if teacher:
             frozen = parallel.memory(blank(cfg.model), world, trainable=False)["parameters"]
+    if cfg.other:   # of two experts the one that is not trained: it begins rollouts, or is there at validations alone
+        other = parallel.memory(blank(cfg.model), world, trainable=False)
+        if teacher:
+            frozen += other["parameters"]
     held = {"frozen weights": frozen, "trained weights": weights, "gradients of one net": one,
             "optimizer": int(learners * moments * one), "average": one, "gathered copies": gathered}
 
@@ -125,18 +157,25 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
     for shape in shapes:
         bound = bind(net, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapter)
         per_frame = bool(cfg.first_frame) and shape[1] > 1
-        _, most = activations(bound, (micro, *shape), length, world.precision, per_frame)
-        passing[f"activations of {micro} x {shape}"] = most
+        kept, most = activations(bound, (micro, *shape), length, world.precision, per_frame)
+        passing[f"activations of {micro} x {shape}"] = most + (graphs - 1) * kept
         if teacher and chunk_of(cfg.window, cfg.tile):
-            kept = past(net.config, shape, cfg) * micro * (2 if world.precision == "bf16" else 4)
-            passing[f"activations and past of {micro} x {shape}, chunk by chunk"] = most + kept
+            keys = past(net.config, shape, cfg) * micro * (2 if world.precision == "bf16" else 4)
+            passing[f"activations and past of {micro} x {shape}, chunk by chunk"] = most + keys
     channels = shapes[0][0]
     if cfg.vae and channels in VAES:
         weights_gb, gb = VAES[channels]
         largest = max(H * W for _, _, H, W in shapes)
         passing["VAE that decodes a validation's clip, about"] = 1e9 * (weights_gb + gb * largest)
+    if cfg.other and not teacher:
+        passing["the other expert, at a validation"] = other["parameters"] + other["gathered"]
     per_weight = learners * (1 + moments) + 1       # each learner and its moments, and one average
-    return Weight(held, passing, int(4 * count * per_weight))
+    dataset = {}
+    if pairs:
+        latent, text = max(map(math.prod, shapes)), length * MODELS[cfg.model].text_dim
+        dataset["pairs"] = pairs.count * pairs.points * latent * pairs.bytes
+        dataset["texts of pairs"] = pairs.count * text * pairs.bytes
+    return Weight(held, passing, int(4 * count * per_weight), dataset)
 
 
 def past(config, shape, cfg):
@@ -156,12 +195,15 @@ def size(rows):
 def show(title, weight, cfg, world, memory, disk):
     """Prints the table -> exit code: 0, or 2 where it does not fit, naming the flags that reduce it."""
     in_all = sum(weight.held.values()) + max(weight.passing.values())
-    on_disk = (cfg.keep + 1) * weight.checkpoint
+    on_disk = (cfg.keep + 1) * weight.checkpoint + sum(weight.dataset.values())
     print(f"{title}: GB of each, at most")
     for what, n in (weight.held | weight.passing).items():
         print(f"{n / 1e9:12.3f}  {what}")
     print(f"{in_all / 1e9:12.3f}  in all{of(memory)}, a tenth of which is left to kernels and fragments")
-    print(f"{on_disk / 1e9:12.3f}  on disk{of(disk)}: {cfg.keep + 1} checkpoints, one of them being written")
+    print(f"{on_disk / 1e9:12.3f}  on disk{of(disk)}: {cfg.keep + 1} checkpoints, one of them being written"
+          f"{', and pairs' if weight.dataset else ''}")
+    for what, n in weight.dataset.items():
+        print(f"{n / 1e9:12.3f}  of that {what}")
     if in_all > 0.9 * memory:
         print(f"does not fit a rank's memory; these flags reduce it: {less(cfg, world)}", file=sys.stderr)
     if on_disk > disk:
@@ -216,7 +258,9 @@ def activations(bound, shape, length, precision, per_frame=False):
     net, dtype = bound.net, dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
     x = torch.empty(shape, device="meta")
     t = torch.empty((shape[0], shape[2]) if per_frame else shape[:1], device="meta")
-    cond = Cond(torch.empty(shape[0], length, net.config.text_dim, device="meta"))
+    told = {name: torch.empty(shape[0], *wanted, device="meta")
+            for name, wanted in net.config.conditions(shape[2:]).items() if wanted}
+    cond = Cond(torch.empty(shape[0], length, net.config.text_dim, device="meta"), **told)
     seen = []
     for blocks in (1, 2):
         # a copy of the net in which the list of blocks is replaced by its beginning

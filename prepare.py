@@ -3,6 +3,7 @@
     python prepare.py                                                       built-in moving shapes
     python prepare.py --videos=DIR --out=data/mine                          a folder of films with captions
     python prepare.py --videos=DIR --codec=wan --vae=WAN --text=WAN         the same by Wan's VAE and UMT5
+    python prepare.py --videos=DIR --image --codec=wan --vae=WAN --text=WAN     for image-to-video models
     python prepare.py --parquet=DIR --codec=wan --vae=WAN --text=WAN        latents that FastVideo made
     python prepare.py --prompts=FILE --shape 24 5 8 8                       prompts alone, to distil from
 
@@ -61,11 +62,14 @@ class Config:
     cuts: Literal["first", "all"] = "first"         # a film's first clip; all: the longest that fit
     caption: str | None = None                      # caption of films without one; None = skip these
     shape: tuple[int, int, int, int] | None = None  # C F H W of latents to distil from --prompts
+    image: bool = False                             # store what image-to-video models are shown too
+    last_frame: bool = False                        # with --image: a clip's last frame beside its first
 
     # codec
     codec: Literal["dct", "wan"] = "dct"            # dct is built in; wan needs --vae and --text
     vae: str | None = None                          # Wan's VAE: a diffusers folder or hub id
     text: str | None = None                         # Wan's text encoder UMT5: likewise
+    clip: str | None = None                         # with --image, for Wan 2.1: CLIP, likewise
     text_length: int | None = None                  # tokens that a caption may have
     negative: str = ""                              # prompt of dropout's and guidance's null text
     dtype: Literal["bf16", "fp32"] = "bf16"         # precision of stored latents and text
@@ -81,6 +85,7 @@ ONLY = {  # flags that do something for these sources only
     "clips": {"shapes"}, "seed": {"shapes"}, "short_captions": {"shapes"},
     "sizes": {"shapes", "videos"}, "frames": {"shapes", "videos"},
     "cuts": {"videos"}, "caption": {"videos"}, "shape": {"prompts"},
+    "image": {"shapes", "videos"}, "last_frame": {"shapes", "videos"}, "clip": {"shapes", "videos"},
 }
 
 
@@ -88,8 +93,8 @@ def main(cfg):
     with flags.door(__file__):
         cfg = resolve(cfg)
         world = parallel.init(cfg.device if cfg.codec == "wan" else "cpu")
-        coder = codec.load(cfg.codec, vae=cfg.vae, text=cfg.text, device=world.device,
-                           text_length=cfg.text_length)
+        coder = codec.load(cfg.codec, vae=cfg.vae, text=cfg.text, clip=cfg.clip,
+                           device=world.device, text_length=cfg.text_length)
         check_fit(cfg, coder)
         embed = lru_cache(256)(lambda caption: coder.embed([caption])[0])
         null = embed(cfg.negative)
@@ -440,6 +445,27 @@ def measured(coder, fidelity, video):
     return z
 
 
+def extras_of(cfg, coder):
+    """{name: shape} of the tensors that are stored beside each latent, None = the latent's own."""
+    found = {}
+    if cfg.image:
+        found["image_ends" if cfg.last_frame else "image"] = None
+    if cfg.clip:
+        found["clip"] = [coder.spec["clip_tokens"], coder.spec["clip_width"]]
+    return found
+
+
+def beside(video, cfg, coder):
+    """A clip's extra tensors: its first frame encoded with grey ones after it, and what CLIP sees in that frame."""
+    found = {}
+    for name in extras_of(cfg, coder):
+        if name == "clip":
+            found[name] = coder.see(video[0])
+        else:
+            found[name] = coder.show(video[0], len(video), video[-1] if cfg.last_frame else None)
+    return found
+
+
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 class Source(NamedTuple):
@@ -487,7 +513,7 @@ def moving_shapes(cfg, coder, embed):
         rng, whole = begin(name)
         video, _ = shapes.clip(rng, size=size, frames=length, caption=whole)
         yield dict(latent=coder.encode(video), text=embed(caption), caption=caption,
-                   source=f"clip {name}", key=name)
+                   source=f"clip {name}", key=name, extras=beside(video, cfg, coder))
 
     def clips(name):
         size, length = kind(name)
@@ -532,7 +558,7 @@ def videos(cfg, coder, embed):
             key = f"{name}#{i}"
             if not stored(key):
                 yield dict(latent=coder.encode(video), text=text, caption=caption,
-                           source=name, key=key)
+                           source=name, key=key, extras=beside(video, cfg, coder))
 
     def clips(name):
         head = films.head(root / name)
@@ -676,7 +702,10 @@ def foretell(cfg, coder, kind, source):
         print(f"{n:12,} skipped: {why}")
     size = 0
     for shape, n in sorted(found.items()):
-        taken = n * stride(shape, DTYPES[cfg.dtype]) * (not cfg.prompts)
+        taken = 0
+        if not cfg.prompts:
+            for own in [shape, *extras_of(cfg, coder).values()]:
+                taken += n * stride(shape if own is None else own, DTYPES[cfg.dtype])
         print(f"{n:12,} of {'x'.join(map(str, shape))}, {taken / 1e6:,.1f} MB")
         size += taken
     token = coder.spec["text_width"] * DTYPES[cfg.dtype].itemsize
@@ -728,6 +757,12 @@ def resolve(cfg):
         needed = "--text=PATH" if kind == "prompts" else "--text=PATH and --vae=PATH"
         raise ValueError(f"--codec=wan needs {needed}, "
                          "each a folder or hub id of a diffusers pipeline")
+    if cfg.image and cfg.codec != "wan":
+        raise ValueError("--image needs --codec=wan: no model is shown pictures by the dct codec")
+    if (cfg.clip or cfg.last_frame) and not cfg.image:
+        raise ValueError(f"{'--clip' if cfg.clip else '--last_frame'} needs --image: it adds to what that stores")
+    if cfg.clip and cfg.last_frame:
+        raise ValueError("--clip and --last_frame: no model here is shown CLIP's tokens of two frames")
     flags.at_least(cfg, 1, "clips")
     if not 0 <= cfg.short_captions <= 1:
         raise ValueError(f"--short_captions={cfg.short_captions}: a share of the clips, in [0, 1]")
@@ -787,6 +822,8 @@ def spec_of(cfg, coder):
             spec[name] = asdict(cfg)[name]
     for name in {"videos", "prompts", "parquet"} & spec.keys():
         spec[name] = str(Path(spec[name]))              # a slash at the end changes nothing
+    if cfg.image:
+        spec["extras"] = extras_of(cfg, coder)
     if not cfg.prompts and not cfg.parquet:
         spec |= {"sizes": cfg.sizes, "frames": cfg.frames, "cuts": cfg.cuts, "seed": cfg.seed}
     return spec

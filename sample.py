@@ -27,7 +27,7 @@ import flags
 import parallel
 import step
 from data import long_noise, padded
-from model import (MODELS, NO_CACHE, USUAL, Cond, bind, blank, caches, chunk_of, chunked, lengths, models_of,
+from model import (MODELS, NO_CACHE, USUAL, Pair, bind, blank, caches, chunk_of, chunked, cond_of, lengths, models_of,
                    shapes_of, token_grid)
 
 
@@ -36,20 +36,23 @@ class Config:
     """Sample videos from a checkpoint. A sampling flag that is None takes the checkpoint's own value."""
 
     ckpt: str = "out/train"                             # a run, a checkpoint, an export, or weights of others
+    other: str | None = None                            # the other of two experts, likewise; None: beside --ckpt
     weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
     model: Literal[tuple(MODELS)] | None = None         # model size, of weights that are not ours
     lora: str | None = None                             # adapter to add: a run of ours, or a file of any trainer
-    lora_scale: float = 1.0                             # strength of --lora
+    other_lora: str | None = None                       # the same for --other
+    lora_scale: float = 1.0                             # strength of --lora and --other_lora
     prompts: tuple[str, ...] = ()                       # prompts, each in quotes
     file: str | None = None                             # text file with more prompts, one per line
     negative: str | None = None                         # prompt to guide away from; None: training's null text
     image: str | None = None                            # picture or film whose first frame begins each video; a folder
+    last_image: str | None = None                       # picture with which a model of 36 channels is to end
     n: int = 1                                          # videos per prompt
     out: str = "out/samples"                            # folder for the videos
     seed: int = 0                                       # random seed; video i gets the same noise in every run
 
     steps: int | None = None                            # number of sampling steps
-    guidance: float | None = None                       # guidance scale s in u + s (c - u); 1 turns it off
+    guidance: float | tuple[float, float] | None = None # s in u + s (c - u); 1: none; of two experts: HIGH LOW
     shift: float | None = None                          # shift of the sampling times towards noise
     solver: Literal["euler", "ab2"] | None = None       # ab2: second order, as good in a third of the steps
     size: tuple[int, int, int] | None = None            # frames, height, width in pixels; None: most clips' size
@@ -63,6 +66,7 @@ class Config:
     precision: Literal["fp32", "bf16"] | None = None    # what the net computes in; None: bf16 on a GPU, else fp32
     vae: str | None = None                              # folder or hub id of the Wan VAE; codec wan only
     text: str | None = None                             # folder or hub id of the UMT5 text encoder; codec wan only
+    clip: str | None = None                             # folder or hub id of CLIP; Wan 2.1 image-to-video only
 
 
 # How weights are sampled that do not say it themselves; the VAE says the rest.
@@ -78,6 +82,9 @@ DEFAULTS = {
     "wan-1.3b": WAN | dict(shift=3.0),
     "wan2.2-5b": WAN | dict(fps=24, stride=[4, 16, 16], first_frame=0.5),   # it takes first frames
     "wan-14b": WAN,
+    "wan-14b-i2v": WAN,
+    "wan2.2-a14b": WAN | dict(steps=40, shift=12.0, guidance=(4.0, 3.0)),
+    "wan2.2-a14b-i2v": WAN | dict(steps=40, guidance=(3.5, 3.5)),
 }
 
 
@@ -86,7 +93,7 @@ def main(cfg):
         world = parallel.init(cfg.device, precision=cfg.precision)
         captions, images = asked_of(cfg)
         mine = range(world.rank, len(captions), world.size)
-        source, null, sampling = found(cfg, world)
+        sources, null, sampling = found(cfg, world)
         sampling = chosen(sampling, cfg)
         shapes = latent_shapes(images, sampling, cfg)
         prompts = [captions[i] for i in mine]
@@ -103,28 +110,28 @@ def main(cfg):
         if not coder.decodes:
             raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
         mean, std = codec.moments(coder.spec | sampling)
-        first = {}      # latents of the images
+        eyes, begun = codec.load(sampling["codec"], clip=cfg.clip, device=world.device), {}
         for i in mine:
-            if images[i] and images[i] not in first:
-                first[images[i]] = (coder.encode(picture(images[i], shapes[i], coder.stride)) - mean) / std
-        net = blank(sampling["model"])
-        pattern = sampling["window"], sampling["tile"]
-        met = [1 + lengths(net.config, shape, *pattern, cfg.sink) for shape in set(shapes)]
-        parallel.prepare(net, world, trainable=False, shapes=sum(met))
-        ckpt.fill(parallel.local_rows(net), source, **world.ranks)
-        if chunk_of(*pattern) and not chunked(net, shapes[0], world, *pattern, sink=cfg.sink).cached:
+            if images[i] and images[i] not in begun:
+                begun[images[i]] = begin_with(images[i], shapes[i], sampling, coder, eyes, cfg)
+        del eyes        # CLIP is gone before the net comes
+        config, pattern = MODELS[sampling["model"]], (sampling["window"], sampling["tile"])
+        met = sum(1 + lengths(config, shape, *pattern, cfg.sink) for shape in set(shapes))
+        nets = [net_with(source, sampling["model"], met, world) for source in sources]
+        if chunk_of(*pattern) and not chunked(nets[0], shapes[0], world, *pattern, sink=cfg.sink).cached:
             world.say(NO_CACHE)
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
     hidden = True if world.rank > 0 else None       # None: on a terminal only
-    batches = batches_of(mine, shapes, net.config, sampling, cfg)
-    for places in tqdm(batches, unit="batch", disable=hidden):
+    for places in tqdm(batches_of(mine, shapes, config, sampling, cfg), unit="batch", disable=hidden):
         shape = shapes[places[0]]
-        free = None
+        free, extras = None, {}
         if cfg.image:
-            given = torch.stack([first[images[i]] for i in places]).to(world.device)
+            extras = stacked([begun[images[i]] for i in places], world.device)
+        if "first" in extras:
+            given = extras.pop("first")
             free = step.first_given(given.expand(-1, -1, shape[1], -1, -1), torch.ones(len(given), device=world.device))
 
         def draw(k, begin, end):
@@ -133,21 +140,22 @@ def main(cfg):
             if piece[2:] != shape[2:] or chunk_of(*pattern) is None:
                 piece = shape
             e = long_noise(cfg.seed, "sample", k, count, places, piece, begin, end).to(world.device)
-            if k > 0 or begin > 0 or not cfg.image:
+            if k > 0 or begin > 0 or free is None:
                 return e
             return step.place(e, given.expand_as(e), free[:, :end])
 
         text = padded([texts[captions[i]] for i in places], sampling["text"])
         uncond = padded([null] * len(places), sampling["text"])
-        cond, uncond = Cond(text.to(world.device)), Cond(uncond.to(world.device))
+        cond = cond_of(text.to(world.device), extras)
+        uncond = cond._replace(text=uncond.to(world.device))
         some = [files[i] for i in places]
         with torch.no_grad():
             if chunk_of(*pattern):
-                causal = chunked(net, shape, world, *pattern, sink=cfg.sink)
+                causal = chunked(nets[0], shape, world, *pattern, sink=cfg.sink)
                 chunks = by_chunks(causal, draw, cond, uncond, shape, sampling, free)
                 write_on(some, (x0.cpu() * std + mean for x0 in chunks), coder, sampling["fps"])
                 continue
-            bound = bind(net, shape, world, *pattern, sampling["dense_ends"])
+            bound = bound_to(nets, shape, sampling, world)
             x0 = step.sample(bound, partial(draw, begin=0, end=shape[1]), cond, uncond, sampling, free)
         for file, z in zip(some, x0.cpu() * std + mean):
             codec.write_video(file, [coder.decode(z)], sampling["fps"])
@@ -190,49 +198,116 @@ def write_on(files, chunks, coder, fps):
 
 
 def found(cfg, world):
-    """What is sampled: the Source of its weights, the null text, None where that is the empty prompt, and how.
+    """What is sampled: [Source] of its weights, of two experts that for high noise first, the null text, None where
+    that is the empty prompt, and how.
 
     An adapter of ours is sampled as its run was, whatever the weights under it say.
     """
-    null = None
-    if ckpt.is_ours(cfg.ckpt) or not Path(cfg.ckpt).exists() and cfg.model is None:
-        saved = ckpt.stored(cfg.ckpt, [cfg.weights, "null"], **world.ranks)
-        source, null, sampling = ckpt.model_of(saved, cfg.weights), saved.tensor("null"), saved.sampling
-    else:
-        if cfg.weights != "ema":
-            raise ValueError(f"--weights={cfg.weights}: {cfg.ckpt} is no run of ours, it holds one net")
-        source, sampling = ckpt.weights(cfg.ckpt, **world.ranks), told(cfg)
-        null = ckpt.null_of(cfg.ckpt, **world.ranks)
-    if cfg.model not in (None, sampling["model"]):
-        raise ValueError(f"--model={cfg.model}, but {cfg.ckpt} is {sampling['model']}")
-    ckpt.match(shapes_of(sampling["model"]), source.shapes, source.origin, models_of)
-    if cfg.lora:
-        if not math.isfinite(cfg.lora_scale):
-            raise ValueError(f"--lora_scale={cfg.lora_scale}: a finite number")
-        source = ckpt.folded(source, ckpt.lora(cfg.lora, **world.ranks), cfg.lora_scale)
-        own = ckpt.sampling_of(cfg.lora)
-        if own and "times" not in sampling:     # a student's adapter makes it a student; a student stays one
-            sampling, null = own, ckpt.null_of(cfg.lora, **world.ranks)
-    elif cfg.lora_scale != 1:
+    if cfg.lora_scale != 1 and not cfg.lora and not cfg.other_lora:
         raise ValueError(f"--lora_scale={cfg.lora_scale} needs --lora")
+    if not math.isfinite(cfg.lora_scale):
+        raise ValueError(f"--lora_scale={cfg.lora_scale}: a finite number")
+    source, null, sampling = net_of(cfg.ckpt, cfg.lora, cfg.model, None, cfg, world)
+    model = sampling["model"]
+    if cfg.model not in (None, model):
+        raise ValueError(f"--model={cfg.model}, but {cfg.ckpt} is {model}")
+    boundary = MODELS[model].boundary
+    if not boundary:
+        if cfg.other or cfg.other_lora:
+            raise ValueError(f"--other and --other_lora are for two experts, {cfg.ckpt} is {model}")
+        return [source], null, sampling
+    expert = sampling.get("expert", "high")
+    path = other_path(cfg, expert)
+    other, _, its = net_of(path, cfg.other_lora, model, ckpt.other_of(expert), cfg, world)
+    check_together(cfg.ckpt, sampling, path, its)
+    both = [source, other] if expert == "high" else [other, source]
+    return both, null, sampling | {"boundary": boundary}
+
+
+def net_of(path, lora, model, expert, cfg, world):
+    """A net: the Source of its weights, with an adapter folded in, the null text beside them, and how to sample it.
+
+    model: for weights that do not say it. expert: which of two it must be, None = whichever it is, else "high".
+    """
+    own = ckpt.sampling_of(lora) if lora else None
+    if own and expert is None:
+        expert = own.get("expert")
+    if is_a_run(path, cfg):
+        saved = ckpt.stored(path, [cfg.weights, "null"], **world.ranks)
+        source, null, sampling = ckpt.model_of(saved, cfg.weights), saved.tensor("null"), saved.sampling
+    elif cfg.weights != "ema" and path == cfg.ckpt:
+        raise ValueError(f"--weights={cfg.weights}: {path} is no run of ours, it holds one net")
+    else:
+        sampling = told(path, model)
+        if expert is None and MODELS[sampling["model"]].boundary:
+            expert = sampling.get("expert", "high")
+        source, null = ckpt.weights(path, expert=expert, **world.ranks), ckpt.null_of(path, **world.ranks)
+    for named, told_by in ((path, sampling), (lora, own)):
+        if expert and told_by and told_by.get("expert", expert) != expert:
+            raise ValueError(f"{named} is the expert for {told_by['expert']} noise, wanted is that for {expert} noise "
+                             "too: both make a video")
+    ckpt.match(shapes_of(sampling["model"]), source.shapes, source.origin, models_of)
+    if lora:
+        source = ckpt.folded(source, ckpt.lora(lora, **world.ranks), cfg.lora_scale)
+    if own and "times" not in sampling:     # a student's adapter makes it a student; a student stays one
+        sampling, null = own, ckpt.null_of(lora, **world.ranks)
     return source, null, sampling
 
 
-def told(cfg):
+def is_a_run(path, cfg):
+    """Whether a path is a run or checkpoint of ours, or was meant to be one."""
+    return ckpt.is_ours(path) or not Path(path).exists() and cfg.model is None
+
+
+def other_path(cfg, expert):
+    """Where the other expert is: --other, else beside --ckpt."""
+    other = cfg.other
+    if other is None and not is_a_run(cfg.ckpt, cfg):
+        other = ckpt.beside(cfg.ckpt, expert)
+    if other is None:
+        raise ValueError(f"{cfg.ckpt} is the expert for {expert} noise of two that make videos together: --other=PATH "
+                         f"names that for {ckpt.other_of(expert)} noise")
+    return other
+
+
+def check_together(path, sampling, other_path, other):
+    """ValueError where one of two experts is a few-step student and the other none, or one of other times."""
+    times = [some.get("times", "of any grid") for some in (sampling, other)]
+    if times[0] != times[1]:
+        raise ValueError(f"two experts sample at the same times: those of {path} are {times[0]}, of {other_path} "
+                         f"{times[1]}")
+
+
+def net_with(source, model, shapes, world):
+    """A net with its weights. shapes: how many compiled blocks will meet."""
+    net = blank(model)
+    parallel.prepare(net, world, trainable=False, shapes=shapes)
+    ckpt.fill(parallel.local_rows(net), source, **world.ranks)
+    return net
+
+
+def bound_to(nets, shape, sampling, world):
+    """The net, or the two experts as one, for latents of this shape, attending as it was trained."""
+    how = [sampling[name] for name in ("window", "tile", "dense_ends")]
+    bounds = [bind(net, shape, world, *how) for net in nets]
+    return bounds[0] if len(bounds) == 1 else Pair(*bounds, sampling["boundary"])
+
+
+def told(path, model):
     """How to sample weights that are in no checkpoint: as export.py wrote beside them, else by the model's row."""
-    sampling = ckpt.sampling_of(cfg.ckpt)
+    sampling = ckpt.sampling_of(path)
     if sampling is not None:
         return sampling
-    if cfg.model not in DEFAULTS:
-        raise ValueError(f"{cfg.ckpt} does not say what it is, as checkpoints do and what export.py writes with its "
+    if model not in DEFAULTS:
+        raise ValueError(f"{path} does not say what it is, as checkpoints do and what export.py writes with its "
                          f"nanovideo.json: give --model, one of {', '.join(DEFAULTS)}")
-    row, (shape, length) = DEFAULTS[cfg.model], USUAL[cfg.model]
+    row, (shape, length) = DEFAULTS[model], USUAL[model]
     return {
-        "model": cfg.model,
+        "model": model,
         "codec": {"name": "wan", "channels": shape[0], "stride": row["stride"], "text_length": length},
         "shapes": [shape],
         "fps": row["fps"],
-        "text": {"length": length, "width": MODELS[cfg.model].text_dim},
+        "text": {"length": length, "width": MODELS[model].text_dim},
         "window": None,
         "tile": (4, 4, 8),
         "dense_ends": 0,
@@ -288,10 +363,13 @@ def chosen(sampling, cfg):
                          f"without guidance: {', '.join(given)} cannot be chosen")
     sampling = sampling | given
     steps, shift, guidance = sampling.get("steps", 1), sampling["shift"], sampling["guidance"]
-    if steps < 1 or not 0 < shift < math.inf or not 0 <= guidance < math.inf:
+    scales = guidance if isinstance(guidance, (tuple, list)) else [guidance]
+    if steps < 1 or not 0 < shift < math.inf or not all(0 <= scale < math.inf for scale in scales):
         raise ValueError(f"--steps={steps} --shift={shift} --guidance={guidance}: "
                          "steps are 1 or more, the shift is above 0, the guidance not below")
-    if cfg.negative and guidance == 1:
+    if len(scales) > 1 and not MODELS[sampling["model"]].boundary:
+        raise ValueError(f"--guidance {' '.join(map(str, scales))}: {sampling['model']} is one net, it takes one scale")
+    if cfg.negative and all(scale == 1 for scale in scales):
         raise ValueError("--negative does nothing without guidance")
     return sampling | {"window": causal_window(sampling, cfg)}
 
@@ -335,10 +413,17 @@ def latent_shape(sampling, cfg):
 def latent_shapes(images, sampling, cfg):
     """(C, F, H, W) of each video; with an image, that of the shapes trained on which is nearest to it in aspect."""
     usual = latent_shape(sampling, cfg)
+    is_shown = MODELS[sampling["model"]].image > 0
+    if (cfg.last_image or cfg.clip) and not is_shown:
+        raise ValueError(f"--last_image and --clip do not apply: {cfg.ckpt} is {sampling['model']}, which is shown no "
+                         "images beside its latents")
+    if is_shown and not cfg.image:
+        raise ValueError(f"{cfg.ckpt} is {sampling['model']}, which makes videos that begin with an image: "
+                         "--image=PATH names it")
     if not cfg.image:
         return [usual] * len(images)
     alone = chunk_of(sampling["window"], sampling["tile"]) == 1     # then a first frame is a chunk as others are
-    if not sampling.get("first_frame") and not alone:       # old checkpoints do not say
+    if not is_shown and not sampling.get("first_frame") and not alone:      # old checkpoints do not say
         raise ValueError(f"--image={cfg.image}: {cfg.ckpt} was not trained with first frames, as train.py "
                          "--first_frame=.5 does")
     choice = {}
@@ -355,21 +440,49 @@ def latent_shapes(images, sampling, cfg):
     return [found[image] for image in images]
 
 
-def picture(image, shape, stride):
+@torch.no_grad()
+def begin_with(image, shape, sampling, coder, eyes, cfg):
+    """What an image is to the net {name: tensor}: a latent frame of its own ("first"), or what a model that is shown
+    images has beside its latents, under the names of a dataset's extra tensors."""
+    config = MODELS[sampling["model"]]
+    video = picture(image, shape, coder.stride)
+    if not config.image:
+        mean, std = codec.moments(coder.spec | sampling)
+        return {"first": (coder.encode(video) - mean) / std}
+    last = None
+    if cfg.last_image:
+        last = picture(cfg.last_image, shape, coder.stride, "last_image")[0]
+    name = "image" if last is None else "image_ends"
+    extras = {name: coder.show(video[0], (shape[1] - 1) * coder.stride[0] + 1, last)}
+    if config.clip_dim:
+        extras["clip"] = eyes.see(video[0])
+        width = extras["clip"].shape[-1]
+        if width != config.clip_dim:
+            raise ValueError(f"--clip={cfg.clip} sees tokens of width {width}, {sampling['model']} takes "
+                             f"{config.clip_dim}")
+    return extras
+
+
+def stacked(rows, device):
+    """[{name: tensor}] of videos -> {name: (B, …)} on the device."""
+    return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+
+
+def picture(image, shape, stride, flag="image"):
     """An image, or a film's first frame, cropped to the size of latents (C, F, H, W) -> video of one frame."""
-    with named(image):
+    with named(image, flag):
         video, _ = next(films.read_video(image, sizes=[(shape[2] * stride[1], shape[3] * stride[2])], frames=1, fps=1,
                                          report=lambda note: print(f"{image}: {note}")))
     return video
 
 
 @contextmanager
-def named(image):
+def named(image, flag="image"):
     """Says which image it is that cannot be read."""
     try:
         yield
-    except ValueError as reason:
-        raise ValueError(f"--image={image}: {reason}") from reason
+    except (ValueError, OSError) as reason:
+        raise ValueError(f"--{flag}={image}: {reason}") from reason
 
 
 def batches_of(mine, shapes, config, sampling, cfg):
@@ -379,7 +492,8 @@ def batches_of(mine, shapes, config, sampling, cfg):
         places = [i for i in mine if shapes[i] == shape]
         at_once = cfg.batch
         if at_once is None:
-            at_once = batch_size(config, shape, sampling, bool(cfg.image), cfg.sink)
+            given = bool(cfg.image) and not config.image
+            at_once = batch_size(config, shape, sampling, given, cfg.sink)
         batches += [places[i:i + at_once] for i in range(0, len(places), at_once)]
     return batches
 

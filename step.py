@@ -15,7 +15,6 @@ B batch · C F H W latent channels, frames, rows, columns · K sampling steps
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import cos, pi
 from typing import Callable
 
@@ -87,16 +86,48 @@ def shifted(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_t(u, density="uniform", shift=1.0, clamp=(0.0, 1.0)):
+def sample_t(u, density="uniform", shift=1.0, clamp=(0.0, 1.0), part=None):
     """Times from uniforms u (B,) in [0, 1): the density's inverse CDF, then the shift, then the clamp.
 
     density "uniform" or "logit_normal" (sigmoid of a standard normal; SD3, arXiv 2403.03206, eq. 19).
+    part (b, expert): the law of the t of one of two experts, "high" for t ≥ b or "low" below, as it is within the whole
+    law: u is moved to the expert's part of the CDF (truncation by the inverse CDF), so that strata stay strata.
     """
     if density not in ("uniform", "logit_normal"):
         raise ValueError(f"t density {density!r}: it is uniform or logit_normal")
     u = u.double()
+    if part:
+        below = share_below(part[0], density, shift)
+        u = below + (1 - below) * u if part[1] == "high" else below * u
     t = u if density == "uniform" else torch.special.ndtri(u).sigmoid()
-    return shifted(t, shift).clamp(*clamp).float()
+    t = shifted(t, shift).clamp(*clamp).float()
+    return t if part is None else within(t, *part)
+
+
+def share_below(b, density, shift):
+    """F(b), the part of all t that lie below b: the inverse of the shift, then the density's CDF."""
+    b = torch.tensor(b / (shift - (shift - 1) * b), dtype=torch.float64)
+    return (b if density == "uniform" else torch.special.ndtr(b.logit())).item()
+
+
+def within(t, b, expert):
+    """t fp32 of an expert's part of [0, 1], where rounding has put it to the other's side of b moved to its own."""
+    b = torch.tensor(b, dtype=torch.float32, device=t.device)
+    return t.clamp(min=b) if expert == "high" else t.clamp(max=torch.nextafter(b, torch.zeros_like(b)))
+
+
+def is_high(t, b):
+    """Whether a time, a plain number, is the expert's for high noise; by fp32, which is what the net is told."""
+    t, b = torch.tensor([t, b], dtype=torch.float32)
+    return bool(t >= b)
+
+
+def scales_at(times, guidance, b):
+    """The guidance scale at each of these times, of (high, low) the expert's own; a number is that of all."""
+    if isinstance(guidance, (int, float)):
+        return [guidance] * len(times)
+    high, low = guidance
+    return [high if is_high(t, b) else low for t in times]
 
 
 def guided(net, x_t, t, cond, uncond, scale):
@@ -134,16 +165,25 @@ def grid(steps, shift):
     return [shifted(i / steps, shift) for i in range(steps, 0, -1)]
 
 
-@torch.no_grad()
 def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
-    """x0 from noise z (B, C, F, H, W) along dx = v dt over descending times, guided by scale; a net's call a step.
+    """x0 from noise z (B, C, F, H, W): the last point of `trajectory`."""
+    for x in trajectory(net, z, cond, times, uncond, scale, solver, free):
+        pass
+    return x
 
-    solver "euler", of first order, or "ab2", of second: Adams-Bashforth, which carries v on from the step before by a
-    straight line; its first step is Euler's.
+
+@torch.no_grad()
+def trajectory(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
+    """Yields x after each step from noise z (B, C, F, H, W) along dx = v dt: at times[1:], then at 0.
+
+    times descend from z's; a net's call a step, guided by scale, a number or one for each of the times. solver "euler",
+    of first order, or "ab2", of second: Adams-Bashforth, which carries v on from the step before by a straight line;
+    its first step is Euler's.
     """
     x, before = z, None                                 # before: v and length of the last step
-    s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
-    for t, t_next in pairwise([*times, 0.0]):
+    scales = [scale] * len(times) if isinstance(scale, (int, float)) else scale
+    for t, t_next, scale in zip(times, [*times[1:], 0.0], scales, strict=True):
+        s = None if scale == 1 else x.new_full((len(x),), scale, dtype=torch.float32)
         asked = on_free(x.new_full((len(x),), t, dtype=torch.float32), free)
         v, _ = guided(net, x, asked, cond, uncond, s)
         h, mean_v = t_next - t, v
@@ -152,7 +192,7 @@ def ode(net, z, cond, times, uncond=None, scale=1.0, solver="euler", free=None):
             mean_v = v + h / (2 * h_before) * (v - v_before)
         x = x + (h if free is None else h * over(free)) * mean_v
         before = v, h
-    return x
+        yield x
 
 
 def rollout(net, z, cond, times, noises, exit, free=None):
@@ -210,7 +250,8 @@ def at_once(net, sampling, cond, uncond, z, *noises, free=None):
         return rollout(net, z, cond, sampling["times"], noises, len(noises), free)
     times = grid(sampling["steps"], sampling["shift"])
     solver = sampling.get("solver", "euler")            # of old checkpoints
-    return ode(net, z, cond, times, uncond, sampling["guidance"], solver, free)
+    scales = scales_at(times, sampling["guidance"], sampling.get("boundary"))
+    return ode(net, z, cond, times, uncond, scales, solver, free)
 
 
 def sample(net, draw, cond, uncond, sampling, free=None, see=None):
@@ -235,22 +276,28 @@ def sample(net, draw, cond, uncond, sampling, free=None, see=None):
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
 
 
-def binned(values, t, where=None, free=None):
+def binned(values, t, where=None, free=None, times=None):
     """Sums and counts (2, BINS) of values (B,) in fifths of t (B,) or (B, F); `where` (B,) selects samples.
 
-    Sums and counts stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
+    times: the few that t takes, whose sums (2, len(times)) are kept apart instead, the lowest first. Sums and counts
+    stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
     """
     t = t if t.ndim == 1 else mean_of(over(t), free)
-    bins = (t * BINS).long().clamp(max=BINS - 1)
+    if times:
+        n = len(times)
+        bins = (t[:, None] - t.new_tensor(sorted(times))).abs().argmin(1)
+    else:
+        n = BINS
+        bins = (t * BINS).long().clamp(max=BINS - 1)
     some = torch.ones_like(values, dtype=torch.float32)
     if where is not None:
         some = some * where
     sums = torch.stack([values.detach().float() * some, some])
-    return torch.zeros(2, BINS, device=values.device).index_add_(1, bins, sums)
+    return torch.zeros(2, n, device=values.device).index_add_(1, bins, sums)
 
 
 def numbers(seen):
-    """Measurements as plain numbers: a_by becomes a_by_t0 .. a_by_t4, fifths of t without a sample left out."""
+    """Measurements as plain numbers: a_by becomes a_by_t0, a_by_t1 .., fifths of t without a sample left out."""
     flat = {}
     for name, x in seen.items():
         if name.endswith("_by"):
@@ -260,10 +307,11 @@ def numbers(seen):
     return flat
 
 
-def flow_loss(net, x0, cond, t, e, weight=None, free=None):
+def flow_loss(net, x0, cond, t, e, weight=None, free=None, times=None):
     """Flow matching: mean of w (net(x_t, t, cond) - (e - x0))² (arXiv 2210.02747, eq. 23).
 
     x0, e (B, C, F, H, W), t and weight (B,) or (B, F), weight None = 1; weight t² makes it the error of x0 itself.
+    times: those that t takes, whose weighted errors are then measured apart; see binned.
     """
     asked = on_free(t, free)
     v = net(add_noise(x0, e, asked), asked, cond)
@@ -276,10 +324,11 @@ def flow_loss(net, x0, cond, t, e, weight=None, free=None):
     if weight is not None:
         weighted = weight * error if weight.ndim == 1 else mean_of(over(weight) * squares, free)
     loss = weighted.mean()
-    by_t = binned(error, t, free=free)
+    measured = weighted if times else error
+    by_t = binned(measured, t, free=free, times=times)
     if t.ndim == 2:     # the mean of a clip's times would say little
         where = None if free is None else free.flatten()
-        by_t = binned(squares.mean((1, 3, 4)).flatten(), t.flatten(), where)
+        by_t = binned(squares.mean((1, 3, 4)).flatten(), t.flatten(), where, times=times)
     return loss, {"loss": loss.detach(), "loss_by": by_t}
 
 
@@ -513,6 +562,17 @@ def averaged(me):
         yield
     finally:
         swap()
+
+
+@torch.no_grad()
+def start_again(me, betas):
+    """The net goes on from its average, by an optimizer of these betas that has seen nothing: a run of its own."""
+    torch._foreach_copy_(tensors(me.rows), tensors(me.average))
+    for moment in tensors(me.opt_rows):
+        moment.zero_()
+    for group in me.opt.param_groups:
+        group["betas"] = betas
+    me.counts = {"updates": 0, "skipped": 0, "in_a_row": 0}
 
 
 @torch.no_grad()

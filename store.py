@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from shutil import copyfileobj
 from time import monotonic
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -43,12 +44,11 @@ class Line(NamedTuple):
 # What `Journals.samples` weighs, a row per line. said: the line that has the caption;
 # row, first: of the latent and the text in their files.
 SAMPLE, TEXT, GONE, MARK = range(4)
-WEIGHED = np.dtype([("kind", np.int8), ("edition", np.int32), ("unit", np.int64), ("key", np.int64),
-                    ("line_part", np.int32), ("line", np.int64),
-                    ("said_part", np.int32), ("said", np.int64),
-                    ("shape", np.int32), ("part", np.int32), ("row", np.int64),
-                    ("text_part", np.int32), ("first", np.int64), ("rows", np.int32),
-                    ("crc", np.uint32, 2)])
+WEIGHED = [("kind", np.int8), ("edition", np.int32), ("unit", np.int64), ("key", np.int64),
+           ("line_part", np.int32), ("line", np.int64),
+           ("said_part", np.int32), ("said", np.int64),
+           ("shape", np.int32), ("part", np.int32), ("row", np.int64),
+           ("text_part", np.int32), ("first", np.int64), ("rows", np.int32)]
 SPOKEN = "said_part", "said", "text_part", "first", "rows"      # those that a later text replaces
 
 
@@ -158,6 +158,8 @@ class Journals:
     def samples(self):
         """The samples that count -> ([shape], array of WEIGHED, bucket after bucket), {file: rows that were stored}."""
         found, rows = {}, Counter()
+        columns = 2 + len(self.spec.get("extras", ()))      # checksums of latent, text and extra tensors
+        dtype = np.dtype([*WEIGHED, ("crc", np.uint32, columns)])
 
         def weighed():
             for part, start, line in self.lines():
@@ -165,9 +167,9 @@ class Journals:
                 kind = kind_of(record)
                 if kind == MARK:
                     continue
-                shape, held, place, crc = 0, 0, (part, 0, part, 0), (0, 0)
+                shape, held, place, crc = 0, 0, (part, 0, part, 0), [0] * columns
                 if kind != GONE:
-                    held, crc = record["rows"], tuple(record["crc"])
+                    held, crc[:len(record["crc"])] = record["rows"], record["crc"]
                     text = text_file(part)
                     latent = latent_file(record["shape"], part) if kind == SAMPLE else None
                     place = record.get("at", (part, rows[latent], part, rows[text]))
@@ -177,9 +179,9 @@ class Journals:
                     rows.update({latent: 1, text: held})
                 unit, key = hash(unit_of(record["key"])), hash(record["key"])
                 yield (kind, record.get("edition", 0), unit, key, part, start, part, start, shape,
-                       *place, held, crc)
+                       *place, held, tuple(crc))
 
-        samples = latest(np.fromiter(weighed(), WEIGHED))
+        samples = latest(np.fromiter(weighed(), dtype))
         there = np.unique(samples["shape"]).tolist()
         shapes = sorted(shape for shape, i in found.items() if i in there)
         place = np.empty(len(found), np.int32)              # of a shape that was found n-th
@@ -265,7 +267,8 @@ class Writer:
 
     Each rank appends to files of its own. What its journal lists is on disk; whatever lies beyond is cut off on return.
     spec: codec (a dict, with text_width and text_length), fps, dtype "bf16" or "fp32", shape (only for a dataset of
-    prompts without latents: theirs), and what else must not change while a dataset is filled; ValueError if it does.
+    prompts without latents: theirs), extras (only where each sample has further tensors: {name: shape}, None = the
+    latent's), and what else must not change while a dataset is filled; ValueError if it does.
     The weights of the text encoder may: `stored` then says of no unit that its text is the one wanted.
     done: the journals as they were at the start; `key in done` tells what all ranks had saved before.
 
@@ -308,20 +311,24 @@ class Writer:
         self.files = {name: self.open_at(name, size) for name, size in sizes.items() if size}
         self.journal, self.pending, self.saved = self.open_at(own.name, end), [], monotonic()
 
-    def add(self, latent, text, *, caption, source, key, edition=0, film=None):
+    def add(self, latent, text, *, caption, source, key, edition=0, film=None, extras=MappingProxyType({})):
         """Stores a sample: latent (C, F, H, W), None for a prompt alone, and text (S_i, E); key: its name in `done`.
 
         In a dataset of latents, None is for a unit, key, whose latents stay and get this caption and text. edition,
-        film: see above.
+        film: see above. extras {name: tensor}: those of the spec, which stand beside the latent.
         """
         length, width = self.spec["codec"]["text_length"], self.spec["codec"]["text_width"]
         if text.ndim != 2 or text.shape[1] != width or len(text) > length:
             raise ValueError(f"{source}: text of shape {tuple(text.shape)}, "
                              f"wanted at most {length} rows of {width}")
-        if not all(part.isfinite().all() for part in (latent, text) if part is not None):
+        wanted = {} if latent is None else self.extra_shapes(latent.shape)
+        shapes = {name: tuple(x.shape) for name, x in extras.items()}
+        if shapes != wanted:
+            raise ValueError(f"{source}: extra tensors {shapes}, wanted are {wanted}")
+        parts = [latent, text, *(extras[name] for name in wanted)]
+        if not all(part.isfinite().all() for part in parts if part is not None):
             raise ValueError(f"{source}: a latent or text with numbers that are not finite")
-        parts = [b"" if part is None else raw(part.to(self.dtype)).tobytes()
-                 for part in (latent, text)]
+        parts = [b"" if part is None else raw(part.to(self.dtype)).tobytes() for part in parts]
         record = {"caption": caption, "source": source, "rows": len(text)}
         if "shape" in self.spec:
             record["shape"] = self.spec["shape"]
@@ -336,6 +343,11 @@ class Writer:
                 self.files[name].write(part.ljust(size, b"\0"))
         if monotonic() > self.saved + 5:    # seconds of work that a crash may cost
             self.save()
+
+    def extra_shapes(self, shape):
+        """{name: shape} of the extra tensors beside a latent of this shape."""
+        return {name: tuple(shape if own is None else own)
+                for name, own in self.spec.get("extras", {}).items()}
 
     def mark(self, key, edition=0, text=None, film=None):
         """Puts a key into the journal without a sample: that of a film, say, of which all clips are stored."""
@@ -468,6 +480,9 @@ class Writer:
         for i, shape in enumerate(shapes):
             here, width, first = samples["shape"] == i, stride(shape, self.dtype), 0
             files, parts, place = [], samples["part"][here], samples["row"][here]
+            extras = {}
+            for extra, own in self.extra_shapes(shape).items():
+                extras[extra] = {"shape": list(own), "dtype": self.spec["dtype"], "files": []}
             for part in np.unique(parts).tolist():
                 if "shape" in self.spec:                    # prompts have no latents
                     break
@@ -476,10 +491,16 @@ class Writer:
                 place[parts == part] += first
                 files.append([name, n])
                 sizes[name] = n * width
+                for extra, about in extras.items():         # row by row beside the latents
+                    name = latent_file(shape, part, extra)
+                    about["files"].append([name, n])
+                    sizes[name] = n * stride(about["shape"], self.dtype)
                 first += n
             places.append(place)
             in_order &= not files or np.array_equal(place, np.arange(first))
             buckets.append({"shape": shape, "count": len(place), "files": files})
+            if extras:
+                buckets[-1]["extras"] = extras
         return buckets, None if in_order else np.concatenate(places), sizes
 
     def texts(self, samples, rows):
@@ -601,20 +622,24 @@ class Writer:
         return freed
 
     def move_latents(self, i, shape, samples, rows, number):
-        """Copies what counts of a bucket's files that hold dead rows into a new one -> whether there are such."""
+        """Copies what counts of a bucket's files that hold dead rows into new ones -> whether there are such."""
         width, end = stride(shape, self.dtype), 0
+        widths = {"": width}                                # of the latents, and of what lies beside them
+        for extra, own in self.extra_shapes(shape).items():
+            widths[extra] = stride(own, self.dtype)
         mine = np.flatnonzero(samples["shape"] == i)
         for part in np.unique(samples["part"][mine]).tolist():
             here = mine[samples["part"][mine] == part]
             name = latent_file(shape, part)
             if len(here) == self.held(name, rows, width):
                 continue
-            new = self.open_at(latent_file(shape, number), end * width)
-            with new, open(self.path / name, "rb") as old:
-                for row in samples["row"][here].tolist():
-                    old.seek(row * width)
-                    new.write(old.read(width))
-                sync(new)
+            for extra, wide in widths.items():
+                new = self.open_at(latent_file(shape, number, extra), end * wide)
+                with new, open(self.path / latent_file(shape, part, extra), "rb") as old:
+                    for row in samples["row"][here].tolist():
+                        old.seek(row * wide)
+                        new.write(old.read(wide))
+                    sync(new)
             samples["part"][here] = number
             samples["row"][here] = end + np.arange(len(here))
             end += len(here)
@@ -664,7 +689,7 @@ class Writer:
                 file.write(json.dumps(known).encode() + b"\n")
 
     def sizes(self, record):
-        """{file: bytes} that a line of the journal stands for, first its latent's, then its text's."""
+        """{file: bytes} that a line of the journal stands for: its latent's, its text's, its extra tensors'."""
         if "crc" not in record:
             return {}
         text = record["rows"] * self.spec["codec"]["text_width"] * self.dtype.itemsize
@@ -673,7 +698,11 @@ class Writer:
             name = latent_file(record["shape"], self.part)
         if "shape" in record and "shape" not in self.spec:
             latent = stride(record["shape"], self.dtype)
-        return {name: latent, text_file(self.part): text}
+        sizes = {name: latent, text_file(self.part): text}
+        if latent:
+            for extra, shape in self.extra_shapes(record["shape"]).items():
+                sizes[latent_file(record["shape"], self.part, extra)] = stride(shape, self.dtype)
+        return sizes
 
     def open_at(self, name, size):
         """Opens a file to append after its first `size` bytes."""
@@ -687,7 +716,7 @@ class Writer:
 
 
 SMALL = "text.null.bin", "captions.jsonl", "text_off.npy", "crc.npy"
-OURS = re.compile(r"(\d+(x\d+)+|text|text_off|crc|place|captions|journal|compact)"
+OURS = re.compile(r"(\d+(x\d+)+(\.[a-z]\w*)?|text|text_off|crc|place|captions|journal|compact)"
                   r"(\.null)?(\.\d+)?\.(bin|npy|jsonl)")
 
 
@@ -714,8 +743,10 @@ def numbered(name, number):
     return f"{stem}.{number}.{ending}" if number else name
 
 
-def latent_file(shape, part):
-    return f"{'x'.join(map(str, shape))}.{part}.bin"
+def latent_file(shape, part, extra=""):
+    """The file of a rank's latents of one shape, or of the extra tensors of that name beside them."""
+    between = f".{extra}" if extra else ""
+    return f"{'x'.join(map(str, shape))}{between}.{part}.bin"
 
 
 def text_file(part):

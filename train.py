@@ -8,6 +8,7 @@ checkpoints, validation. Imports model, plan and every leaf but shapes.
 
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width
 """
+import gc
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,12 +22,12 @@ import codec
 import flags
 import parallel
 import plan
-from data import Latents, holds_latents, noise, stream
+from data import Latents, holds_latents, noise, send, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import (MODELS, Cond, bind, blank, chunk_of, chunked, fits, initial, lengths, models_of, shapes_of,
-                   token_grid)
+from model import (MODELS, Pair, bind, blank, check_causal, check_expert, check_first_frame, chunk_of, chunked, cond_of,
+                   fits, initial, lengths, models_of, shapes_of, shown, token_grid)
 from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, grid, lr_at, muon, numbers, ode, over,
-                  place, sample_t, start_average, stepwise, train_step)
+                  place, sample_t, scales_at, start_average, stepwise, train_step)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Config:
     mix: tuple[float, ...] = ()                           # share of the batches of each dataset; none: by their sizes
     out: str = "out/train"                                # folder of the run: log, curves, samples, checkpoints
     init: str | None = None                               # weights to start from: Wan, diffusers, ComfyUI or a run
+    expert: Literal["high", "low"] | None = None          # which of Wan 2.2's two experts to train
+    other: str | None = None                              # the other expert, for videos; None = beside --init
     seed: int = 0                                         # random seed
 
     # optimizer
@@ -87,7 +90,7 @@ class Config:
     # validation
     val: int = 16                                         # samples held out of training, at most 5 % of the dataset
     samples: int = 8                                      # how many videos to sample at each validation
-    guidance: float | None = None                         # guidance scale s of u + s (c - u) for videos; 1 = none
+    guidance: float | tuple[float, float] | None = None   # s of u + s (c - u) in videos, 1 = none; experts: HIGH LOW
     vae: str | None = None                                # Wan VAE that decodes videos; None = latents in .npy
 
     # the run
@@ -155,13 +158,16 @@ DEFAULTS = {
     "wan-1.3b": WAN | dict(shift=3.0, sample_shift=3.0),
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
+    "wan-14b-i2v": WAN,
+    "wan2.2-a14b": WAN | dict(shift=12.0, sample_shift=12.0, sample_steps=40, guidance=(4.0, 3.0)),
+    "wan2.2-a14b-i2v": WAN | dict(sample_steps=40, guidance=(3.5, 3.5)),
 }
 # flags that may change on resume: they do not alter the run
 FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every", "keep", "wandb", "micro_batch",
-        "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
+        "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run", "other"}
 # what a flag was in runs whose config does not have it yet
 BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw", "first_frame": 0.0,
-          "clean_prefix": 0.0}
+          "clean_prefix": 0.0, "expert": None, "other": None}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -240,7 +246,7 @@ def loss_of(net, micro, cfg):
     """
     drop = micro.drop < cfg.text_dropout
     text = torch.where(drop[:, None, None], micro.null, micro.text)
-    t = sample_t(micro.u, cfg.t, cfg.shift)
+    t = sample_t(micro.u, cfg.t, cfg.shift, part=part_of(cfg))
     free = None
     if cfg.first_frame:
         free = first_given(micro.x0, micro.give < cfg.first_frame)
@@ -251,7 +257,12 @@ def loss_of(net, micro, cfg):
             given = clean_prefix(micro.prefix, cfg.clean_prefix, 1 + chunks[-1])
             later = (given[:, None] <= chunks).float()
             free = later if free is None else later * free
-    return flow_loss(net, micro.x0, Cond(text), t, micro.e, free=free)
+    return flow_loss(net, micro.x0, cond_of(text, micro.extras), t, micro.e, free=free)
+
+
+def part_of(cfg):
+    """(boundary, expert) of the part of all t on which an expert is trained, None where there is one net."""
+    return (MODELS[cfg.model].boundary, cfg.expert) if cfg.expert else None
 
 
 def chunk_at(x0, cfg):
@@ -349,6 +360,7 @@ def begin(cfg):
                          "is left to learn where the first frame is given")
     width = data.manifest["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
+    shown(cfg.model, data.extra_shapes())
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
     told(cfg.out)       # damaged, it fails here
@@ -359,10 +371,12 @@ def begin(cfg):
     inputs = {"data": data.content}
     # A full finetune needs --init for its first start alone: later it may be gone.
     if cfg.init and (cfg.lora_rank or not path or parallel.agree(Path(cfg.init).exists(), world)):
-        weights = ckpt.weights(cfg.init, **world.ranks)
+        weights = ckpt.weights(cfg.init, expert=cfg.expert, **world.ranks)
         ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin, models_of)
         inputs["init"] = ckpt.fingerprint(weights)
-    base = ckpt.base_of(cfg.init, weights) if cfg.lora_rank else None
+    if cfg.other and cfg.samples:
+        other_expert(cfg, world)        # what is no such expert fails here
+    base = ckpt.base_of(cfg.init, weights, cfg.expert) if cfg.lora_rank else None
     lora = None
     if cfg.lora_init and (not path or parallel.agree(Path(cfg.lora_init).exists(), world)):     # likewise
         lora = ckpt.lora(cfg.lora_init, **world.ranks)
@@ -388,6 +402,7 @@ def resolve(cfg):
         saved = BEFORE | saved
     chosen = {} if "optimizer" in cfg.allow else {"optimizer": saved.get("optimizer")}
     cfg = flags.filled(cfg, chosen, {"optimizer": DEFAULTS[cfg.model]["optimizer"]})
+    check_expert(cfg.model, cfg.expert)
     row = row_of(cfg)
     kept = {*row, "precision", "lora_alpha", "decay_steps"} - set(cfg.allow)
     if cfg.steps not in (None, saved.get("steps")):
@@ -413,9 +428,11 @@ def resolve(cfg):
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
     if not 0 <= cfg.first_frame <= 1:
         raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
+    check_first_frame(cfg.model, cfg.first_frame)
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
     flags.check_causal(cfg)
+    check_causal(cfg.model, cfg.window)
     causal = chunk_of(cfg.window, cfg.tile)
     if causal and cfg.window_steps:
         raise ValueError(f"--window_steps={cfg.window_steps}: a causal window, {cfg.window[0]} along "
@@ -423,7 +440,22 @@ def resolve(cfg):
     if not 0 <= cfg.clean_prefix <= 1 or cfg.clean_prefix and not causal:
         raise ValueError(f"--clean_prefix={cfg.clean_prefix} is a share, in [0, 1], of the samples "
                          "of a causal run, whose --window is negative along frames")
-    return cfg
+    if isinstance(cfg.guidance, tuple) and not cfg.expert:
+        raise ValueError(f"--guidance {' '.join(map(str, cfg.guidance))}: {cfg.model} is one net, it takes one scale")
+    return with_other(cfg)
+
+
+def with_other(cfg):
+    """The config with the other expert that lies beside --init, where videos need one and none is named."""
+    if cfg.other and not cfg.expert:
+        raise ValueError(f"--other={cfg.other}: {cfg.model} is one net at all noise levels")
+    if not cfg.expert or cfg.other or not cfg.samples:
+        return cfg
+    found = ckpt.beside(cfg.init, cfg.expert) if cfg.init else None
+    if found is None:
+        raise ValueError(f"videos need both experts, and none for {ckpt.other_of(cfg.expert)} noise lies beside "
+                         "--init: --other=PATH names it, --samples=0 makes no videos")
+    return replace(cfg, other=found)
 
 
 def with_rank(cfg, saved):
@@ -528,6 +560,8 @@ def about(step, me, data, cfg, origin):
         "guidance": cfg.guidance,
         "first_frame": cfg.first_frame,
     }
+    if cfg.expert:
+        sampling |= {"expert": cfg.expert, "boundary": MODELS[cfg.model].boundary}
     return {
         "config": asdict(cfg),
         "inputs": origin.inputs,
@@ -560,16 +594,19 @@ def validate(net, step, data, cfg, world):
     if chunk_of(cfg.window, cfg.tile):
         ways.append("_clean_past")
     total = torch.zeros(len(ways), 2, BINS, device=world.device)
+    low, high = range_of(cfg)
     chunk = cfg.micro_batch or CHUNK
     for i, counts in parallel.share(len(ids), world):
-        x0, text = (x.to(world.device) for x in data.sample([ids[i]]))
+        x0, text, extras = send([*data.sample([ids[i]]), data.extras([ids[i]])], world.device)
         bound = bound_at(step, net, x0.shape, cfg, world)
         for first in range(0, STRATA, chunk):
             levels = range(STRATA)[first:first + chunk]
             n = len(levels)
-            t = torch.tensor([(k + 0.5) / STRATA for k in levels], device=world.device)
+            t = torch.tensor([low + (high - low) * (k + 0.5) / STRATA for k in levels], device=world.device)
             e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:]).to(world.device)
             x0_n = x0.expand(n, -1, -1, -1, -1)
+            beside = {name: part.expand(n, *part.shape[1:]) for name, part in extras.items()}
+            cond = cond_of(text.expand(n, -1, -1), beside)
             for way, sums in zip(ways, total):
                 free = None
                 if way == "_first_frame":
@@ -578,7 +615,7 @@ def validate(net, step, data, cfg, world):
                     chunks = chunk_at(x0, cfg)
                     asked = (i + torch.tensor(levels, device=world.device)) % (1 + chunks[-1])
                     free = (chunks == asked[:, None]).float()
-                _, seen = flow_loss(bound, x0_n, Cond(text.expand(n, -1, -1)), t, e, free=free)
+                _, seen = flow_loss(bound, x0_n, cond, t, e, free=free)
                 if counts and not (way and free is None):
                     sums += seen["loss_by"]
     total = parallel.mean({"loss": total}, world)["loss"]
@@ -588,6 +625,37 @@ def validate(net, step, data, cfg, world):
             name = f"{loss_name(data)}{way}"
             found |= {name: (sums.sum() / counts.sum()).item()} | numbers({f"{name}_by": torch.stack((sums, counts))})
     return found
+
+
+def range_of(cfg):
+    """The lowest and highest t that the net is asked at."""
+    if not cfg.expert:
+        return 0.0, 1.0
+    boundary = MODELS[cfg.model].boundary
+    return (boundary, 1.0) if cfg.expert == "high" else (0.0, boundary)
+
+
+def other_expert(cfg, world):
+    """The Source of the other expert's weights."""
+    source = ckpt.weights(cfg.other, expert=ckpt.other_of(cfg.expert), **world.ranks)
+    ckpt.match(shapes_of(cfg.model), source.shapes, source.origin, models_of)
+    return source
+
+
+def pair_of(bound, cfg, world):
+    """The net that makes videos: the one that is trained, and of two experts the other too, frozen and attending alike.
+
+    It is read anew each time and gone afterwards: beside a net in training, which takes eight times as much, it would
+    have to be held for hours.
+    """
+    if not cfg.expert:
+        return bound
+    net = blank(cfg.model)
+    parallel.prepare(net, world._replace(compile=False), trainable=False)
+    ckpt.fill(parallel.local_rows(net), other_expert(cfg, world), **world.ranks)
+    other = replace(bound, net=net, lora=None)
+    high, low = (bound, other) if cfg.expert == "high" else (other, bound)
+    return Pair(high, low, MODELS[cfg.model].boundary)
 
 
 @torch.no_grad()
@@ -601,33 +669,38 @@ def show(net, step, data, cfg, world, log):
     ids = data.for_videos(cfg.samples)
     shape = data.shape_of(ids[0])
     row = row_of(cfg)
-    bound = bound_at(step, net, shape, cfg, world)
+    both = pair_of(bound_at(step, net, shape, cfg, world), cfg, world)
     times = grid(row["sample_steps"], row["sample_shift"])
+    scales = scales_at(times, cfg.guidance, MODELS[cfg.model].boundary)
 
     def draw(net, cond, uncond, mask, z):
         free = mask[:, 0, :, 0, 0]
         if free.all():
             free = None
-        return ode(net, z, cond, times, uncond, cfg.guidance, row["sample_solver"], free)
+        return ode(net, z, cond, times, uncond, scales, row["sample_solver"], free)
 
     def make(given, places):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
-        text = data.text([ids[i] for i in places]).to(world.device)
-        conds = Cond(text), Cond(data.null.to(world.device).expand_as(text))
+        some = [ids[i] for i in places]
+        text, extras = send([data.text(some), data.extras(some)], world.device)
+        cond = cond_of(text, extras)
+        uncond = cond._replace(text=data.null.to(world.device).expand_as(text))
         free = torch.ones(len(z), shape[1], device=world.device)
         if given:
-            x0, _ = data.sample([ids[i] for i in places])
+            x0, _ = data.sample(some)
             free = first_given(z, torch.ones(len(z), device=world.device))
             z = place(z, x0.to(world.device), free)
         if chunk_of(cfg.window, cfg.tile):
-            causal = chunked(net, shape, world, cfg.window, cfg.tile, bound.lora)
-            return stepwise(partial(draw, causal), causal.see, conds, cfg.tile[0], over(free), z)
-        return draw(bound, *conds, over(free), z)
+            causal = chunked(net, shape, world, cfg.window, cfg.tile, both.lora)
+            return stepwise(partial(draw, causal), causal.see, (cond, uncond), cfg.tile[0], over(free), z)
+        return draw(both, cond, uncond, over(free), z)
 
     rows, columns = {"text alone": False}, None
     if cfg.first_frame:
         rows, columns = rows | {"first frame given": True}, len(ids)
     made = [parallel.spread(partial(make, given), len(ids), cfg.micro_batch or CHUNK, world) for given in rows.values()]
+    del make, both      # training needs the memory of the other expert,
+    gc.collect()        # whose groups refer to one another
     if world.main:
         path = codec.write_clips(log.file("samples", step), torch.cat(made), data.manifest, vae=cfg.vae,
                                  device=world.device, columns=columns, report=log.say)

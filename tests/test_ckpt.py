@@ -1216,6 +1216,38 @@ def test_two_experts_are_refused_by_both_names(tmp_path):
     assert reads(tmp_path / "comfy" / "wan2.2_low_noise_14B.safetensors", wan())
 
 
+def test_of_two_experts_the_one_that_is_named_is_read(tmp_path):
+    for high, low in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
+        folder = tmp_path / high
+        experts(folder, high, low)
+        save_file({name: x + 1 for name, x in wan().items()}, folder / low / "a.safetensors")
+        for expert, name in (("high", high), ("low", low)):
+            source = ckpt.weights(folder, expert=expert)
+            assert source.origin == str(folder / name)
+            assert all(torch.equal(source.tensor(key), x + (expert == "low")) for key, x in wan().items())
+            assert ckpt.beside(folder, expert) == str(folder / (low if expert == "high" else high))
+            assert ckpt.beside(folder / name, expert) == ckpt.beside(folder, expert)
+
+
+def test_an_expert_that_is_not_there_is_named(tmp_path):
+    experts(tmp_path, "transformer", pipeline={"transformer": ["d", "W"], "transformer_2": [None, None]})
+    with pytest.raises(ValueError, match="holds no transformer_2, the expert for low noise"):
+        ckpt.weights(tmp_path, expert="low")
+    assert ckpt.beside(tmp_path, "high") is None
+
+
+def test_the_images_keys_and_values_have_names_in_files_of_adapters_too():
+    for theirs, ours in (("attn2.add_k_proj", "k"), ("cross_attn.v_img", "v"), ("cross_attn_k_img", "k"),
+                         ("attn2_add_v_proj", "v")):
+        assert ckpt.LINEARS[theirs] == f"cross_attn.{ours}_img"
+
+
+def test_norms_that_no_layer_has_are_passed_over(tmp_path):
+    stray = {"blocks.0.cross_attn.norm_added_q.weight": torch.ones(2)}
+    save_file(wan() | stray, tmp_path / "a.safetensors")
+    assert set(ckpt.weights(tmp_path).shapes) == set(wan())
+
+
 def test_a_pipeline_of_one_expert_is_read(tmp_path):
     experts(tmp_path, "transformer", pipeline={"transformer": ["d", "W"], "transformer_2": [None, None]})
     assert reads(tmp_path, wan())

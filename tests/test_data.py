@@ -1024,3 +1024,99 @@ def test_a_constant_mean_and_std_are_kept(tmp_path):
 def test_nothing_stored_is_no_dataset(tmp_path):
     with pytest.raises(ValueError, match="nothing was stored"):
         Writer(tmp_path, spec()).finish(NULL)
+
+
+# ---- extra tensors --------------------------------------------------------------------------------------------------
+
+EXTRAS = {"image": None, "clip": [3, 5]}        # one like the latent, one of a shape of its own
+
+
+def with_extras(writer, indices, edition=0):
+    """Samples as `fill` makes them, and beside each latent what `extras_of` gives."""
+    for i in indices:
+        rng = stream(edition, "sample", i)
+        latent, text = 3 * normal(rng, (SMALL, WIDE)[i % 2]) + 1, normal(rng, (i % 4 + 1, 8))
+        writer.add(latent, text, caption=f"caption {i}", source=f"{i}.mp4", key=f"key {i}", edition=edition,
+                   extras=extras_of(i, edition))
+    return writer
+
+
+def extras_of(i, edition=0):
+    rng = stream(edition, "noise", i)
+    return {"image": normal(rng, (SMALL, WIDE)[i % 2]).bfloat16(), "clip": normal(rng, (3, 5)).bfloat16()}
+
+
+def check_extras(path, editions):
+    """Every sample's extra tensors are those that were made for it, whatever files they lie in."""
+    latents = opened(path)
+    assert latents.extra_shapes() == {"image": SMALL, "clip": (3, 5)}
+    for id in range(latents.count):
+        i = int(latents.caption(id).split()[1])
+        found = latents.extras([id])
+        assert all(torch.equal(found[name][0], x.float()) for name, x in extras_of(i, editions[i]).items())
+    assert latents.count == len(editions)
+
+
+def test_extra_tensors_come_as_they_were_stored_beside_their_latents(tmp_path):
+    with_extras(Writer(tmp_path, spec(extras=EXTRAS)), range(40)).finish(NULL)
+    check_extras(tmp_path, [0] * 40)
+    [micro] = opened(tmp_path).at(0)
+    assert {name: x.shape for name, x in micro.extras.items()} == {"image": micro.x0.shape, "clip": (4, 3, 5)}
+    for n, id in enumerate(micro.ids):
+        i = int(opened(tmp_path).caption(id).split()[1])
+        assert torch.equal(micro.extras["image"][n], extras_of(i)["image"].float())
+
+
+def test_samples_without_extra_tensors_have_none(dataset):
+    assert opened(dataset).at(0)[0].extras == {}
+    assert opened(dataset).extra_shapes() == {}
+
+
+def test_extra_tensors_of_several_ranks_are_joined_and_tails_cut(tmp_path):
+    writers = [Writer(tmp_path, spec(extras=EXTRAS), rank) for rank in range(2)]
+    for rank, writer in enumerate(writers):
+        with_extras(writer, range(rank, 40, 2)).save()
+    for file in writers[1].files.values():
+        file.write(b"half a sam")
+        file.close()
+    Writer(tmp_path, spec(extras=EXTRAS)).finish(NULL)
+    check_extras(tmp_path, [0] * 40)
+
+
+def test_extra_tensors_of_samples_made_again_replace_the_old_also_when_compacted(tmp_path):
+    with_extras(Writer(tmp_path, spec(extras=EXTRAS)), range(40)).finish(NULL)
+    writer = with_extras(Writer(tmp_path, spec(extras=EXTRAS)), range(10, 20), edition=1)
+    writer.finish(NULL)
+    editions = [int(10 <= i < 20) for i in range(40)]
+    check_extras(tmp_path, editions)
+    assert writer.compact() > 10 * 3 * 4096
+    check_extras(tmp_path, editions)
+    assert {name for name in contents(tmp_path) if ".image." in name or ".clip." in name} <= set(
+        opened(tmp_path).manifest["files"])
+
+
+@pytest.mark.parametrize("name", ["4x3x2x2.image.0.bin", "4x3x2x2.clip.0.bin"])
+def test_a_flipped_bit_in_an_extra_tensor_is_found_when_it_is_read(tmp_path, name):
+    with_extras(Writer(tmp_path, spec(extras=EXTRAS)), range(40)).finish(NULL)
+    damage(tmp_path / name, 5 * 4096 + 3)
+    latents = opened(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}: sample 5 is not what was written"):
+        latents.extras([5])
+    latents.extras([4])
+
+
+@pytest.mark.parametrize("extras, said", [
+    ({}, r"extra tensors \{\}, wanted are \{'image': \(4, 3, 2, 2\), 'clip': \(3, 5\)\}"),
+    ({"image": torch.zeros(SMALL), "clip": torch.zeros(5, 3)}, r"'clip': \(5, 3\)\}, wanted"),
+    ({"image": torch.zeros(SMALL), "clip": torch.full((3, 5), torch.nan)}, "not finite"),
+])
+def test_a_sample_without_its_extra_tensors_is_refused(tmp_path, extras, said):
+    writer = Writer(tmp_path, spec(extras=EXTRAS))
+    with pytest.raises(ValueError, match=said):
+        writer.add(torch.zeros(SMALL), torch.zeros(1, 8), caption="c", source="s", key="k", extras=extras)
+
+
+def test_datasets_with_and_without_extra_tensors_are_not_mixed(dataset, tmp_path):
+    with_extras(Writer(tmp_path / "other", spec(extras=EXTRAS)), range(40)).finish(NULL)
+    with pytest.raises(ValueError, match=r"the extra tensors of one is \['clip', 'image'\], of the other \[\]"):
+        opened([dataset, tmp_path / "other"])

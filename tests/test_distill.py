@@ -21,11 +21,12 @@ import sample
 import step
 import train
 from data import Latents, noise, stream
-from helpers import (as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves, out_of_memory,
-                     ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, signal_one_of_two,
-                     spied, state)
+from helpers import (Killed, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
+                     out_of_memory, ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset,
+                     signal_one_of_two, spied, state)
 from model import MODELS, Bound, Chunked, Cond, DiT, chunked
-from step import Learner, adamw, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t, train_step
+from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t,
+                  train_step)
 
 QUIET = dict(val_every=0, samples=0)    # no videos, no figures of them
 LOSSES = "student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"
@@ -198,6 +199,196 @@ def test_a_student_that_cannot_be_updated_ends_the_run_whatever_the_critic_does(
     assert "steps after it are not saved" in error.value.__notes__[0]
 
 
+# ---- pairs of the teacher -------------------------------------------------------------------------------------------
+
+PAIRS = dict(student_steps=2, pairs=11, pairs_steps=3, anchor=0.5, steps=4, val_every=3, save_every=2)
+
+
+def told_by_text(shape):
+    """In place of three nets, a teacher that takes noise z straight to m z, m being 2 + the mean of the text."""
+    def teacher(x, t, cond):
+        t = t.view(-1, 1, 1, 1, 1)
+        m = 2 + cond.text.mean((1, 2)).view(-1, 1, 1, 1, 1)
+        return (1 - m) * x / (t + (1 - t) * m)
+
+    return None, None, teacher
+
+
+def to_learn_from(data, out, **flags):
+    """What distill.pairs_of wants, with `told_by_text` as teacher -> (Latents, config, origin, world)."""
+    cfg = distill.resolve(distill.Config(data=data, teacher="nowhere", model="tiny", out=str(out),
+                                         **dict(student_steps=3, pairs=40, anchor=1.0, batch=8, shift=3.0) | flags))
+    origin = distill.Origin(None, 0, None, None, {"crc32": 5}, {}, {}, {})
+    world = parallel.imagine(1)._replace(device=torch.device("cpu"))
+    return Latents(data, seed=cfg.seed, batch=cfg.batch), cfg, origin, world
+
+
+def test_each_pair_is_of_its_own_noise_caption_and_time(data, tmp_path):
+    """x0 is what the way from its number's noise leads to under its text, x_t a point on it; K times take turns."""
+    latents, cfg, origin, world = to_learn_from(data, tmp_path)
+    pairs = distill.pairs_of(told_by_text, latents, origin, cfg, world)
+    noises = noise(cfg.seed, "pair", 0, range(cfg.pairs), latents.shapes[0])
+    seen = []
+    for step in range(10):
+        (pair,) = pairs(step)
+        assert sorted(pair.t.unique().tolist()) == pytest.approx(sorted(cfg.times))
+        for x0, e, t, text in zip(*pair):
+            t = t.view(1)
+            m = 2 + text.mean()
+            ends = x0 / m
+            number = (noises - ends).abs().flatten(1).mean(1).argmin().item()
+            _, prompt = distill.pair_prompt(latents, cfg, number)
+            assert torch.equal(text, latents.text([prompt])[0])
+            assert torch.allclose(ends, noises[number], atol=2e-3)
+            x_t = add_noise(x0[None], e[None], t)
+            assert torch.allclose(x_t[0], (t + (1 - t) * m) * noises[number], atol=2e-3)
+            seen.append(number)
+    assert sorted(seen) == sorted(list(range(cfg.pairs)) * 2)       # 10 batches of 8 are two passes over 40 pairs
+
+
+def test_the_teachers_way_has_the_students_times_among_eight_or_more_steps():
+    def times(**flags):
+        cfg = distill.Config(teacher="nowhere", model="tiny", **flags)
+        return distill.resolve(cfg).times, distill.ode_times(distill.resolve(cfg))
+
+    for K, n in ((1, 8), (2, 8), (3, 9), (8, 8), (10, 10)):
+        own, way = times(student_steps=K, shift=3.0)
+        assert way == pytest.approx(grid(n, 3.0))
+        assert set(own) <= set(way)
+    own, way = times(times=(1.0, 0.7, 0.33))
+    assert set(own) <= set(way)
+    assert way == sorted(way, reverse=True)
+    assert min(a - b for a, b in zip(way, way[1:])) > 0.01
+
+
+def test_pairs_that_were_killed_go_on_and_are_those_of_one_run(data, tmp_path, monkeypatch, capsys):
+    latents, cfg, origin, world = to_learn_from(data, tmp_path / "whole", micro_batch=4)
+    whole = distill.pairs_of(told_by_text, latents, origin, cfg, world)
+    cut, add = replace(cfg, out=str(tmp_path / "cut")), distill.Writer.add
+
+    def killed(writer, *args, **more):
+        if more["source"] == 21:
+            raise Killed
+        add(writer, *args, **more)
+        writer.save()
+
+    monkeypatch.setattr(distill.Writer, "add", killed)
+    with pytest.raises(Killed):
+        distill.pairs_of(told_by_text, latents, origin, cut, world)
+    monkeypatch.setattr(distill.Writer, "add", add)
+    again = distill.pairs_of(told_by_text, latents, origin, cut, world)
+    assert "19 of 40 pairs of the teacher to be made" in capsys.readouterr().out
+    for step in range(5):
+        for mine, theirs in zip(again(step), whole(step), strict=True):
+            assert all(map(torch.equal, mine, theirs))
+    distill.pairs_of(told_by_text, latents, origin, cut, world)
+    assert "to be made" not in capsys.readouterr().out
+
+
+def test_pairs_of_another_teacher_are_refused_in_a_line(data, tmp_path, capsys):
+    latents, cfg, origin, world = to_learn_from(data, tmp_path)
+    distill.pairs_of(told_by_text, latents, origin, cfg, world)
+    with pytest.raises(SystemExit) as exit:
+        distill.pairs_of(told_by_text, latents, origin._replace(base={"crc32": 6}), cfg, world)
+    assert exit.value.code == 2
+    assert "teacher was 5 and is now 6" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def paired(data, teacher, tmp_path_factory):
+    """A run with both stages that nobody interrupts."""
+    out = tmp_path_factory.mktemp("paired") / "run"
+    run(distill.main, config(data, teacher, out, **PAIRS))
+    return out
+
+
+def test_a_run_with_pairs_logs_both_stages_and_validates_in_both(paired):
+    lines = {line["step"]: line for line in log_of(paired)}
+    assert list(lines) == [0, 3, 5, 6, 7]
+    assert {"pairs_loss", "pairs_loss_by_t0", "pairs_loss_by_t1", "val_std"} <= lines[3].keys()
+    assert not any(name.startswith("critic") for name in lines[3])
+    assert {"student_pairs_loss", "student_pairs_loss_by_t1", "critic_loss"} <= lines[5].keys()
+    assert 0 < lines[7]["student_anchor_share"] < 1
+    assert "val_std" in lines[6]
+    assert (lines[3]["student_updates"], lines[7]["student_updates"]) == (3, 2)
+
+
+def test_after_the_pairs_all_but_the_average_begins_anew(data, teacher, paired, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(paired / "pairs", out / "pairs")
+    cfg = config(data, teacher, out, **PAIRS)
+    run_stopped(distill, cfg, 2)
+    assert meta(out)["stage"] == "pairs"
+    run_stopped(distill, cfg, 1)
+    held, first = state(out), ckpt.weights(teacher)
+    assert meta(out)["stage"] == "matching"
+    assert meta(out)["counts"]["student"]["updates"] == 0
+    for name, value in held.items():
+        role, rest = name.split(".", 1) if "." in name else (name, "")
+        if role in ("opt", "critic_opt"):
+            assert not value.any()
+        if role == "net":
+            assert torch.equal(value, held[f"ema.{rest}"])
+            assert torch.equal(held[f"critic.{rest}"], first.tensor(rest))
+    assert not all(torch.equal(held[f"net.{name}"], held[f"critic.{name}"]) for name in first.shapes)
+
+
+@pytest.mark.slow
+def test_a_run_with_pairs_stopped_in_either_stage_is_the_uninterrupted_one_to_the_bit(
+        data, teacher, paired, tmp_path, capsys):
+    cfg = config(data, teacher, tmp_path / "run", **PAIRS)
+    shutil.copytree(paired / "pairs", tmp_path / "run" / "pairs")
+    for step, updates in ((1, 1), (3, 2), (4, 1), (5, 1)):
+        run_stopped(distill, cfg, updates)
+        assert f"step {step} of 7 is saved" in capsys.readouterr().out
+    run(distill.main, cfg)
+    assert log_of(cfg.out) == log_of(paired)
+    assert same(state(cfg.out), state(paired))
+
+
+@pytest.mark.slow
+def test_two_ranks_make_pairs_and_learn_from_them_as_one_does(data, teacher, paired, tmp_path):
+    cfg = config(data, teacher, tmp_path / "run", shard=2, **PAIRS)
+    ranks(2, distill.main, cfg)
+    close(log_of(cfg.out), log_of(paired), 1e-3, "pairs_loss", "student_pairs_loss", *LOSSES)
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_from_pairs_of_prompts_alone_and_a_run_may_end_there(data, teacher, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle moving left\na blue square moving up\n")
+    texts = str(tmp_path / "texts")
+    run(prepare.main, prepare.Config(prompts=str(prompts), shape=(24, 5, 8, 8), text_length=8, out=texts))
+    cfg = config(texts, teacher, tmp_path / "run", lora_rank=4, **PAIRS | dict(steps=0, samples=0))
+    run(distill.main, cfg)
+    assert log_of(cfg.out)[-1]["step"] == 3
+    assert {name.split(".")[0] for name in state(cfg.out)} == {"net", "opt", "critic", "critic_opt", "ema", "null"}
+
+
+@pytest.mark.parametrize("K, row", [(1, "tiny K=1"), (2, "tiny K=2"), (3, "tiny"), (4, "tiny"), (9, "tiny")])
+def test_defaults_are_of_the_students_number_of_steps_or_of_the_next_larger(K, row):
+    for flags in (dict(student_steps=K), dict(times=tuple(1 - i / K for i in range(K)))):
+        cfg = distill.resolve(distill.Config(teacher="nowhere", model="tiny", **flags))
+        assert distill.row_of(cfg) is distill.DEFAULTS[row]
+        assert cfg.score_shift == distill.DEFAULTS[row]["score_shift"]
+    if not cfg.pairs:
+        assert (cfg.pairs_steps, cfg.anchor) == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_run_of_few_steps_from_before_pairs_goes_on_without_them(data, teacher, tmp_path):
+    cfg = config(data, teacher, tmp_path / "run", student_steps=2, pairs=0, steps=2, **QUIET)
+    run(distill.main, cfg)
+
+    def change(manifest):
+        for name in ("pairs", "pairs_steps", "anchor"):
+            manifest["meta"]["config"].pop(name)
+
+    rewrite(ckpt.latest(cfg.out), change)
+    run(distill.main, replace(cfg, pairs=None, steps=4))
+    assert log_of(cfg.out)[-1]["step"] == 4
+
+
 # ---- what a run goes on with ----------------------------------------------------------------------------------------
 
 
@@ -307,10 +498,10 @@ def test_an_exported_teacher_attends_as_it_was_trained_and_so_does_its_student(d
 
 
 @pytest.mark.slow
-def test_two_ranks_distil_as_one_does_and_stop_at_a_signal_to_one(data, teacher, distilled, tmp_path):
-    cfg = config(data, teacher, tmp_path / "run", steps=10**4, keep=100, micro_batch=1, shard=-1)
-    signal_one_of_two("distill.py", as_flags(cfg), tmp_path / "run")
-    close(log_of(cfg.out)[:5], log_of(distilled), 2e-4, *LOSSES, "val_diversity")
+def test_two_ranks_distil_as_one_does(data, teacher, distilled, tmp_path):
+    cfg = config(data, teacher, tmp_path / "run", micro_batch=1, shard=-1)
+    ranks(2, distill.main, cfg)
+    close(log_of(cfg.out), log_of(distilled), 2e-4, *LOSSES, "val_diversity")
 
 
 # ---- who is updated when, and on what -------------------------------------------------------------------------------
@@ -707,6 +898,14 @@ REFUSED = [  # flags, what the message says
     (dict(guidance=math.nan), "--guidance=nan"),
     (dict(ema=1.0), "never change"),
     (dict(steps=5, student_every=6), "never change"),
+    (dict(steps=0), "--steps=0 is not 1 or more"),
+    (dict(pairs=-1), "--pairs=-1 is not 0 or more"),
+    (dict(pairs_steps=5), "--pairs_steps=5 needs pairs of the teacher: --pairs=N"),
+    (dict(anchor=0.1), "--anchor=0.1 needs pairs of the teacher: --pairs=N"),
+    (dict(student_steps=2, pairs=0, anchor=0.2), "--anchor=0.2 needs pairs"),
+    (dict(pairs=9, pairs_steps=0, anchor=0.0), "--pairs=9, but .* nothing learns from them"),
+    (dict(pairs=9, anchor=-1.0), "--anchor=-1.0 is not 0 or more"),
+    (dict(pairs=9, steps=-1), "--steps=-1 is not 0 or more"),
     (dict(micro_batch=-2), "--micro_batch=-2 is below 1"),
     (dict(times=(1.0, 0.5)), "--shift=5.0 does not apply"),
     (dict(window=(0, 1, 1)), "window is .0, 1, 1."),

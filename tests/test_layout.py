@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 
-LEAVES = {"step", "data", "codec", "films", "shapes", "ckpt", "log", "parallel", "flags"}
+LEAVES = {"step", "data", "codec", "films", "shapes", "ckpt", "log", "parallel", "flags", "signs"}
 STAGES = ("prepare", "train", "distill", "sample", "export", "evaluate", "bench")
 IMPORTS = {  # every file and what it may import of ours: a new file takes its place here
     "attention": set(),

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import parallel
 from attention import attention, build_metadata, reference
-from model import (LOCAL, MODELS, USUAL, Bound, Cond, DiT, ModelConfig, Seq, add_lora, bind, blank, chunked, fits,
+from model import (LOCAL, MODELS, USUAL, Bound, Cond, DiT, ModelConfig, Pair, Seq, add_lora, bind, blank, chunked, fits,
                    flops, initial, lengths, models_of, rope_rows, rope_table, shapes_of)
 
 ops = torch.ops
@@ -40,7 +40,10 @@ def batch(config=SMALL, B=2, shape=(3, 8, 12), S=5, frames=False):
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(B, config.channels, *shape, generator=rng)
     t = torch.rand((B, shape[0]) if frames else B, generator=rng)
-    return x, t, Cond(torch.randn(B, S, config.text_dim, generator=rng))
+    cond = Cond(torch.randn(B, S, config.text_dim, generator=rng))
+    shown = {name: torch.randn(B, *wanted, generator=rng)
+             for name, wanted in config.conditions(shape).items() if wanted}
+    return x, t, cond._replace(**shown)
 
 
 def run(net, x, t, cond, **kwargs):
@@ -67,6 +70,12 @@ def assert_close(got, want, limit=1e-5):
 # ---- Wan ------------------------------------------------------------------------------------------------------------
 
 RENAMES = (
+    (r"^img_emb\.proj\.0", "condition_embedder.image_embedder.norm1"),
+    (r"^img_emb\.proj\.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    (r"^img_emb\.proj\.3", "condition_embedder.image_embedder.ff.net.2"),
+    (r"^img_emb\.proj\.4", "condition_embedder.image_embedder.norm2"),
+    (r"cross_attn\.([kv])_img", r"attn2.add_\1_proj"),
+    (r"cross_attn\.norm_k_img", "attn2.norm_added_k"),
     (r"^text_embedding\.0", "condition_embedder.text_embedder.linear_1"),
     (r"^text_embedding\.2", "condition_embedder.text_embedder.linear_2"),
     (r"^time_embedding\.0", "condition_embedder.time_embedder.linear_1"),
@@ -114,8 +123,46 @@ def test_outputs_and_gradients_equal_those_of_diffusers(config, B, shape, S, fra
     assert_close(got, run(wan, x, 1000 * t, cond.text, return_dict=False))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("clip_dim", (0, 40), ids=("Wan 2.2", "Wan 2.1 with CLIP"))
+def test_image_to_video_equals_that_of_diffusers(clip_dim):
+    config = replace(SMALL, inputs=16, clip_dim=clip_dim)
+    kind = pytest.importorskip("diffusers").WanTransformer3DModel
+    clip = dict(image_dim=clip_dim, added_kv_proj_dim=config.dim) if clip_dim else {}
+    wan = kind(num_attention_heads=config.heads, attention_head_dim=config.dim // config.heads, ffn_dim=config.ffn,
+               num_layers=config.blocks, in_channels=16, out_channels=6, text_dim=20, eps=config.eps, **clip)
+    net = build(config)
+    wan.load_state_dict({diffusers_name(name): value for name, value in net.state_dict().items()})
+    x, t, cond = batch(config, S=512)       # diffusers takes the last 512 tokens for text
+    got = {diffusers_name(name): value for name, value in run(net, x, t, cond).items()}
+
+    x.requires_grad_()
+    out = wan(torch.cat((x, cond.image), 1), 1000 * t, cond.text, cond.clip, return_dict=False)[0]
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    want = {"v": out.detach(), "x": x.grad} | {name: p.grad for name, p in wan.named_parameters()}
+    assert_close(got, want)
+    assert ("condition_embedder.image_embedder.norm1.bias" in want) == (clip_dim > 0)
+
+
+@pytest.mark.parametrize("name, keys", (("wan-14b", 1095), ("wan2.2-a14b", 1095), ("wan2.2-a14b-i2v", 1095),
+                                        ("wan-14b-i2v", 1303)))
+def test_the_large_presets_have_the_keys_of_diffusers(name, keys):
+    kind, config = pytest.importorskip("diffusers").WanTransformer3DModel, MODELS[name]
+    clip = dict(image_dim=1280, added_kv_proj_dim=5120) if name == "wan-14b-i2v" else {}
+    with torch.device("meta"):
+        wan = kind(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, text_dim=4096,
+                   in_channels=36 if "i2v" in name else 16, out_channels=16, **clip)
+    ours = {diffusers_name(key): shape for key, shape in shapes_of(name).items()}
+    assert ours == {key: tuple(x.shape) for key, x in wan.state_dict().items()}
+    assert len(ours) == keys
+    assert config.conditions((21, 60, 104)) == {
+        "image": (20, 21, 60, 104) if "i2v" in name else None,
+        "clip": (257, 1280) if name == "wan-14b-i2v" else None}
+
+
 @pytest.mark.parametrize("name, parameters", (
-    ("tiny", 1_259_744), ("wan-1.3b", 1_418_996_800), ("wan2.2-5b", 4_999_787_712), ("wan-14b", 14_288_491_584)))
+    ("tiny", 1_259_744), ("wan-1.3b", 1_418_996_800), ("wan2.2-5b", 4_999_787_712), ("wan-14b", 14_288_491_584),
+    ("wan-14b-i2v", 16_394_878_784), ("wan2.2-a14b", 14_288_491_584), ("wan2.2-a14b-i2v", 14_288_901_184)))
 def test_the_presets_have_their_sizes_and_no_buffer(name, parameters):
     with torch.device("meta"):
         net = DiT(MODELS[name])
@@ -312,9 +359,9 @@ def test_flops_are_those_that_torch_counts(name, ends):
         metadata = build_metadata((5, 8, 12), tile=(2, 4, 4), window=(1, 1, 3), device="meta")
         sparse = dict(metadata=metadata, dense_ends=ends)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x = torch.empty(3, config.channels, 5, 16, 24)
+        x, t, cond = batch(config, 3, (5, 16, 24), 7)
         bound = Bound(DiT(config), **sparse)
-        bound(x, torch.empty(3), Cond(torch.empty(3, 7, config.text_dim)))
+        bound(x.to("meta"), t.to("meta"), Cond(*(part if part is None else part.to("meta") for part in cond)))
     assert 3 * bound.flops(x.shape[1:], 7) == counter.get_total_flops()
     with counter:
         bound(x, torch.empty(3, 5, device="meta"), Cond(torch.empty(3, 7, config.text_dim, device="meta")))
@@ -572,6 +619,13 @@ def test_a_new_adapter_changes_nothing():
         assert torch.equal(net(*inputs, lora=name), build()(*inputs))
 
 
+def test_adapters_are_on_the_images_keys_and_values_too():
+    net = build(replace(SMALL, clip_dim=40), adapters=("a",))
+    adapted = {name.removesuffix(".lora.a.A") for name, _ in net.named_parameters() if name.endswith(".lora.a.A")}
+    assert {name for name in adapted if "img" in name} == {
+        f"blocks.{i}.cross_attn.{part}_img" for i in range(SMALL.blocks) for part in "kv"}
+
+
 @pytest.mark.parametrize("name", ["tiny", "wan-1.3b"])
 def test_a_model_is_known_by_its_parameters(name):
     shapes = shapes_of(name)
@@ -616,6 +670,8 @@ def test_adapters_are_on_every_layer_of_the_blocks_and_train_alone():
     (r"t is \(1,\)", dict(t=torch.zeros(1))),
     (r"text is \(2, 5, 21\): wants \(2, S, 20\)", dict(cond=Cond(torch.zeros(2, 5, 21)))),
     (r"text is \(1, 5, 20\): wants \(2, S, 20\)", dict(cond=Cond(torch.zeros(1, 5, 20)))),
+    (r"image is \(2, 10, 3, 8, 12\): wants None", dict(cond=Cond(torch.zeros(2, 5, 20), torch.zeros(2, 10, 3, 8, 12)))),
+    (r"clip is \(2, 257, 9\): wants None", dict(cond=Cond(torch.zeros(2, 5, 20), clip=torch.zeros(2, 257, 9)))),
     (r"metadata orders 60 tokens, the grid \(3, 4, 6\) has 72", dict(metadata=build_metadata((3, 4, 5)))),
     (r"lora is 'critic': the model has \('student',\)", dict(lora="critic")),
 ))
@@ -623,3 +679,33 @@ def test_what_does_not_fit_is_named(message, change):
     inputs = dict(zip(("x", "t", "cond"), batch()))
     with pytest.raises(ValueError, match=message):
         build(adapters=("student",))(**inputs | change)
+
+
+@pytest.mark.parametrize("message, change", (
+    (r"image is None: wants \(2, 10, 3, 8, 12\)", dict(image=None)),
+    (r"image is \(2, 6, 3, 8, 12\): wants \(2, 10, 3, 8, 12\)", dict(image=torch.zeros(2, 6, 3, 8, 12))),
+    (r"clip is None: wants \(2, 257, 40\)", dict(clip=None)),
+    (r"clip is \(2, 257, 20\): wants \(2, 257, 40\)", dict(clip=torch.zeros(2, 257, 20))),
+))
+def test_an_image_that_does_not_fit_is_named(message, change):
+    config = replace(SMALL, inputs=16, clip_dim=40)
+    x, t, cond = batch(config)
+    with pytest.raises(ValueError, match=message):
+        build(config)(x, t, cond._replace(**change))
+
+
+# ---- two experts ----------------------------------------------------------------------------------------------------
+
+def test_of_two_experts_one_is_asked_at_each_t():
+    pair = Pair(lambda x, t, cond: "high", lambda x, t, cond: "low", 0.9)
+    edge = torch.tensor(0.9)
+    asked = {t.item(): pair(None, t.expand(3), None) for t in (edge, edge + 0.01, edge - 0.01, torch.ones(()))}
+    assert set(asked.values()) == {"high", "low"}
+    assert [t for t, expert in asked.items() if expert == "low"] == [(edge - 0.01).item()]
+    assert pair(None, torch.nextafter(edge, torch.zeros(())).expand(3), None) == "low"
+
+
+def test_of_two_experts_none_is_chosen_by_a_samples_own_t():
+    pair = Pair(lambda x, t, cond: "high", lambda x, t, cond: "low", 0.9)
+    with pytest.raises(ValueError, match="two experts at t from 0.1 to 0.95: they are asked at one t for all samples"):
+        pair(None, torch.tensor([0.95, 0.1]), None)

@@ -235,6 +235,19 @@ def test_the_optimizers_bytes_come_from_its_rows():
     assert weight.checkpoint == 3 * NET
 
 
+def test_pairs_take_disk_and_an_anchor_holds_the_activations_of_two_forwards():
+    cfg = distill.resolve(distill.Config(out="nowhere", teacher="nowhere", dry_run=(1,), model="tiny", student_steps=2))
+    takes = dict(optimizer=distill.optimizer(cfg), learners=2, teacher=True)
+    alone, beside = (plan.weigh(cfg, parallel.imagine(1), {}, [(24, 5, 8, 8)], 8, graphs=graphs, pairs=pairs, **takes)
+                     for graphs, pairs in ((1, None), (2, distill.to_make(cfg))))
+    assert alone.dataset == {}
+    assert beside.dataset == {"pairs": 4000 * 2 * 24 * 5 * 8 * 8 * 4, "texts of pairs": 4000 * 8 * 64 * 4}
+    (one,), (two,) = alone.passing.values(), beside.passing.values()
+    assert 1.5 * one < two < 2 * one
+    assert "32,000 forwards of the teacher" in plan.making(distill.to_make(cfg), cfg, parallel.imagine(1),
+                                                            [(24, 5, 8, 8)], 8)
+
+
 def test_activations_and_the_vae_pass_one_at_a_time():
     shapes = [(16, 3, 8, 8), (16, 5, 16, 8)]
     weight = weighed(train.main, model="wan-1.3b", shapes=shapes, batch=4, vae="x")

@@ -22,7 +22,8 @@ ROOTS = {f"{root.__name__}.py": root for root in (prepare, train, distill, sampl
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
-ON = {"lora.sh": ("1", "24"), "nodes.sh": ("32", "80"), "slurm.sh": ("32", "80")}      # others: 8 GPUs of 80 GB
+ON = {"lora.sh": ("1", "24"), "lora_i2v.sh": ("1", "141"), "lora_a14b.sh": ("1", "141"),
+      "nodes.sh": ("32", "80"), "slurm.sh": ("32", "80")}      # others: 8 GPUs of 80 GB
 STUBS = {
     "torchrun": 'printf "%s\\n" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" "$@"',
     "python": 'printf "%s\\n" "$@"',

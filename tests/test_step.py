@@ -290,6 +290,55 @@ def test_a_solvers_error_falls_with_the_step_to_its_order(solver, order, shift):
     assert few / many == pytest.approx(2**order, rel=0.1)
 
 
+def test_a_trajectory_passes_each_of_its_times_and_ends_where_the_sampler_does():
+    """On the Gaussian's exact way, at the points too, by an error that falls as the step squared."""
+    z, errors = randn(*SHAPE, dtype=torch.float64), []
+    for n in (160, 320):
+        times = grid(n, 3.0)
+        points = dict(zip([*times[1:], 0.0], step.trajectory(gaussian, z, None, times, solver="ab2")))
+        assert len(points) == n
+        assert torch.equal(points[0.0], ode(gaussian, z, None, times, solver="ab2"))
+        exact = {t: math.sqrt(0.09 * (1 - t)**2 + t**2) * z for t in (0.75, 0.5, 0.0)}
+        errors.append([(points[t] - exact[t]).abs().max() for t in exact])
+    for few, many in zip(*errors):
+        assert few / many == pytest.approx(4, rel=0.1)
+
+
+def test_flow_loss_on_a_pair_is_the_error_of_x0_at_the_points_of_its_way():
+    """At t = 1 the net is asked at the pair's own noise, at a later time at that point, whatever its noise is there."""
+    x0, z, point = (randn(2, *SHAPE[1:], seed=s, dtype=torch.float64) for s in range(3))
+    t, asked = torch.tensor([1.0, 0.4], dtype=torch.float64), []
+    x_t = torch.stack([z[0], point[1]])
+    e = (x_t - over(1 - t) * x0) / over(t)
+
+    def net(x, t, cond):
+        asked.append(x)
+        return wave(x, t, cond)
+
+    loss, seen = flow_loss(net, x0, torch.tensor(0.3), t, e, t**2, times=(1.0, 0.4))
+    each = (to_x0(x_t, wave(x_t, t, torch.tensor(0.3)), t) - x0).square().flatten(1).mean(1)
+    assert torch.equal(asked[0][0], z[0])
+    assert torch.allclose(asked[0][1], point[1], rtol=1e-12)
+    assert loss.item() == pytest.approx(each.mean().item(), rel=1e-12)
+    assert numbers(seen)["loss_by_t0"] == pytest.approx(each[1].item(), rel=1e-5)
+    assert numbers(seen)["loss_by_t1"] == pytest.approx(each[0].item(), rel=1e-5)
+
+
+def test_a_net_that_starts_again_is_its_average_and_remembers_nothing():
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    rows = {"w": Part(p, 0, (3, 3))}
+    me = Learner(rows, *adamw(rows, (0.9, 0.99), 0.0), lambda last: None, lambda: p.grad.norm(), copies(rows))
+    for _ in range(2):
+        train_step(me, [lambda: (p.square().sum(), {"loss": torch.zeros(())})], lr=0.1, clip=0, ema=0.9)
+    average = me.average["w"].tensor.clone()
+    assert not torch.equal(p, average)
+    step.start_again(me, (0.0, 0.5))
+    assert torch.equal(p, average)
+    assert not any(moment.any() for moment in tensors(me.opt_rows))
+    assert {group["betas"] for group in me.opt.param_groups} == {(0.0, 0.5)}
+    assert me.counts == {"updates": 0, "skipped": 0, "in_a_row": 0}
+
+
 def test_ab2_is_exact_where_v_is_a_straight_line_in_time_from_its_second_step_on():
     times, z = [1.0, 0.7, 0.2], randn(*SHAPE, dtype=torch.float64)
     x0 = ode(lambda x, t, cond: over(t.double()).expand_as(x), z, None, times, solver="ab2")
@@ -1006,3 +1055,70 @@ def test_the_average_is_swapped_in_and_out_to_the_bit_even_on_an_exception():
             raise KeyboardInterrupt
     assert torch.equal(me.rows["w"].tensor, net)
     assert torch.equal(me.average["w"].tensor, average)
+
+
+# ---- an expert's part of the times ----------------------------------------------------------------------------------
+
+DRAWS = 100_000
+
+
+@pytest.mark.parametrize("b", (0.875, 0.9))
+@pytest.mark.parametrize("density", ("uniform", "logit_normal"))
+@pytest.mark.parametrize("shift", (1.0, 5.0, 12.0))
+@pytest.mark.parametrize("expert", ("high", "low"))
+def test_an_experts_times_are_its_part_of_the_whole_law(expert, shift, density, b):
+    u = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    t = step.sample_t(u, density, shift, part=(b, expert))
+    edge = torch.tensor(b, dtype=torch.float32)
+    assert ((t >= edge) == (expert == "high")).all()        # nothing outside
+
+    # its density is that of the whole law there: the same quantiles
+    whole = step.sample_t(u, density, shift)
+    own = whole[(whole >= edge) == (expert == "high")]
+    places = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    want, got = (x.double().quantile(places) for x in (own, t))
+    assert (want - got).abs().max() < 2e-3 * (1 - b if expert == "high" else b)
+    assert abs(len(own) / DRAWS - (1 - step.share_below(b, density, shift) if expert == "high"
+                                   else step.share_below(b, density, shift))) < 2 / DRAWS
+
+
+def test_the_share_of_the_high_expert_is_the_tables():
+    shares = [1 - step.share_below(0.875, "uniform", shift) for shift in (1.0, 3.0, 5.0, 12.0)]
+    assert shares == pytest.approx([0.125, 0.3, 0.417, 0.632], abs=1e-3)
+
+
+def test_an_experts_strata_stay_strata():
+    for expert in ("high", "low"):
+        u = (torch.arange(64) + torch.rand(64, generator=torch.Generator().manual_seed(0))) / 64
+        t = step.sample_t(u, "uniform", 5.0, part=(0.875, expert)).double()
+        edges = step.sample_t(torch.arange(64) / 64, "uniform", 5.0, part=(0.875, expert)).double()
+        assert (t >= edges).all()
+        assert (t[:-1] <= edges[1:]).all()
+
+
+def test_times_at_the_very_edge_fall_to_their_own_expert():
+    for b in (0.875, 0.9):
+        edge = torch.tensor(b, dtype=torch.float32)
+        below = torch.nextafter(edge, torch.zeros(()))
+        almost = torch.tensor([1 - 2**-24])
+        assert step.sample_t(torch.zeros(1), part=(b, "high")) >= edge
+        assert step.sample_t(almost, part=(b, "low")) <= below
+        assert step.is_high(edge.item(), b)
+        assert step.is_high(b, b)
+        assert not step.is_high(below.item(), b)
+
+
+def test_each_expert_has_its_own_guidance_scale():
+    times = step.grid(4, 5.0)
+    assert step.scales_at(times, (4.0, 3.0), 0.875) == [4.0, 4.0, 3.0, 3.0]
+    assert step.scales_at(times, 2.0, None) == [2.0] * 4
+    assert step.scales_at([0.9], [4.0, 3.0], 0.9) == [4.0]
+
+
+def test_a_sampler_is_guided_at_each_time_by_its_scale():
+    z = torch.ones(2, 1, 1, 1, 1)
+    net = lambda x, t, cond: torch.full_like(x, cond)     # noqa: E731
+    times = [1.0, 0.6, 0.5]
+    got = step.ode(net, z, 2.0, times, 1.0, [3.0, 1.0, 0.5])
+    v = [1 + 3 * 1, 2, 1 + 0.5 * 1]
+    assert torch.allclose(got, z - 0.4 * v[0] - 0.1 * v[1] - 0.5 * v[2])
