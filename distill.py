@@ -818,7 +818,8 @@ def resolve(cfg):
         raise ValueError(f"--pairs={cfg.pairs}: a causal student, or one that --student starts, learns from none: "
                          "leave the flag out")
     elif cfg.expert or MODELS[cfg.model].image:
-        raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is another")
+        raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is "
+                         "another")
     flags.at_least(cfg, min(1, 1 - cfg.pairs_steps), "steps")
     if cfg.ema >= 1 or cfg.steps < cfg.student_every and not cfg.pairs_steps:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
@@ -879,7 +880,8 @@ def inherit(cfg):
             raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
         if "times" in sampling:
             raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
-        known = {"first_frame": sampling.get("first_frame", 0.0), "expert": sampling.get("expert")}     # old ones lack both
+        # of old checkpoints: they lack both
+        known = {"first_frame": sampling.get("first_frame", 0.0), "expert": sampling.get("expert")}
         if cfg.first_frame and not known["first_frame"]:
             raise ValueError(f"--first_frame={cfg.first_frame}, but {cfg.teacher} was trained without: train.py "
                              "--first_frame first")

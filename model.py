@@ -592,7 +592,8 @@ def check_first_frame(name, share):
     if share and config.image:
         raise ValueError(f"--first_frame={share} does not apply: {name} is always shown the image")
     if share and config.boundary:
-        raise ValueError(f"--first_frame={share} does not apply: {name}'s two experts are asked at one t for all frames")
+        raise ValueError(f"--first_frame={share} does not apply: {name}'s two experts are asked at one t for "
+                         "all frames")
 
 
 def check_causal(name, window):
