@@ -3,6 +3,7 @@
 A grid of F x H x W tokens is cut into tiles. Per axis of n tiles, a query in tile q sees the w key tiles [s, s + w),
 s = clamp(q - w//2, 0, n - w): every query sees the same number of tiles, and at a border the window shifts inward.
 Queries that share s see the very same keys, so a pattern is pairs (box of queries, box of keys), each of them dense.
+Along frames w may be negative: the last -w tiles up to a query's own, which makes a video causal, tile after tile.
 Imports nothing of ours.
 
 B batch · L query tokens · S key tokens · N heads · K head width
@@ -38,7 +39,7 @@ def ceil_div(a, b):
 class Metadata:
     grid: tuple            # F, H, W in tokens
     tile: tuple            # tokens of a whole tile along each axis; the last tile may be shorter
-    window: tuple          # tiles seen along each axis: the effective w
+    window: tuple          # tiles seen along each axis: the effective w; below 0 along frames: the last ones
     forward: tuple         # per axis, for each distinct window: (first query, end), (first key, end), in tokens
     reverse: tuple         # per axis, for each key tile: (first key, end), (first query that sees it, end), in tokens
     order: torch.Tensor    # (L,) raster index of the i-th token in tile order
@@ -51,17 +52,23 @@ def build_metadata(grid, tile=(4, 4, 8), window=(3, 3, 3), device="cpu"):
     """The pattern of a grid (F, H, W) in tokens, a tile in tokens and a window in tiles; cached by its arguments.
 
     A window of k tiles reaches k//2 to each side (an even k counts as k + 1); wider than its axis, it sees all of it.
+    A window of -k along frames is block-causal: a tile's frames are a chunk, which sees the last k chunks, its own
+    among them; rows and columns keep their meaning.
     """
     for name, value in (("grid", grid), ("tile", tile), ("window", window)):
-        if len(value) != 3 or not all(isinstance(x, int) and x > 0 for x in value):
+        if len(value) != 3 or not all(isinstance(x, int) and x > 0 for x in value if name != "window"):
             raise ValueError(f"{name} is {value}; it takes three positive integers: frames, rows, columns")
+    if not all(isinstance(x, int) for x in window) or window[0] == 0 or min(window[1:]) < 1:
+        raise ValueError(f"window is {window}; it takes three positive integers: frames, rows, columns; that of frames "
+                         "may be negative, -k for the last k tiles")
     return _build(tuple(grid), tuple(tile), tuple(window), torch.device(device))
 
 
 @lru_cache(maxsize=None)
 def _build(grid, tile, window, device):
     tile = tuple(min(t, size) for t, size in zip(tile, grid))
-    window = tuple(min(2 * (k // 2) + 1, ceil_div(size, t)) for k, size, t in zip(window, grid, tile))
+    tiles = [ceil_div(size, t) for size, t in zip(grid, tile)]
+    window = tuple(-min(-k, n) if k < 0 else min(2 * (k // 2) + 1, n) for k, n in zip(window, tiles))
     forward, reverse = zip(*(_axis(*axis) for axis in zip(grid, tile, window)))
     pairs = prod(sum((q1 - q0) * (k1 - k0) for (q0, q1), (k0, k1) in axis) for axis in forward)
     with torch.inference_mode(False):  # may be built while sampling and used while training
@@ -78,6 +85,10 @@ def _axis(size, tile, w):
 
     def span(first, end):
         return first * tile, min(end * tile, size)
+    if w < 0:
+        forward = [(span(i, i + 1), span(max(0, i + 1 + w), i + 1)) for i in range(n)]
+        reverse = [(span(j, j + 1), span(j, min(n, j - w))) for j in range(n)]
+        return tuple(forward), tuple(reverse)
     forward = [(span(s + r if s else 0, s + r + 1 if s < n - w else n), span(s, s + w)) for s in range(n - w + 1)]
     reverse = [(span(j, j + 1), span(j - r if j >= w else 0, j + r + 1 if j < n - w else n)) for j in range(n)]
     return tuple(forward), tuple(reverse)
@@ -590,7 +601,11 @@ def reference(q, k, v, metadata):
     for size, tile, w in zip(metadata.grid, metadata.tile, metadata.window):
         n, at = ceil_div(size, tile), torch.arange(size) // tile
         first = (at - w // 2).clamp(0, n - w)[:, None]
-        see = torch.kron(see, (first <= at) & (at < first + w))  # raster order: the last axis is the fastest
+        sees = (first <= at) & (at < first + w)
+        if w < 0:
+            back = at[:, None] - at     # by how many tiles a query is later than a key
+            sees = (0 <= back) & (back < -w)
+        see = torch.kron(see, sees)  # raster order: the last axis is the fastest
     see = see.to(q.device)[metadata.order][:, metadata.order]
     scores = torch.einsum("blnk,bsnk->bnls", q, k) / q.shape[-1]**0.5
     return torch.einsum("bnls,bsnk->blnk", scores.masked_fill(~see, -torch.inf).softmax(-1), v)

@@ -36,6 +36,7 @@ class Codec(NamedTuple):
     stride: tuple       # pixels per latent along frames, rows and columns; the first frame is a latent frame of its own
     encode: Callable    # video -> z
     decode: Callable    # z -> video
+    decode_on: Callable     # a clip's next chunk z, state (None at its first) -> video, state: joined, as decode's
     embed: Callable     # [prompt] -> [fp32 (S_i, E)], S_i <= spec["text_length"]; "" is the unconditional prompt
     decodes: bool       # whether `decode` works: wan without its VAE cannot
     show: Callable      # first picture, frames, last picture or None -> y like z, *normalised*: what an image-to-video
@@ -108,9 +109,14 @@ def dct(spec):
         return rearrange(blocks @ basis.T, "F H W C -> C F H W").contiguous()
 
     def decode(z):
+        return decode_on(z, None)[0]
+
+    def decode_on(z, state):
         blocks = rearrange(z.cpu().float(), "C F H W -> F H W C") @ basis
         x = rearrange(blocks, "F H W (c f h w) -> (F f) (H h) (W w) c", c=3, f=f, h=h, w=w)
-        return to_bytes(torch.cat([x[:f].mean(0, keepdim=True), x[f:]]) + 0.5)
+        if state is None:
+            x = torch.cat([x[:f].mean(0, keepdim=True), x[f:]])
+        return to_bytes(x + 0.5), "begun"
 
     def embed(prompts):
         return [embed_words(prompt, spec["text_width"], spec["text_length"]) for prompt in prompts]
@@ -118,7 +124,7 @@ def dct(spec):
     def never(*_):
         raise ValueError("no model is shown pictures by the dct codec: they are for wan")
 
-    return Codec(spec, tuple(spec["stride"]), encode, decode, embed, True, never, never)
+    return Codec(spec, tuple(spec["stride"]), encode, decode, decode_on, embed, True, never, never)
 
 
 def dct_basis(channels, f, h, w):
@@ -166,10 +172,10 @@ def wan(spec, vae, text, clip, device):
     def absent(*_, flag, pipeline=PIPELINE):
         raise ValueError(f"the wan codec lacks this part: {flag}=PATH is wanted, a folder of {pipeline}")
 
-    encode = decode = show = partial(absent, flag="--vae")
+    encode = decode = decode_on = show = partial(absent, flag="--vae")
     embed, see = partial(absent, flag="--text"), partial(absent, flag="--clip", pipeline=CLIP_PIPELINE)
     if vae:
-        found, encode, decode, show = wan_vae(vae, device)
+        found, encode, decode, decode_on, show = wan_vae(vae, device)
         spec = agree(spec, found, f"--vae={vae}")
     if text:
         found, embed = wan_text(text, spec["text_length"], device)
@@ -177,11 +183,11 @@ def wan(spec, vae, text, clip, device):
     if clip:
         found, see = wan_clip(clip, device)
         spec = agree(spec, found, f"--clip={clip}")
-    return Codec(spec, tuple(spec.get("stride", ())), encode, decode, embed, bool(vae), show, see)
+    return Codec(spec, tuple(spec.get("stride", ())), encode, decode, decode_on, embed, bool(vae), show, see)
 
 
 def wan_vae(path, device):
-    """-> what the VAE adds to the spec, encode, decode, show. Latents are the posterior's mean, fp32."""
+    """-> what the VAE adds to the spec, encode, decode, decode_on, show. Latents are the posterior's mean, fp32."""
     folder = part_of(path, "vae")
     check_family(folder, "_class_name", "AutoencoderKLWan")
     vae, report = need("diffusers").AutoencoderKLWan.from_pretrained(
@@ -212,12 +218,36 @@ def wan_vae(path, device):
         mean, std = moments(spec)
         return (latents(x) - mean) / std
 
-    def decode(z):
-        vae.use_tiling = z.shape[2] * stride[1] * z.shape[3] * stride[2] > LARGE
-        x = vae.decode(z[None].to(device).float()).sample
+    def seen(x):
         return to_bytes(rearrange(x, "1 c f h w -> f h w c") / 2 + 0.5)
 
-    return spec, encode, decode, show
+    def decode(z):
+        vae.use_tiling = z.shape[2] * stride[1] * z.shape[3] * stride[2] > LARGE
+        return seen(vae.decode(z[None].to(device).float()).sample)
+
+    @torch.no_grad()
+    def decode_on(z, state):
+        """As vae.decode, frame by frame; state: what its convolutions hold of the frames before."""
+        height, width = z.shape[2] * stride[1], z.shape[3] * stride[2]
+        if height * width > LARGE:
+            raise ValueError(f"{height}x{width} pixels: above {LARGE} the VAE works in tiles of a whole clip, "
+                             "and so decodes no chunks")
+        vae.clear_cache()
+        held, first = list(vae._feat_map), state is None
+        if state is not None:
+            held = list(state)
+        x = vae.post_quant_conv(z[None].to(device).float())
+        frames = []
+        for frame in x.split(1, 2):
+            begins = dict(first_chunk=True) if first else {}
+            frames.append(vae.decoder(frame, feat_cache=held, feat_idx=[0], **begins))
+            first = False
+        x = torch.cat(frames, 2)
+        if config.patch_size is not None:
+            x = need("diffusers.models.autoencoders.autoencoder_kl_wan").unpatchify(x, patch_size=config.patch_size)
+        return seen(x.clamp(-1, 1)), held
+
+    return spec, encode, decode, decode_on, show
 
 
 def wan_clip(path, device):
@@ -358,19 +388,28 @@ def agree(spec, found, source):
 SHARP = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
 
 
-def write_video(path, videos, fps, columns=None):
-    """One mp4 that browsers play (H.264, yuv420p): a grid of videos, a short one resting on its last frame."""
-    def sheet(i):
-        return grid([video[min(i, len(video) - 1)] for video in videos], columns)
-
-    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as film:
-        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
-        stream.height, stream.width = sheet(0).shape[:2]
+@contextmanager
+def film(path, fps):
+    """An mp4 that browsers play (H.264, yuv420p), as a function: add(picture) puts one (h, w, 3) at its end."""
+    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
         stream.pix_fmt, stream.colorspace, stream.color_range = "yuv420p", 1, 1     # BT.709, limited: not a guess
+
+        def add(picture):
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = picture.shape[:2]
+            picture = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            file.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=SHARP)))
+
+        yield add
+        file.mux(stream.encode())
+
+
+def write_video(path, videos, fps, columns=None):
+    """One mp4 of a grid of videos, a short one resting on its last frame."""
+    with film(path, fps) as add:
         for i in range(max(map(len, videos))):
-            picture = av.VideoFrame.from_ndarray(sheet(i), format="rgb24")
-            film.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=SHARP)))
-        film.mux(stream.encode())
+            add(grid([video[min(i, len(video) - 1)] for video in videos], columns))
 
 
 def write_clips(stem, x0, sampling, *, vae=None, device="cpu", columns=None, report=print):

@@ -62,7 +62,7 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
             "student_score_t_perm", "student_score_t", "student_score_noise",
             "critic_prompt", "critic_z", "critic_renoise",
             "critic_score_t_perm", "critic_score_t", "critic_score_noise",
-            "clip", "give", "student_give", "critic_give", "short", "pair", "pair_prompt")
+            "clip", "give", "student_give", "critic_give", "short", "pair", "pair_prompt", "clean_prefix")
 
 
 def stream(seed, purpose, step, slot=0):
@@ -81,10 +81,24 @@ def noise(seed, purpose, step, slots, shape):
     return torch.stack([normal(stream(seed, purpose, step, slot), shape) for slot in slots])
 
 
-def stratified(seed, perm_purpose, xi_purpose, step, batch):
-    """u_j = (π(j) + ξ_j) / B, one number in each B-th of [0, 1) -> fp32 (B,); π is drawn per step, ξ_j per slot."""
-    perm = stream(seed, perm_purpose, step).permutation(batch)
-    xi = np.array([stream(seed, xi_purpose, step, slot).random() for slot in range(batch)])
+def long_noise(seed, purpose, k, count, slots, shape, first, last):
+    """Frames [first, last) of noise k of `count` for clips that may be longer than shape (C, F, H, W).
+
+    Drawn in pieces of F frames, of which the first is `noise`: a longer clip begins as a shorter one does.
+    """
+    frames = shape[1]
+    begin = first // frames
+    pieces = [noise(seed, purpose, k + count * i, slots, shape) for i in range(begin, ceil_div(last, frames))]
+    return torch.cat(pieces, 2)[:, :, first - begin * frames:last - begin * frames]
+
+
+def stratified(seed, perm_purpose, xi_purpose, step, batch, chunk=0):
+    """u_j = (π(j) + ξ_j) / B, one number in each B-th of [0, 1) -> fp32 (B,); π is drawn per step, ξ_j per slot.
+
+    chunk: of the clips, where each has a u of its own; its slots follow those of the chunks before.
+    """
+    perm = stream(seed, perm_purpose, step, chunk).permutation(batch)
+    xi = np.array([stream(seed, xi_purpose, step, chunk * batch + slot).random() for slot in range(batch)])
     below_one = np.nextafter(np.float32(1), np.float32(0))  # fp32 rounds the last 2⁻²⁵ up to 1
     return torch.from_numpy(np.minimum((perm + xi) / batch, below_one).astype(np.float32))
 
@@ -216,9 +230,10 @@ class Micro(NamedTuple):
     text: torch.Tensor  # (B, S, E) fp32, zeros after the last token
     null: torch.Tensor  # (S, E) fp32, the text of dropout and guidance
     drop: torch.Tensor  # (B,) fp32 in [0, 1): the text is dropped where it is < p
-    u: torch.Tensor     # (B,) fp32 in [0, 1), stratified over the global batch
+    u: torch.Tensor     # (B,) fp32 in [0, 1), stratified over the global batch; (B, chunks) where clips have chunks
     e: torch.Tensor     # (B, C, F, H, W) fp32 noise
     give: torch.Tensor  # (B,) fp32 in [0, 1): the first frame is given where it is < p
+    prefix: torch.Tensor    # (B,) fp32 in [0, 1): where it is < p, the first chunks stay clean
     ids: list           # of the samples in the dataset
     slots: list         # of the samples in the global batch
     extras: dict        # {name: (B, …) fp32} of the dataset's extra tensors, as they were stored
@@ -336,16 +351,17 @@ class Latents:
     that is not of stills alone.
     mix: each one's share of the batches, in any unit; None = by their sizes. batch: samples per update, over all ranks;
     micro_batch: samples per forward, None = a rank's whole share; rank and world: among data ranks; val: samples to
-    hold out of training; device: where `at` puts its tensors and where `null` is. All other methods give CPU tensors,
-    page-locked where the device is a GPU: `send` copies them.
+    hold out of training; chunk: latent frames that have a t of their own, None = all together. device: where `at` puts
+    its tensors and where `null` is; all other methods give CPU tensors, page-locked where the device is a GPU: `send`
+    copies them.
     Raises FileNotFoundError or ValueError, saying what to do, for a dataset or a sample that is not what was written.
     """
 
     def __init__(self, path, *, seed, batch, micro_batch=None, rank=0, world=1, val=0, mix=None,
-                 device="cpu"):
+                 chunk=None, device="cpu"):
         micro_batch = micro_size(batch, micro_batch, world)
         self.device = torch.device(device)
-        self.seed, self.batch = seed, batch
+        self.seed, self.batch, self.chunk = seed, batch, chunk
         ours = range(rank * batch // world, (rank + 1) * batch // world)
         self.slots = [list(range(i, i + micro_batch)) for i in ours[::micro_batch]]
 
@@ -403,9 +419,16 @@ class Latents:
             raise ValueError(f"{folder.path} holds prompts without latents: "
                              "one can distil from it, not train on it")
         self.will_need([ids[slot] for slots in self.slots for slot in slots])
-        u = stratified(self.seed, "t_perm", "t", step, self.batch)
+        u = self.uniforms(step, self.shape_of(ids[0])[1])
         return [self.micro(step, [ids[slot] for slot in slots], slots, u[slots])
                 for slots in self.slots]
+
+    def uniforms(self, step, frames):
+        """u of the global batch (B,), or of each of its chunks (B, chunks): the first one's is the same."""
+        if self.chunk is None or self.chunk >= frames:
+            return stratified(self.seed, "t_perm", "t", step, self.batch)
+        return torch.stack([stratified(self.seed, "t_perm", "t", step, self.batch, chunk)
+                            for chunk in range(ceil_div(frames, self.chunk))], 1)
 
     def micro(self, step, ids, slots, u):
         def fill(out, slot):                                # `noise`, shared among the workers
@@ -416,8 +439,9 @@ class Latents:
         self.each(fill, e.numpy(), slots)
         drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
         give = [stream(self.seed, "give", step, slot).random(dtype=np.float32) for slot in slots]
-        extras = self.extras(ids)
-        return Micro(x0, text, self.null, torch.tensor(drop), u, e, torch.tensor(give), ids, slots, extras)
+        prefix = [stream(self.seed, "clean_prefix", step, slot).random(dtype=np.float32) for slot in slots]
+        drop, give, prefix = map(torch.tensor, (drop, give, prefix))
+        return Micro(x0, text, self.null, drop, u, e, give, prefix, ids, slots, self.extras(ids))
 
     def batch_ids(self, step):
         """The global batch of a step -> (bucket, [id])."""

@@ -3,10 +3,13 @@
     python distill.py --teacher=out/train                                       the built-in shapes, on a laptop
     torchrun --nproc_per_node=8 distill.py --teacher=PATH --model=wan-1.3b --data=DIR --shard=-1
 
+    python distill.py --teacher=out/train --student=out/causal                  a causal one: self-forcing
+
 The student's own clips, rolled out from noise and text alone, are re-noised and shown to two nets: the frozen teacher,
 with guidance, and a critic that learns by flow matching what the student makes. Their difference is the student's
 gradient. No discriminator, no real clips. With --pairs the student first learns where the unguided teacher's ODE leads
-from known noise, which keeps its variety. The same command again resumes, exactly.
+from known noise, which keeps its variety. A causal student rolls out chunk by chunk, each after its own clean ones; the
+other two see whole clips. The same command again resumes, exactly.
 Reads top to bottom: flags, setup in five steps, the loop, the losses, draws, pairs, checkpoints, validation.
 Imports model, plan and every leaf but shapes.
 
@@ -29,12 +32,12 @@ import parallel
 import plan
 from data import DTYPES, Ahead, Latents, holds_latents, noise, read_manifest, send, stratified, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import (MODELS, Cond, Pair, bind, blank, check_expert, check_first_frame, cond_of, fits, initial, models_of,
-                   shapes_of, shown)
+from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, check_causal, check_expert,
+                   check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of, shapes_of, shown)
 from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
                   is_high, lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average,
-                  to_x0, train_step, trajectory, within)
+                  stepwise, to_x0, train_step, trajectory, within)
 from store import Writer
 
 
@@ -44,6 +47,7 @@ class Config:
 
     # what
     teacher: str = "out/train"                            # teacher: a run of train.py, or weights as --init of train.py
+    student: str | None = None                            # what the student starts from, a causal run; None = teacher
     model: Literal[tuple(MODELS)] | None = None           # model size of all three nets; None = the teacher run's
     expert: Literal["high", "low"] | None = None          # which of Wan 2.2's two experts to distil: high first
     other: str | None = None                              # for --expert=low: the run of its high student
@@ -80,7 +84,7 @@ class Config:
     lora_alpha: float | None = None                       # LoRA scale is alpha / rank; None = rank
 
     # the student's sparse attention; teacher and critic attend as the teacher was trained
-    window: tuple[int, int, int] | None = None            # student's attention window in tiles; None = the teacher's
+    window: tuple[int, int, int] | None = None            # its window in tiles; None = as --student or the teacher has
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens of the student's tile: frames, rows, columns
     dense_ends: int = 0                                   # how many blocks at either end stay dense
 
@@ -198,7 +202,7 @@ FREE = {"out", "resume", "allow", "steps", "val_every", "save_every", "keep", "w
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run"}
 # what a flag was in runs whose config does not have it yet, or must have been where there is none any more
 BEFORE = {"deterministic": False, "start": "noise", "first_frame": 0.0, "pairs": 0, "pairs_steps": 0, "anchor": 0.0,
-          "expert": None, "other": None}
+          "expert": None, "other": None, "student": None}
 BETAS = (0.0, 0.999)    # of student and critic
 ODE_STEPS = 8           # least number of steps in which the teacher makes a pair
 PAIRS_LOG = 10          # updates on pairs from one line of the log to the next
@@ -227,9 +231,9 @@ def main(cfg):
         if origin.step > end_of(cfg) or origin.step == end_of(cfg) and validated(cfg, origin.step, world):
             return world.say(finished(cfg, origin))
 
-    # 2) build: three nets of one make; with LoRA one, of which student and critic are adapters
+    # 2) build: three nets of one make; with LoRA student and critic are adapters, of one net where they start alike
     teacher_net = build(cfg, data, world, trainable=cfg.lora_rank > 0)
-    student_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
+    student_net = teacher_net if one_net(cfg) else build(cfg, data, world)
     critic_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
     student = learner("student", student_net, betas_at(origin.step, cfg), cfg, world)
     critic = learner("critic", critic_net, BETAS, cfg, world)
@@ -238,7 +242,7 @@ def main(cfg):
 
     # 3) values: the teacher's; student's and critic's of this run's checkpoint, new adapters', or the teacher's too
     with flags.door(__file__):
-        ckpt.fill(parallel.local_rows(teacher_net, trained=False), origin.weights, **world.ranks)
+        fill_frozen(teacher_net, student_net, origin, world)
         if origin.path:
             ckpt.load(origin.path, state, **world.ranks)
             student.counts, critic.counts = origin.counts
@@ -246,10 +250,10 @@ def main(cfg):
             ckpt.fill(student.rows | critic.rows, new_values(parallel.local_rows(critic_net), cfg.seed), **world.ranks)
             start_average(student)
         else:
-            ckpt.fill(student.rows, origin.weights, **world.ranks)
+            ckpt.fill(student.rows, origin.begins, **world.ranks)
             ckpt.fill(critic.rows, origin.weights, **world.ranks)
             start_average(student)
-    origin = origin._replace(weights=None)      # closes their files
+    origin = origin._replace(weights=None, begins=None)     # closes their files
 
     # 4) the teacher's pairs, if any, the log, and signals
     nets = partial(bound_nets, student_net, critic_net, (teacher_net, high_net(origin, cfg, world)), origin, cfg, world)
@@ -347,7 +351,7 @@ def student_loss(nets, micro, exit, cfg):
     student, critic, teacher = nets(micro.z.shape)
     cond = cond_of(micro.text, micro.extras)
     uncond = cond._replace(text=micro.null.expand_as(micro.text))
-    x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit, micro.free)
+    x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     rescale = row_of(cfg)["rescale"]
     return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
@@ -376,9 +380,25 @@ def critic_loss(nets, micro, exit, cfg):
     student, critic, _ = nets(micro.z.shape)
     cond = cond_of(micro.text, micro.extras)
     with torch.no_grad():
-        x0 = rollout(student, micro.z, cond, cfg.times, micro.noises, exit, micro.free)
+        x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     return flow_loss(critic, x0, cond, t, micro.e, free=micro.free)
+
+
+def roll(student, cond, z, noises, exit, free, cfg):
+    """The student's clip, predicted at its step `exit`; of a causal one each chunk is (Self Forcing, arXiv 2506.08009).
+
+    A chunk's graph is that of its own forward at `exit`: the chunks before it are seen without gradient.
+    """
+    if not isinstance(student, Chunked):
+        return rollout(student, z, cond, cfg.times, noises, exit, free)
+    ones = z.new_ones(len(z), z.shape[2]) if free is None else free
+
+    def draw(cond, mask, z, *noises):
+        mask = None if free is None else mask[:, 0, :, 0, 0]
+        return rollout(student, z, cond, cfg.times, noises, exit, mask)
+
+    return stepwise(draw, student.see, (cond,), student.chunk, over(ones), z, *noises)
 
 
 def part_of(cfg):
@@ -405,7 +425,7 @@ def student_flops(nets, micro, exit, cfg):
     learning = 2 if cfg.lora_rank else 3        # a forward and its backward
     scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
     graphs = 2 if cfg.anchor else 1
-    return student.flops(*sizes) * (exit + graphs * learning) + critic.flops(*sizes) * scores
+    return student.flops(*sizes) * (exit + graphs * learning + sees(cfg)) + critic.flops(*sizes) * scores
 
 
 def critic_flops(nets, micro, exit, cfg):
@@ -413,7 +433,12 @@ def critic_flops(nets, micro, exit, cfg):
     student, critic, _ = nets(micro.z.shape)
     sizes = sizes_of(micro)
     learning = 2 if cfg.lora_rank else 3
-    return student.flops(*sizes) * (exit + 1) + critic.flops(*sizes) * learning
+    return student.flops(*sizes) * (exit + 1 + sees(cfg)) + critic.flops(*sizes) * learning
+
+
+def sees(cfg):
+    """Forwards in which a causal student sees its clean chunks: one; the last chunk's is counted and not made."""
+    return 1 if chunk_of(cfg.window, cfg.tile) else 0
 
 
 def pairs_flops(nets, pair, cfg):
@@ -432,19 +457,22 @@ def sizes_of(micro):
 def bound_nets(student, critic, frozen, origin, cfg, world, shape):
     """The three nets as the losses see them, for latents (…, F, H, W) -> (student, critic, teacher), each a Bound.
 
-    The student attends as its flags say, the teacher as it was trained, and so does the critic, its copy. Where the
-    expert for low noise is distilled, the student is a Pair, in whose rollouts `high` makes the first steps.
+    A causal student is a model.Chunked. It attends as its flags say, the teacher as it was trained, and so does the
+    critic, its copy. Where the expert for low noise is distilled, the student is a Pair, in whose rollouts `high` makes
+    the first steps.
     """
     (teacher, high), teacher_sampling = frozen, origin.teacher_sampling
     adapters = ("student", "critic") if cfg.lora_rank else (None, None)
-    few = cfg.window, cfg.tile, cfg.dense_ends
     full = [teacher_sampling[name] for name in ("window", "tile", "dense_ends")]
-    bound = bind(student, shape, world, *few, adapters[0])
+    if chunk_of(cfg.window, cfg.tile):
+        few = chunked(student, shape, world, cfg.window, cfg.tile, adapters[0])
+    else:
+        few = bind(student, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapters[0])
     if high is not None:
         told = [origin.high.sampling[name] for name in ("window", "tile", "dense_ends")]
-        bound = Pair(bind(high, shape, world, *told), bound, MODELS[cfg.model].boundary)
+        few = Pair(bind(high, shape, world, *told), few, MODELS[cfg.model].boundary)
     return (
-        bound,
+        few,
         bind(critic, shape, world, *full, adapters[1]),
         bind(teacher, shape, world, *full),
     )
@@ -530,7 +558,7 @@ def prompts(data, cfg, role, step):
 # ---- pairs ----------------------------------------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
+class Point(NamedTuple):
     """Clips of the teacher, and points on the way to them from their noise, as the student takes them at once."""
     x0: torch.Tensor    # (B, C, F, H, W) where the teacher's ODE ends
     e: torch.Tensor     # (B, C, F, H, W) the noise that takes x0 to the point: where the ODE began, for t = 1
@@ -539,7 +567,7 @@ class Pair(NamedTuple):
 
 
 def pairs_of(nets, data, origin, cfg, world):
-    """-> function of a step that gives this rank's [Pair] on the device; None where the run needs none any more.
+    """-> function of a step that gives this rank's [Point] on the device; None where the run needs none any more.
 
     They are made first, where out/pairs does not hold them yet.
     """
@@ -562,7 +590,7 @@ def pairs_of(nets, data, origin, cfg, world):
 
 
 def draw_pairs(stored, number, ids, cfg, role, step):
-    """This rank's pairs for one update, each at one of the student's times -> [Pair], a pure function of the step."""
+    """This rank's pairs for one update, each at one of the student's times -> [Point], a pure function of the step."""
     bucket, positions = stored.order.at(step)
     u = stratified(cfg.seed, "t_perm", "t", step, cfg.batch)
     K = len(cfg.times)
@@ -576,7 +604,7 @@ def draw_pairs(stored, number, ids, cfg, role, step):
         x_t = torch.stack([z, *points], 1)[torch.arange(len(some)), which]
         t = torch.tensor(cfg.times)[which]
         e = (x_t - over(1 - t) * x0) / over(t)
-        pairs.append(Pair(x0.contiguous(), e, t, text))
+        pairs.append(Point(x0.contiguous(), e, t, text))
     return pairs
 
 
@@ -681,6 +709,7 @@ class Origin(NamedTuple):
     step: int
     counts: tuple | None            # of student and critic
     weights: ckpt.Source | None     # of the teacher
+    begins: ckpt.Source | None      # of the student at the start: --student's, or the teacher's
     base: dict                      # where these are, and their CRC32
     inputs: dict                    # {flag: CRC32 of what it names}: what has moved is known again
     teacher_sampling: dict          # sampling block of the teacher
@@ -717,11 +746,19 @@ def begin(cfg):
     ckpt.match(shapes_of(cfg.model), weights.shapes, weights.origin, models_of)
     base = ckpt.base_of(cfg.teacher, weights, cfg.expert)
     inputs = {"data": data.content, "teacher": base["crc32"]}
+    begins = weights
+    if cfg.student:
+        begins = ckpt.weights(cfg.student, **world.ranks)
+        ckpt.match(shapes_of(cfg.model), begins.shapes, begins.origin, models_of)
+        inputs["student"] = ckpt.fingerprint(begins)
     high = None
     if cfg.other:
         high = ckpt.weights(cfg.other, **world.ranks)
         check_high(high, cfg)
         inputs["other"] = ckpt.fingerprint(high)
+    if chunk_of(cfg.window, cfg.tile):
+        if not all(caches(MODELS[cfg.model], shape, cfg.window, cfg.tile, cfg.sp) for shape in data.shapes):
+            world.say(NO_CACHE)
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     step, counts = 0, None
     if path:
@@ -729,12 +766,13 @@ def begin(cfg):
         ckpt.differences(path, saved, asdict(cfg), inputs, may_change(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     if row_steps(cfg) != cfg.student_steps:
-        world.say(f"--model={cfg.model} has no row of defaults for {cfg.student_steps} steps: "
+        kind = " of such a student" if apart(cfg) else ""
+        world.say(f"--model={cfg.model} has no row of defaults for {cfg.student_steps} steps{kind}: "
                   f"those of {row_steps(cfg)} are taken")
     ckpt.claim(cfg.out, **world.ranks)
     if ckpt.newest(cfg.out, cfg.resume, report=lambda text: None, **world.ranks) != path:
         raise ValueError(f"--out={cfg.out} was in use until now and has gone on: the same command goes on from there")
-    origin = Origin(path, step, counts, weights, base, inputs, teacher_sampling, student_sampling, high)
+    origin = Origin(path, step, counts, weights, begins, base, inputs, teacher_sampling, student_sampling, high)
     return cfg, world, data, origin
 
 
@@ -743,6 +781,10 @@ def resolve(cfg):
     cfg = inherit(cfg)
     check_expert(cfg.model, cfg.expert)
     check_first_frame(cfg.model, cfg.first_frame)
+    check_causal(cfg.model, cfg.window)
+    if cfg.expert and cfg.student:
+        raise ValueError(f"--student={cfg.student} does not apply to --expert={cfg.expert}: an expert's student starts "
+                         "from its teacher")
     if (cfg.expert == "low") != (cfg.other is not None):
         raise ValueError(f"--expert={cfg.expert} --other={cfg.other}: the expert for high noise is distilled first and "
                          "alone, then that for low with --other=RUN, the high student's, which begins its rollouts")
@@ -772,8 +814,12 @@ def resolve(cfg):
         cfg = replace(cfg, pairs_steps=0, anchor=0.0)
     elif not cfg.pairs_steps and not cfg.anchor:
         raise ValueError(f"--pairs={cfg.pairs}, but --pairs_steps and --anchor are 0: nothing learns from them")
+    elif apart(cfg):
+        raise ValueError(f"--pairs={cfg.pairs}: a causal student, or one that --student starts, learns from none: "
+                         "leave the flag out")
     elif cfg.expert or MODELS[cfg.model].image:
-        raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is another")
+        raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is "
+                         "another")
     flags.at_least(cfg, min(1, 1 - cfg.pairs_steps), "steps")
     if cfg.ema >= 1 or cfg.steps < cfg.student_every and not cfg.pairs_steps:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
@@ -791,6 +837,7 @@ def resolve(cfg):
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
+    flags.check_causal(cfg)
     if not 0 <= cfg.first_frame <= 1:
         raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     return replace(cfg, times=times, student_steps=len(times))
@@ -802,33 +849,51 @@ def row_of(cfg):
 
 
 def row_steps(cfg):
-    """The student's number of steps for which its row of defaults was made; a model's own row is for 4."""
+    """The student's number of steps for which its row of defaults was made; a model's own row is for 4.
+
+    That is also taken by a causal student, of any number of steps: rows for fewer begin with pairs, and it has none.
+    """
+    if apart(cfg):
+        return USUAL_STEPS
     rows = [K for K in range(cfg.student_steps, USUAL_STEPS) if f"{cfg.model} K={K}" in DEFAULTS]
     return min(rows, default=USUAL_STEPS)
 
 
+def apart(cfg):
+    """Whether the student is causal, or starts apart from the teacher: it learns no pairs."""
+    return cfg.student is not None or chunk_of(cfg.window, cfg.tile) is not None
+
+
 def inherit(cfg):
     """The config with what a teacher of ours decides: the model's size, and unless they are given the student's window
-    and the share of first frames.
+    and the share of first frames. The window is that of --student, where that is a run of ours too.
     """
     sampling = ckpt.sampling_of(cfg.teacher)
-    if sampling is None:
-        if cfg.model is None:
-            raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
-        return flags.filled(cfg, {}, {"first_frame": 0.0})
-    if cfg.model not in (None, sampling["model"]):
-        raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
-    if "times" in sampling:
-        raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
-    known = sampling.get("first_frame", 0.0)     # of old checkpoints
-    if cfg.first_frame and not known:
-        raise ValueError(f"--first_frame={cfg.first_frame}, but {cfg.teacher} was trained without: train.py "
-                         "--first_frame first")
-    known = {"first_frame": known, "expert": sampling.get("expert")}
-    cfg = flags.filled(replace(cfg, model=sampling["model"]), {}, known)
-    if sampling["window"] and not cfg.window:
-        window, tile = tuple(sampling["window"]), tuple(sampling["tile"])
-        cfg = replace(cfg, window=window, tile=tile, dense_ends=sampling["dense_ends"])
+    begins = sampling
+    if cfg.student and ckpt.sampling_of(cfg.student) is not None:
+        begins = ckpt.sampling_of(cfg.student)
+    if sampling is None and cfg.model is None:
+        raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
+    known = {"first_frame": 0.0}
+    if sampling is not None:
+        if cfg.model not in (None, sampling["model"]):
+            raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
+        if "times" in sampling:
+            raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
+        # of old checkpoints: they lack both
+        known = {"first_frame": sampling.get("first_frame", 0.0), "expert": sampling.get("expert")}
+        if cfg.first_frame and not known["first_frame"]:
+            raise ValueError(f"--first_frame={cfg.first_frame}, but {cfg.teacher} was trained without: train.py "
+                             "--first_frame first")
+        cfg = replace(cfg, model=sampling["model"])
+    cfg = flags.filled(cfg, {}, known)
+    if begins is None:
+        return cfg
+    if begins["model"] != cfg.model:
+        raise ValueError(f"--student={cfg.student} is {begins['model']}, the teacher is {cfg.model}")
+    if begins["window"] and not cfg.window:
+        window, tile = tuple(begins["window"]), tuple(begins["tile"])
+        cfg = replace(cfg, window=window, tile=tile, dense_ends=begins["dense_ends"])
     return cfg
 
 
@@ -918,11 +983,26 @@ def build(cfg, data, world, trainable=True):
     """A net of the teacher's make, over the ranks and compiled, its values still to be filled."""
     lora = adapters(cfg)
     net = blank(cfg.model, cfg.remat, lora)
-    ways = 2 * (1 + len(lora))      # a block computes one shape: dense or sparse, by the base or with an adapter
+    ways = 2 * (1 + len(lora)) * len(data.shapes)   # a block's: dense or sparse, by the base or with an adapter
+    for shape in data.shapes:
+        ways += lengths(net.config, shape, cfg.window, cfg.tile, sp=cfg.sp)
     if cfg.first_frame:
         ways *= 2                   # with a t per frame, and per clip
-    parallel.prepare(net, world, trainable=trainable, shapes=ways * len(data.shapes))
+    parallel.prepare(net, world, trainable=trainable, shapes=ways)
     return net
+
+
+def one_net(cfg):
+    """Whether student and critic are adapters of the teacher itself."""
+    return cfg.lora_rank > 0 and cfg.student is None
+
+
+def fill_frozen(teacher_net, student_net, origin, world):
+    """The teacher's values, and those that an adapter of a student of its own adapts."""
+    ckpt.fill(parallel.local_rows(teacher_net, trained=False), origin.weights, **world.ranks)
+    frozen = parallel.local_rows(student_net, trained=False)
+    if frozen and student_net is not teacher_net:
+        ckpt.fill(frozen, origin.begins, **world.ranks)
 
 
 def learner(role, net, betas, cfg, world):
@@ -1053,7 +1133,7 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         z, free = begun(given, places)
         noises = [draw("sample", k, places) for k in range(1, len(cfg.times))]
         cond, _ = conds(places)
-        return rollout(student, z, cond, cfg.times, noises, exits[-1], free)
+        return roll(student, cond, z, noises, exits[-1], free, cfg)
 
     def many_steps(given, places):
         z, free = begun(given, places)

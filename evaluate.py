@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt=out/train --guidance 1 2                a trained model at two guidance scales
     python evaluate.py --ckpt=out/distill --teacher=out/train         a student, its teacher, that in its sampler
+    python evaluate.py --ckpt=out/causal --frames=33                  a causal model, in clips longer than trained
     python evaluate.py --ckpt=out/train --first_frame                 beside that, from given first frames
 
 Every system draws the same captions from the same noise, next to real clips through the codec (the ceiling) and to real
@@ -30,9 +31,9 @@ import codec
 import flags
 import parallel
 import step
-from data import noise, padded, stream
-from model import Cond, bind, blank
-from shapes import CAPTIONS, clip, direction_alone, features, judge, moves
+from data import long_noise, padded, stream
+from model import Cond, bind, blank, chunk_of, chunked
+from shapes import CAPTIONS, clip, direction_alone, features, judge, judge_late, moves
 
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
 PROMPTS, SEEDS = 8, 16  # diversity: clips of the same prompt under many noises
@@ -51,6 +52,9 @@ class Config:
     steps: tuple[int, ...] = ()                         # numbers of sampling steps to try; none: the checkpoint's own
     solver: tuple[Literal["euler", "ab2"], ...] = ()    # solvers to try; none: the checkpoint's own
     first_frame: bool = False                           # measure each system from given first frames too
+    frames: int | None = None                           # causal: frames of a clip; the first are judged as ever
+    window: int | None = None                           # causal: chunks seen, its own among them; None: all of training
+    sink: int = 0                                       # causal: first chunks that are seen always, beside these
     n: int = 300                                        # clips per system; the 96 captions take turns
     seed: int = 0                                       # random seed of noise and real clips
     batch: int = 50                                     # clips a rank samples at once
@@ -71,10 +75,12 @@ def main(cfg):
         if cfg.n <= 2 * NEAREST or least < 1 or made_by != "dct":
             raise ValueError(f"--n={cfg.n} --batch={cfg.batch} --steps {cfg.steps}, codec {made_by}: the judge "
                              f"reads more than {2 * NEAREST} clips of the built-in shapes, made by the dct codec")
-        systems = systems_of(student, teacher, cfg)
+        systems = [longer(system, cfg) for system in systems_of(student, teacher, cfg)]
         if cfg.first_frame:
             if sampling["shapes"][0][1] == 1:
                 raise ValueError(f"--first_frame: {cfg.ckpt} was trained on stills")
+            if cfg.frames:
+                raise ValueError(f"--first_frame begins clips as long as real ones, --frames={cfg.frames} does not")
             systems = [begun for system in systems for begun in (system, *from_frames(system))]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
@@ -99,7 +105,7 @@ def main(cfg):
     clips = {"real clips": real, "real clips, another caption": mistaken(real, captions, cfg)}
     given = {system.name for system in systems if system.begins}
     for name, z in latents.items():
-        clips[name] = seen(z)
+        clips[name] = seen(z[:, :, :sampling["shapes"][0][1]])
 
     # a row for each, and the first system beside every other
     table = {}
@@ -107,10 +113,16 @@ def main(cfg):
         table[name] = figures(measured, real, others, name in given)
         if cfg.first_frame:
             table[name] |= jumps(measured.moves)
+    later = {}
+    for name, z in latents.items():
+        if cfg.frames:
+            later[name] = late(z[:cfg.n], coder, sampling, captions)
     names, width = list(table["real clips"]), max(28, *(len(name) + 1 for name in table))
     print(f"{cfg.n} clips each".ljust(width) + "".join(f"{name:>11}" for name in names))
     for name, row in table.items():
         print(name.ljust(width) + "".join(f"{row[figure]:11.3f}" for figure in names))
+    for name, row in later.items():
+        print(f"{name}, later:", ", ".join(f"{figure} {value:.3f}" for figure, value in row.items()))
     pairs, (first, *rest) = {}, systems
     for other in rest:
         pair = f"{first.name} against {other.name}"
@@ -124,6 +136,7 @@ def main(cfg):
         flags=asdict(cfg),
         step=student.manifest["step"],
         table=table,
+        later=later,
         paired=pairs,
     )
     out.write_text(json.dumps(report, indent=1) + "\n")
@@ -182,10 +195,39 @@ def systems_of(student, teacher, cfg):
     return systems
 
 
+def longer(system, cfg):
+    """The system with the pattern and the length that are asked of a causal one."""
+    sampling = system.sampling
+    chunk = chunk_of(sampling["window"], sampling["tile"])
+    if cfg.frames is None and cfg.window is None and cfg.sink == 0:
+        return system
+    told = f"--frames={cfg.frames} --window={cfg.window} --sink={cfg.sink}"
+    if chunk is None:
+        raise ValueError(f"{told}: {system.saved.origin} is not causal, it makes a clip at once")
+    usual, stride = sampling["shapes"][0][1], sampling["codec"]["stride"][0]
+    frames, window = cfg.frames, cfg.window
+    if frames is None:
+        frames = (usual - 1) * stride + 1
+    if window is None:
+        window = min(-sampling["window"][0], math.ceil(usual / chunk))
+    made = (frames - 1) // stride + 1       # latent frames
+    if (frames - 1) % stride or made < usual or window < 1 or cfg.sink < 0:
+        raise ValueError(f"{told}: frames are 1 + a multiple of {stride}, {usual} latent ones at "
+                         "least; a chunk sees 1 or more, its own; a sink is of 0 or more")
+    asked = dict(
+        window=[-window, *sampling["window"][1:]],
+        sink=cfg.sink,
+        frames=made,
+    )
+    return system._replace(sampling=sampling | asked)
+
+
 def from_frames(system):
     """The system again, begun from first frames, by whole captions and by their directions alone."""
     ways = {"captions": "first frame", "directions": "first frame, moving …"}
     return [system._replace(name=f"{system.name}, {said}", begins=way) for way, said in ways.items()]
+
+
 
 
 # ---- clips ----------------------------------------------------------------------------------------------------------
@@ -233,8 +275,14 @@ def sampled(system, coder, captions, frames, cfg, world):
     parallel.prepare(net, world, trainable=False)
     with flags.door(__file__):      # weights are read here
         ckpt.fill(parallel.local_rows(net), source, **world.ranks)
-    shape = tuple(sampling["shapes"][0])
-    net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
+    shape, see = tuple(sampling["shapes"][0]), None
+    pattern = sampling["window"], sampling["tile"]
+    if chunk_of(*pattern):
+        net = chunked(net, shape, world, *pattern, sink=sampling.get("sink", 0))
+        see = net.see
+    else:
+        net = bind(net, shape, world, *pattern, sampling["dense_ends"])
+    length, count = sampling.get("frames", shape[1]), step.noises_of(sampling)
     text = padded(coder.embed(captions), sampling["text"])
     null = saved.tensor("null").to(world.device)
     hidden = True if world.rank > 0 else None
@@ -248,7 +296,7 @@ def sampled(system, coder, captions, frames, cfg, world):
             free = step.first_given(given, torch.ones(len(places), device=world.device))
 
         def draw(k):
-            e = noise(cfg.seed, "sample", k, places, shape).to(world.device)
+            e = long_noise(cfg.seed, "sample", k, count, places, shape, 0, length).to(world.device)
             if k > 0 or not begins:
                 return e
             return step.place(e, given, free)
@@ -256,7 +304,7 @@ def sampled(system, coder, captions, frames, cfg, world):
         cond = Cond(text[places].to(world.device))
         uncond = Cond(null.expand_as(cond.text))
         bar.update(len(places) * world.size)
-        return step.sample(net, draw, cond, uncond, sampling, free)
+        return step.sample(net, draw, cond, uncond, sampling, free, see)
 
     latents = parallel.spread(clips, len(captions), cfg.batch, world)
     bar.close()
@@ -276,6 +324,18 @@ def measure(latents, coder, sampling, captions, n):
     described = [features(video) for video in videos]
     gone = [moves(video) for video in videos[:n]]
     return Clips(latents, seen, np.array(right), np.array(described), np.array(gone))
+
+
+def late(latents, coder, sampling, captions):
+    """What shapes.judge_late reads after training's frames: the mean of each figure over the clips that have it."""
+    mean, std = codec.moments(sampling)
+    first = (sampling["shapes"][0][1] - 1) * coder.stride[0] + 1
+    seen = [judge_late(coder.decode(z * std + mean), first, caption) for z, caption in zip(latents, captions)]
+    values = {}
+    for clip in seen:
+        for name, value in clip.items():
+            values.setdefault(name, []).append(value)
+    return {name: float(np.mean(some)) for name, some in values.items()}
 
 
 def mistaken(real, captions, cfg):

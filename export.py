@@ -21,7 +21,7 @@ import torch
 
 import ckpt
 import flags
-from model import MODELS, shapes_of
+from model import MODELS, chunk_of, shapes_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def main(cfg):
     for file in sorted(Path(cfg.out).rglob("*")):
         if file.is_file():
             print(f"  {file}  {file.stat().st_size / 1e6:,.1f} MB")
+    for one in made:
+        if "note" in one.beside["nanovideo.json"]:
+            print(one.beside["nanovideo.json"]["note"])
     if cfg.lora:
         for one in made:
             print(f"It adapts {needed(one.base)}")
@@ -90,6 +93,9 @@ def made_of(path, cfg, name):
     told = {"checkpoint": saved.origin, "step": step, "sampling": saved.sampling}
     if ckpt.adapts(saved):
         told["base"] = meta["base"]     # what the adapter is for, or is folded into
+    causal = chunk_of(saved.sampling["window"], saved.sampling["tile"])
+    if causal:
+        told["note"] = CAUSAL.format(frames=causal, chunks=-saved.sampling["window"][0])
     beside = {"nanovideo.json": told}
     stem, shard = "diffusion_pytorch_model", cfg.shard_gb * 1e9
     if cfg.format == "comfy":
@@ -162,6 +168,8 @@ def index_of(made, cfg):
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CAUSAL = ("These weights are causal: a chunk of {frames} latent frames sees the last {chunks} chunks up to its own, as "
+          "sample.py does. Other programs would run them bidirectionally, which they were not trained for.")
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}    # in safetensors
 NAMES = {
     "wan": lambda name: name,

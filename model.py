@@ -73,6 +73,7 @@ class Cond(NamedTuple):
     text: torch.Tensor                  # (B, S, E) with its pads
     image: torch.Tensor | None = None   # (B, 4 + C, F, H, W): which pixel frames are given, and their encoded clip
     clip: torch.Tensor | None = None    # (B, CLIP_TOKENS, clip_dim): what CLIP sees in the first frame
+    past: tuple = ()                    # of a causal net, the chunks before x_t: see Chunked
 
 
 # A dataset's extra tensors that hold an encoded clip, and whether its last frame is given beside its first.
@@ -185,6 +186,16 @@ def rope_table(grid, width, device):
     return tuple(rearrange(table, "L pairs two -> 1 L 1 (pairs two)").float().to(device) for table in tables)
 
 
+def rope_rows(before, grid, width, device):
+    """The tables of a grid that follows `before` frames, with their rows: a prefix of one that serves many lengths."""
+    f, h, w = grid
+    if not before:
+        return rope_table(grid, width, device)
+    frames = before + f
+    longest = 1 << (frames - 1).bit_length()
+    return tuple(table[:, :frames * h * w] for table in rope_table((longest, h, w), width, device))
+
+
 def rotate(x, rope):
     """Turns the neighbouring pairs (a, b) of x (B, L, N, K), in fp32: (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
@@ -202,19 +213,27 @@ class Attention(nn.Module):
         if image:
             self.k_img, self.v_img, self.norm_k_img = Linear(dim, dim), Linear(dim, dim), RMSNorm(dim, eps)
 
-    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, image=None):
+    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, past=(), image=None):
         """x (B, L, D) attends to context (B, S, D), which is x itself in self-attention, and apart to an image's tokens
-        (B, S', D), by the same queries."""
+        (B, S', D), by the same queries -> y, (k, v) of the context.
+
+        past: [(k, v)] of chunks before x, which it attends to as well; their k are turned here, by their place: rope
+        has rows for them, before x's. The k that is returned is not turned.
+        """
         q, k, v = self.norm_q(self.q(x, lora)), self.norm_k(self.k(context, lora)), self.v(context, lora)
         q, k, v = (rearrange(h, "B L (N K) -> B L N K", N=self.heads) for h in (q, k, v))
+        own = k.to(v.dtype), v
+        if past:
+            keys, values = zip(*past)
+            k, v = torch.cat((*(chunk.float() for chunk in keys), k), 1), torch.cat((*values, v), 1)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = rotate(q, [table[:, -q.shape[1]:] for table in rope]), rotate(k, rope)
         y = attend(q.to(v.dtype), k.to(v.dtype), v, metadata)
         if image is not None:
             k, v = self.norm_k_img(self.k_img(image, lora)), self.v_img(image, lora)
             k, v = (rearrange(h, "B L (N K) -> B L N K", N=self.heads) for h in (k, v))
             y = y + attend(q.to(v.dtype), k.to(v.dtype), v, metadata)
-        return self.o(rearrange(y, "B L N K -> B L (N K)"), lora)
+        return self.o(rearrange(y, "B L N K -> B L (N K)"), lora), own
 
 
 # With remat, backward computes a block again, but not its attentions: most of a long video's work, few bytes to keep.
@@ -242,22 +261,27 @@ class Block(nn.Module):
                               context_fn=KEEP_ATTENTION)
         return self.layers(*inputs)
 
-    def layers(self, x, e, text, image, rope, attend, metadata, lora):
+    def layers(self, x, e, text, image, rope, attend, metadata, lora, past=(), keep=False):
         """x (B, L, D), text (B, S, D), image (B, S', D) or None, e (B, 1 or L, 6, D): what t says to all tokens, or to
-        each."""
+        each.
+
+        past: this block's [(k, v)] of chunks before x. keep: -> x and its own (k, v).
+        """
         e = self.modulation.float()[:, None] + e
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = e.unbind(2)
 
         h = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
-        y = self.self_attn(h, h, lora, rope, attend, metadata)
+        y, own = self.self_attn(h, h, lora, rope, attend, metadata, past)
         x = torch.addcmul(x, y.float(), gate_attn)
 
-        x = x + self.cross_attn(self.norm3(x), text, lora, image=image).float()
+        y, _ = self.cross_attn(self.norm3(x), text, lora, image=image)
+        x = x + y.float()
 
         up, gelu, down = self.ffn
         h = torch.addcmul(shift_ffn, self.norm2(x), 1 + scale_ffn)
         y = down(gelu(up(h, lora)), lora)
-        return torch.addcmul(x, y.float(), gate_ffn)
+        x = torch.addcmul(x, y.float(), gate_ffn)
+        return (x, own) if keep else x
 
 
 class ImageEmbedding(nn.Module):
@@ -309,18 +333,20 @@ class DiT(nn.Module):
         """The modules whose parameters stay in fp32 when the others compute in bf16."""
         return self.time_embedding, self.time_projection, self.head
 
-    def forward(self, x, t, cond, *, metadata=None, dense_ends=0, lora=None, seq=LOCAL):
+    def forward(self, x, t, cond, *, metadata=None, dense_ends=0, lora=None, seq=LOCAL, keep=False):
         """x (B, C, F, H, W), t (B,) or (B, F) in [0, 1] with 1 = noise, cond: see Cond -> v like x.
 
         metadata: sparse attention's (None = dense), except in the first and last `dense_ends` blocks.
         lora: the name of the adapter that is added (None = the base model). seq: see Seq.
+        keep: -> v and what later chunks attend to of x, which takes a place in their Cond's past.
         Raises ValueError on shapes that do not fit the config.
         """
         grid = self.door(x, t, cond, metadata, lora)
+        before = self.past_door(cond.past, grid, metadata, dense_ends, seq, keep)
         p, q, r = self.config.patch
         shown = x if cond.image is None else torch.cat((x, cond.image.to(x.dtype)), 1)
         tokens = rearrange(shown, "B C (F p) (H q) (W r) -> B (F H W) (C p q r)", p=p, q=q, r=r)
-        rope = rope_table(grid, self.config.dim // self.config.heads, x.device)
+        rope = rope_rows(before, grid, self.config.dim // self.config.heads, x.device)
         text = self.text_embedding(cond.text)                                           # (B, S, D)
         image = None if cond.clip is None else self.img_emb(cond.clip)
         e = self.time_embedding(sinusoids(t.reshape(len(t), -1), self.config.freq_dim))    # (B, 1 or F, D)
@@ -331,22 +357,30 @@ class DiT(nn.Module):
             rows = rows if metadata is None else rows.index_select(1, metadata.order)
             return seq.split(rows)
 
-        tokens, rope = arrange(tokens), tuple(arrange(table) for table in rope)
+        tokens = arrange(tokens)
+        if not before:
+            rope = tuple(arrange(table) for table in rope)
         if t.ndim == 2:
             e, e6 = (arrange(repeat(h, "B F ... -> B (F n) ...", n=grid[1] * grid[2])) for h in (e, e6))
 
         tokens = self.patch_embedding(tokens).float()   # (B, L, D): an fp32 stream drifts half as much as a bf16 one
         if torch.is_grad_enabled():
             tokens.requires_grad_()     # so that block 0 shares the compiled graph of the others, LoRA or not
+        kept = []
         for i, block in enumerate(self.blocks):
             dense = min(i, len(self.blocks) - 1 - i) < dense_ends
-            tokens = block(tokens, e6, text, image, rope, seq.attend, None if dense else metadata, lora)
+            inputs = tokens, e6, text, image, rope, seq.attend, None if dense else metadata, lora
+            if before or keep:
+                tokens, own = block(*inputs, [chunk[i] for chunk in cond.past], True)
+                kept.append(own)
+            else:
+                tokens = block(*inputs)
 
         tokens = seq.join(self.head(tokens, e))
         tokens = tokens if metadata is None else tokens.index_select(1, metadata.inverse)
         f, h, w = grid
         v = rearrange(tokens, "B (F H W) (p q r C) -> B C (F p) (H q) (W r)", F=f, H=h, W=w, p=p, q=q, r=r)
-        return v.to(x.dtype)
+        return (v.to(x.dtype), kept) if keep else v.to(x.dtype)
 
     def door(self, x, t, cond, metadata, lora):
         """The grid of tokens (F, H, W) of inputs that fit; ValueError for others."""
@@ -369,6 +403,20 @@ class DiT(nn.Module):
         if lora is not None and lora not in self.adapters:
             raise ValueError(f"lora is {lora!r}: the model has {self.adapters or 'no adapters'}")
         return grid
+
+    def past_door(self, past, grid, metadata, dense_ends, seq, keep):
+        """How many frames of tokens the past has; ValueError for a past, or a pattern, that cannot be."""
+        if dense_ends and metadata is not None and metadata.window[0] < 0:
+            raise ValueError(f"dense_ends is {dense_ends}: dense blocks of a causal net would see the future")
+        if (past or keep) and (metadata is not None or seq is not LOCAL):
+            raise ValueError("a past is kept of dense attention within a chunk, on one rank: with it, metadata is "
+                             "None and seq is LOCAL")
+        frame = grid[1] * grid[2]
+        tokens = [chunk[0][0].shape[1] for chunk in past]
+        if any(len(chunk) != len(self.blocks) for chunk in past) or any(n % frame for n in tokens):
+            raise ValueError(f"the past has chunks of {tokens} tokens in {[len(chunk) for chunk in past]} blocks: "
+                             f"wants frames of {frame} in {len(self.blocks)}")
+        return sum(tokens) // frame
 
 
 def token_grid(config, shape):
@@ -426,6 +474,85 @@ def bind(net, shape, world, window=None, tile=(4, 4, 8), dense_ends=0, lora=None
     return Bound(net, metadata, dense_ends, lora, seq)
 
 
+# ---- chunk by chunk -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """A causal net that makes a clip chunk by chunk, and so is called: net(x_t, t, cond) -> v of one chunk.
+
+    cond.past holds the chunks before, clean: `see` adds one, each condition has its own. With a cache a chunk is
+    [(k, v)] of the blocks, k before RoPE, so that a chunk's place in the past is all that it knows of time. Where a
+    cache cannot serve (ranks share a sample, tiles slide in space) it is the latents, and each call forwards all of
+    them again, at t = 0, under the pattern: the same numbers, slower.
+    """
+    net: DiT
+    bind: Callable      # latents' shape -> Bound, of the same net under the causal pattern
+    chunk: int          # frames that are made at once
+    window: int         # chunks that one sees, its own among them
+    sink: int           # chunks at the beginning that are seen always
+    cached: bool
+    lora: str | None = None
+
+    def __call__(self, x_t, t, cond):
+        if self.cached:
+            return self.net(x_t, t, cond, lora=self.lora)
+        before = sum(x.shape[2] for x in cond.past)
+        t = t.view(len(t), -1).expand(-1, x_t.shape[2])
+        x_t = torch.cat((*cond.past, x_t), 2)
+        v = self.bind(x_t.shape)(x_t, F.pad(t, (before, 0)), cond._replace(past=()))
+        return v[:, :, before:]
+
+    def flops(self, shape, text_length, times=1):
+        """Of one forward of every chunk of a sample of shape (C, F, H, W), each beside its past's keys."""
+        return self.bind(shape).flops(shape, text_length, times)
+
+    @torch.no_grad()
+    def see(self, cond, x0):
+        """The condition with a clean chunk x0 (B, C, F, H, W) added to its past, and what is not seen any more gone."""
+        if self.cached:
+            _, own = self.net(x0, x0.new_zeros(len(x0), dtype=torch.float32), cond, lora=self.lora, keep=True)
+            last = self.window - 1
+        else:
+            own = x0.detach()
+            last = len(self.net.blocks) * (self.window - 1)     # each block looks as far back again
+        past = *cond.past, own
+        return cond._replace(past=past[:self.sink] + past[max(self.sink, len(past) - last):])
+
+
+NO_CACHE = "no cache serves --sp or tiles that slide in space: each chunk forwards all before it again, which is slower"
+
+
+def chunk_of(window, tile):
+    """Frames of a causal pattern's chunk; None where the pattern is not causal."""
+    return tile[0] if window is not None and window[0] < 0 else None
+
+
+def caches(config, shape, window, tile, sp=1):
+    """Whether a cache serves a causal pattern: all of a chunk of latents (…, F, H, W) is seen, by one rank."""
+    _, h, w = token_grid(config, shape)
+    return sp == 1 and build_metadata((tile[0], h, w), tuple(tile), tuple(window)).sparsity == 0
+
+
+def chunked(net, shape, world, window, tile, lora=None, sink=0):
+    """The causal net for clips of latents (…, F, H, W) of any length on world's ranks -> Chunked."""
+    cached = caches(net.config, shape, window, tile, world.sp)
+    if sink and not cached:
+        raise ValueError(f"--sink={sink} needs the cache, which serves neither --sp nor tiles that slide in space")
+    whole = partial(bind, net, world=world, window=window, tile=tile, lora=lora)
+    return Chunked(net, whole, tile[0], -window[0], sink, cached, lora)
+
+
+def lengths(config, shape, window, tile, sink=0, sp=1):
+    """How many shapes compiled blocks meet while clips of latents (…, F, H, W) are made chunk by chunk; 0: at once."""
+    if chunk_of(window, tile) is None:
+        return 0
+    chunks = math.ceil(shape[-3] / tile[0])
+    if caches(config, shape, window, tile, sp):
+        return 2 * (1 + min(chunks, sink - window[0]))  # each with and without what is kept, and a shorter last chunk
+    return min(chunks, config.blocks * (-window[0] - 1) + 1)
+
+
 # ---- around the model -----------------------------------------------------------------------------------------------
 
 
@@ -465,7 +592,19 @@ def check_first_frame(name, share):
     if share and config.image:
         raise ValueError(f"--first_frame={share} does not apply: {name} is always shown the image")
     if share and config.boundary:
-        raise ValueError(f"--first_frame={share} does not apply: {name}'s two experts are asked at one t for all frames")
+        raise ValueError(f"--first_frame={share} does not apply: {name}'s two experts are asked at one t for "
+                         "all frames")
+
+
+def check_causal(name, window):
+    """ValueError where the model called `name` cannot be causal: one shown an image, or two experts."""
+    config = MODELS[name]
+    if window is not None and window[0] < 0 and (config.image or config.boundary):
+        why = "has two experts, asked at one t for all frames"
+        if config.image:
+            why = "is shown an image as long as the clip"
+        raise ValueError(f"--window {' '.join(map(str, window))}: {name} {why}, so it cannot be causal; the window of "
+                         "frames is above 0")
 
 
 def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from data import micro_size, read_manifest
-from model import MODELS, USUAL, Cond, bind, blank, fits, shown
+from model import MODELS, USUAL, Cond, bind, blank, chunk_of, fits, shown, token_grid
 
 # {latent channels: (GB of the VAE's weights, GB of decoding one clip, per latent row and column)}. Decoding holds about
 # 14 maps of 4 frames of the decoder's last and widest stage (96 channels) in fp32, the caches of its convolutions among
@@ -159,6 +159,9 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
         per_frame = bool(cfg.first_frame) and shape[1] > 1
         kept, most = activations(bound, (micro, *shape), length, world.precision, per_frame)
         passing[f"activations of {micro} x {shape}"] = most + (graphs - 1) * kept
+        if teacher and chunk_of(cfg.window, cfg.tile):
+            keys = past(net.config, shape, cfg) * micro * (2 if world.precision == "bf16" else 4)
+            passing[f"activations and past of {micro} x {shape}, chunk by chunk"] = most + keys
     channels = shapes[0][0]
     if cfg.vae and channels in VAES:
         weights_gb, gb = VAES[channels]
@@ -173,6 +176,16 @@ def weigh(cfg, world, lora, shapes, length, *, optimizer, learners=1, teacher=Fa
         dataset["pairs"] = pairs.count * pairs.points * latent * pairs.bytes
         dataset["texts of pairs"] = pairs.count * text * pairs.bytes
     return Weight(held, passing, int(4 * count * per_weight), dataset)
+
+
+def past(config, shape, cfg):
+    """Numbers that a causal student's rollout of one clip holds beside a whole forward's activations.
+
+    The keys and values of all chunks; without --remat, every chunk's graph holds those before it too, side by side.
+    """
+    whole = 2 * config.blocks * math.prod(token_grid(config, shape)) * config.dim
+    chunks = math.ceil(shape[1] / cfg.tile[0])
+    return whole if cfg.remat else whole * (1 + (chunks - 1) / 2)
 
 
 def size(rows):

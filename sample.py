@@ -11,8 +11,9 @@ B batch · C F H W latent channels, frames, rows, columns · S text tokens · E 
 """
 import math
 import re
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +26,9 @@ import films
 import flags
 import parallel
 import step
-from data import noise, padded
-from model import MODELS, USUAL, Pair, bind, blank, cond_of, models_of, shapes_of, token_grid
+from data import long_noise, padded
+from model import (MODELS, NO_CACHE, USUAL, Pair, bind, blank, caches, chunk_of, chunked, cond_of, lengths, models_of,
+                   shapes_of, token_grid)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Config:
     shift: float | None = None                          # shift of the sampling times towards noise
     solver: Literal["euler", "ab2"] | None = None       # ab2: second order, as good in a third of the steps
     size: tuple[int, int, int] | None = None            # frames, height, width in pixels; None: most clips' size
+
+    frames: int | None = None                           # of a causal model: pixel frames, as many as you like
+    window: int | None = None                           # causal: chunks seen, its own among them; None: as trained
+    sink: int = 0                                       # causal: first chunks that are seen always, beside these
 
     batch: int | None = None                            # videos that a rank samples at once; None: what 8 GB hold
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is a GPU
@@ -109,37 +115,50 @@ def main(cfg):
             if images[i] and images[i] not in begun:
                 begun[images[i]] = begin_with(images[i], shapes[i], sampling, coder, eyes, cfg)
         del eyes        # CLIP is gone before the net comes
-        nets = [net_with(source, sampling["model"], world) for source in sources]
+        config, pattern = MODELS[sampling["model"]], (sampling["window"], sampling["tile"])
+        met = sum(1 + lengths(config, shape, *pattern, cfg.sink) for shape in set(shapes))
+        nets = [net_with(source, sampling["model"], met, world) for source in sources]
+        if chunk_of(*pattern) and not chunked(nets[0], shapes[0], world, *pattern, sink=cfg.sink).cached:
+            world.say(NO_CACHE)
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / file_name(i, caption) for i, caption in enumerate(captions)]
     hidden = True if world.rank > 0 else None       # None: on a terminal only
-    config = MODELS[sampling["model"]]
-    for places in tqdm(batches_of(mine, shapes, config, cfg), unit="batch", disable=hidden):
+    for places in tqdm(batches_of(mine, shapes, config, sampling, cfg), unit="batch", disable=hidden):
         shape = shapes[places[0]]
-        bound = bound_to(nets, shape, sampling, world)
         free, extras = None, {}
         if cfg.image:
             extras = stacked([begun[images[i]] for i in places], world.device)
         if "first" in extras:
-            given = extras.pop("first").expand(-1, -1, shape[1], -1, -1)
-            free = step.first_given(given, torch.ones(len(given), device=world.device))
+            given = extras.pop("first")
+            free = step.first_given(given.expand(-1, -1, shape[1], -1, -1), torch.ones(len(given), device=world.device))
 
-        def draw(k):
-            e = noise(cfg.seed, "sample", k, places, shape).to(world.device)
-            if k > 0 or free is None:
+        def draw(k, begin, end):
+            """Frames [begin, end) of noise k; the image is in place in the first frame of noise 0."""
+            count, piece = step.noises_of(sampling), tuple(sampling["shapes"][0])
+            if piece[2:] != shape[2:] or chunk_of(*pattern) is None:
+                piece = shape
+            e = long_noise(cfg.seed, "sample", k, count, places, piece, begin, end).to(world.device)
+            if k > 0 or begin > 0 or free is None:
                 return e
-            return step.place(e, given, free)
+            return step.place(e, given.expand_as(e), free[:, :end])
 
         text = padded([texts[captions[i]] for i in places], sampling["text"])
         uncond = padded([null] * len(places), sampling["text"])
         cond = cond_of(text.to(world.device), extras)
         uncond = cond._replace(text=uncond.to(world.device))
+        some = [files[i] for i in places]
         with torch.no_grad():
-            x0 = step.sample(bound, draw, cond, uncond, sampling, free)
-        for i, z in zip(places, x0.cpu() * std + mean):
-            codec.write_video(files[i], [coder.decode(z)], sampling["fps"])
+            if chunk_of(*pattern):
+                causal = chunked(nets[0], shape, world, *pattern, sink=cfg.sink)
+                chunks = by_chunks(causal, draw, cond, uncond, shape, sampling, free)
+                write_on(some, (x0.cpu() * std + mean for x0 in chunks), coder, sampling["fps"])
+                continue
+            bound = bound_to(nets, shape, sampling, world)
+            x0 = step.sample(bound, partial(draw, begin=0, end=shape[1]), cond, uncond, sampling, free)
+        for file, z in zip(some, x0.cpu() * std + mean):
+            codec.write_video(file, [coder.decode(z)], sampling["fps"])
 
     parallel.agree(True, world)     # all ranks have written theirs
     if world.rank == 0:
@@ -148,6 +167,34 @@ def main(cfg):
         others = sorted(file.name for file in set(out.glob("[0-9][0-9][0-9][0-9]_*.mp4")) - set(files))
         if others:
             print(f"there too from before, not on the sheet: {ckpt.some_of(others)}")
+
+
+def by_chunks(net, draw, cond, uncond, shape, sampling, free):
+    """Yields x0 (B, C, f, H, W) of the next chunk of these videos, of shape (C, F, H, W), until they are whole."""
+    def cut():
+        for begin in range(0, shape[1], net.chunk):
+            end = min(begin + net.chunk, shape[1])
+            given = None if free is None or begin > 0 else free[:, :end]
+            yield given, *[draw(k, begin, end) for k in range(step.noises_of(sampling))]
+
+    def made(cond, uncond, free, z, *noises):
+        return step.at_once(net, sampling, cond, uncond, z, *noises, free=free)
+
+    if sampling["guidance"] == 1:
+        uncond = None       # nobody asks for it, so it need not see
+    return step.by_chunks(made, net.see, (cond, uncond), cut())
+
+
+def write_on(files, chunks, coder, fps):
+    """Writes the videos of latents that come chunk by chunk, (B, C, f, H, W) not normalised, holding one chunk."""
+    with ExitStack() as opened:
+        films = [opened.enter_context(codec.film(file, fps)) for file in files]
+        states = [None] * len(files)
+        for chunk in chunks:
+            for i, z in enumerate(chunk):
+                video, states[i] = coder.decode_on(z, states[i])
+                for picture in video:
+                    films[i](codec.grid([picture]))
 
 
 def found(cfg, world):
@@ -234,10 +281,10 @@ def check_together(path, sampling, other_path, other):
                          f"{times[1]}")
 
 
-def net_with(source, model, world):
-    """A net with its weights."""
+def net_with(source, model, shapes, world):
+    """A net with its weights. shapes: how many compiled blocks will meet."""
     net = blank(model)
-    parallel.prepare(net, world, trainable=False)
+    parallel.prepare(net, world, trainable=False, shapes=shapes)
     ckpt.fill(parallel.local_rows(net), source, **world.ranks)
     return net
 
@@ -327,15 +374,38 @@ def chosen(sampling, cfg):
         raise ValueError(f"--guidance {' '.join(map(str, scales))}: {sampling['model']} is one net, it takes one scale")
     if cfg.negative and all(scale == 1 for scale in scales):
         raise ValueError("--negative does nothing without guidance")
-    return sampling
+    return sampling | {"window": causal_window(sampling, cfg)}
+
+
+def causal_window(sampling, cfg):
+    """The pattern's window, of a causal one no longer than the clips it was trained on, whose past it knows."""
+    window, chunk = sampling["window"], chunk_of(sampling["window"], sampling["tile"])
+    if chunk is None:
+        if (cfg.frames, cfg.window, cfg.sink) != (None, None, 0):
+            raise ValueError(f"--frames={cfg.frames} --window={cfg.window} --sink={cfg.sink}: {cfg.ckpt} is not "
+                             "causal, it makes a clip at once; --size has its frames")
+        return window
+    seen = cfg.window
+    if seen is None:
+        seen = min(-window[0], math.ceil(sampling["shapes"][0][1] / chunk))
+    if seen < 1 or cfg.sink < 0:
+        raise ValueError(f"--window={seen} --sink={cfg.sink}: a chunk sees 1 or more, its own, and a sink of 0 or more")
+    return [-seen, *window[1:]]
 
 
 def latent_shape(sampling, cfg):
     """(C, F, H, W) of the latents to sample; training lists the bucket with the most clips first."""
-    if cfg.size is None:
-        return tuple(sampling["shapes"][0])
-    f, h, w = cfg.size
     channels, strides = sampling["codec"]["channels"], sampling["codec"]["stride"]
+    if cfg.size is None:
+        usual = tuple(sampling["shapes"][0])
+        if cfg.frames is None:
+            return usual
+        if cfg.frames < 1 or (cfg.frames - 1) % strides[0]:
+            raise ValueError(f"--frames={cfg.frames}: they are 1 + a multiple of {strides[0]}")
+        return (channels, (cfg.frames - 1) // strides[0] + 1, *usual[2:])
+    if cfg.frames is not None:
+        raise ValueError(f"--frames={cfg.frames}: --size has frames too, give one of them")
+    f, h, w = cfg.size
     steps = [s * p for s, p in zip(strides, MODELS[sampling["model"]].patch)]
     if (f - 1) % strides[0] or h % steps[1] or w % steps[2] or min(cfg.size) < 1:
         raise ValueError(f"--size {f} {h} {w}: frames are 1 + a multiple of {strides[0]}, "
@@ -355,7 +425,8 @@ def latent_shapes(images, sampling, cfg):
                          "--image=PATH names it")
     if not cfg.image:
         return [usual] * len(images)
-    if not is_shown and not sampling.get("first_frame"):     # old checkpoints do not say
+    alone = chunk_of(sampling["window"], sampling["tile"]) == 1     # then a first frame is a chunk as others are
+    if not is_shown and not sampling.get("first_frame") and not alone:      # old checkpoints do not say
         raise ValueError(f"--image={cfg.image}: {cfg.ckpt} was not trained with first frames, as train.py "
                          "--first_frame=.5 does")
     choice = {}
@@ -417,14 +488,15 @@ def named(image, flag="image"):
         raise ValueError(f"--{flag}={image}: {reason}") from reason
 
 
-def batches_of(mine, shapes, config, cfg):
+def batches_of(mine, shapes, config, sampling, cfg):
     """The places of the videos that are sampled at once, all of one shape -> [[place]]."""
     batches = []
     for shape in dict.fromkeys(shapes[i] for i in mine):
         places = [i for i in mine if shapes[i] == shape]
         at_once = cfg.batch
         if at_once is None:
-            at_once = batch_size(config, shape, bool(cfg.image) and not config.image)
+            given = bool(cfg.image) and not config.image
+            at_once = batch_size(config, shape, sampling, given, cfg.sink)
         batches += [places[i:i + at_once] for i in range(0, len(places), at_once)]
     return batches
 
@@ -444,14 +516,24 @@ def embedded(prompts, sampling, cfg, device):
     return rows
 
 
-def batch_size(config, shape, given=False):
+def batch_size(config, shape, sampling, given=False, sink=0):
     """As many videos as 8 GB hold beside the weights, from 1 to 8; given: whether their first frames are.
 
     In bf16, a forward without gradient holds at most 40 bytes per token and model channel (Wan's models 34 to 38), in
     fp32 at most 64, and 52 more where frames are given, for a t per token. 81 frames of 480 x 832 are 32,760 tokens:
-    2.0 GB a video of wan-1.3b, so 3 at once; 6.7 GB of wan-14b, whose weights are 29 GB.
+    2.0 GB a video of wan-1.3b, so 3 at once; 6.7 GB of wan-14b, whose weights are 29 GB. Of a causal model it is a
+    chunk's tokens, and the past's k and v in bf16, twice where there is guidance: 0.29 GB for each latent frame of
+    wan-1.3b's 480 x 832.
     """
-    held = (92 if given else 40) * math.prod(token_grid(config, shape)) * config.dim
+    f, h, w = token_grid(config, shape)
+    pattern = sampling["window"], sampling["tile"]
+    chunk = chunk_of(*pattern)
+    each = 92 if given else 40
+    held = each * f * h * w * config.dim
+    if chunk and caches(config, shape, *pattern):
+        past = min(f, (sink - pattern[0][0]) * chunk) * h * w
+        texts = 1 if sampling["guidance"] == 1 else 2
+        held = each * min(f, chunk) * h * w * config.dim + texts * 4 * config.blocks * past * config.dim
     return min(max(1, int(8e9 / held)), 8)
 
 

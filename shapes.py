@@ -90,6 +90,50 @@ def judge(video):
     return name_shape(alpha[visible], area, centre), name_colour(paint[visible].mean(0)), name_direction(velocity)
 
 
+def judge_late(video, first, caption):
+    """What a clip longer than its `first` frames shows after them, where no clip of the set goes: video -> a dict.
+
+    An object that moves on straight meets a wall, which no clip ever shows: its shape, its direction and how far it is
+    off the straight path of the first frames are read before that path meets it, from 2 frames or more (direction 4).
+      late colour, late shape, late direction   whether they are the caption's
+      off the path    largest distance from the path, in pixels
+      visible         share of the late frames that show an object
+      end shape       whether the shape is the caption's in the last frames, at most twice `first`, wall or not
+      step            largest move from a frame to the next, in pixels: jumps where chunks meet
+    A figure that cannot be read is not there.
+    """
+    F, H, W, _ = video.shape
+    _, colour, shape, _, direction = caption.split()
+    alpha, paint, _, visible = segment(video)
+    area, centre = centroid(alpha)
+    place, frame, side = centre / [W, H], np.arange(F), np.array([W, H])
+    late = visible & (frame >= first)
+    end = visible & (frame >= max(first, F - 2 * (first - 1)))
+    found = {"visible": visible[first:].mean()}
+    if late.any():
+        found["late colour"] = name_colour(paint[late].mean(0)) == colour
+    if end.any():
+        found["end shape"] = name_shape(alpha[end], area[end], centre[end]) == shape
+    both = visible[1:] & visible[:-1]
+    if both.any():
+        found["step"] = np.linalg.norm(np.diff(centre, axis=0), axis=1)[both].max()
+    begun = visible[:first]
+    if begun.sum() < 2:
+        return found
+    start, velocity = track(place[:first][begun], begun)
+    path = (start + frame[:, None] / (first - 1) * velocity) * side
+    reach = EXTENT * np.sqrt(area[:first][begun].mean() / SHAPES[shape][1])
+    inside = ((path >= reach) & (path <= side - reach)).all(1)
+    before = late & np.logical_and.accumulate(inside | (frame < first))
+    if before.sum() >= 2:
+        found["late shape"] = name_shape(alpha[before], area[before], centre[before]) == shape
+        found["off the path"] = np.linalg.norm(centre - path, axis=1)[before].max()
+    if before.sum() >= 4:
+        moved = np.polyfit(frame[before], place[before], 1)[0] * (first - 1)
+        found["late direction"] = name_direction(moved) == direction
+    return found
+
+
 def features(video):
     """How a clip shows it: video uint8 (F, H, W, 3) -> (6,) start x, y, size, speed, brightness of object and ground.
 

@@ -212,20 +212,65 @@ def rollout(net, z, cond, times, noises, exit, free=None):
     return x0
 
 
-def sample(net, draw, cond, uncond, sampling, free=None):
-    """x0 by a checkpoint's own sampler: a teacher's guided steps, or a student's few, each with fresh noise.
+def by_chunks(draw, see, conds, noises, given=()):
+    """Makes a clip chunk by chunk with a causal net: yields x0 (B, C, f, H, W) of each, without end if noises are.
 
-    sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W), in the first
-    of which given frames are in place.
+    draw(*conds, *some) -> x0 of a chunk, `some` being the next of noises. see(cond, x0) -> the condition that has seen
+    x0 too, which is without gradient; each condition sees for itself, and None stays None. given: chunks that are
+    there, and seen, before the first is made.
     """
+    unseen = list(given)
+    for some in noises:
+        for x0 in unseen:
+            with torch.no_grad():
+                conds = [None if cond is None else see(cond, x0) for cond in conds]
+        x0 = draw(*conds, *some)
+        yield x0
+        unseen = [x0]
+
+
+def stepwise(draw, see, conds, chunk, *noises, given=()):
+    """A whole clip x0 (B, C, F, H, W) by chunks of so many frames, the last perhaps shorter; see by_chunks.
+
+    noises (B, …, F, …, …) are cut along frames, also where chunks are given; each draw gets its part of all of them.
+    """
+    first = sum(x0.shape[2] for x0 in given)
+    cut = zip(*(noise[:, :, first:].split(chunk, 2) for noise in noises))
+    return torch.cat([*given, *by_chunks(draw, see, conds, cut, given)], 2)
+
+
+def noises_of(sampling):
+    """How many noises a clip takes by a checkpoint's own sampler."""
+    return len(sampling["times"]) if sampling["sampler"] == "rollout" else 1
+
+
+def at_once(net, sampling, cond, uncond, z, *noises, free=None):
+    """x0 of a clip, or of a chunk, by a checkpoint's own sampler; given frames are in z."""
     if sampling["sampler"] == "rollout":
-        times = sampling["times"]
-        z, *noises = [draw(k) for k in range(len(times))]
-        return rollout(net, z, cond, times, noises, len(times) - 1, free)
+        return rollout(net, z, cond, sampling["times"], noises, len(noises), free)
     times = grid(sampling["steps"], sampling["shift"])
     solver = sampling.get("solver", "euler")            # of old checkpoints
     scales = scales_at(times, sampling["guidance"], sampling.get("boundary"))
-    return ode(net, draw(0), cond, times, uncond, scales, solver, free)
+    return ode(net, z, cond, times, uncond, scales, solver, free)
+
+
+def sample(net, draw, cond, uncond, sampling, free=None, see=None):
+    """x0 by a checkpoint's own sampler: a teacher's guided steps, or a student's few, each with fresh noise.
+
+    sampling: the checkpoint's block of that name; draw(k): the k-th noise of these clips (B, C, F, H, W), in the first
+    of which given frames are in place. see: of a causal net, which goes chunk by chunk: see by_chunks.
+    """
+    z, *noises = [draw(k) for k in range(noises_of(sampling))]
+    if see is None:
+        return at_once(net, sampling, cond, uncond, z, *noises, free=free)
+    ones = z.new_ones(len(z), z.shape[2]) if free is None else free
+
+    def chunk(cond, uncond, mask, z, *noises):
+        mask = None if free is None else mask[:, 0, :, 0, 0]
+        return at_once(net, sampling, cond, uncond, z, *noises, free=mask)
+
+    uncond = None if sampling["guidance"] == 1 else uncond      # nobody asks for it: it need not see
+    return stepwise(chunk, see, (cond, uncond), sampling["tile"][0], over(ones), z, *noises)
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
@@ -279,7 +324,12 @@ def flow_loss(net, x0, cond, t, e, weight=None, free=None, times=None):
     if weight is not None:
         weighted = weight * error if weight.ndim == 1 else mean_of(over(weight) * squares, free)
     loss = weighted.mean()
-    return loss, {"loss": loss.detach(), "loss_by": binned(weighted if times else error, t, free=free, times=times)}
+    measured = weighted if times else error
+    by_t = binned(measured, t, free=free, times=times)
+    if t.ndim == 2:     # the mean of a clip's times would say little
+        where = None if free is None else free.flatten()
+        by_t = binned(squares.mean((1, 3, 4)).flatten(), t.flatten(), where, times=times)
+    return loss, {"loss": loss.detach(), "loss_by": by_t}
 
 
 def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0, free=None):

@@ -24,10 +24,10 @@ import parallel
 import plan
 from data import Latents, holds_latents, noise, send, stream
 from log import Clock, Log, check_wandb, holds, told
-from model import (MODELS, Pair, bind, blank, check_expert, check_first_frame, cond_of, fits, initial, models_of,
-                   shapes_of, shown, token_grid)
-from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, grid, lr_at, muon, numbers, ode,
-                  place, sample_t, scales_at, start_average, train_step)
+from model import (MODELS, Pair, bind, blank, check_causal, check_expert, check_first_frame, chunk_of, chunked, cond_of,
+                   fits, initial, lengths, models_of, shapes_of, shown, token_grid)
+from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, grid, lr_at, muon, numbers, ode, over,
+                  place, sample_t, scales_at, start_average, stepwise, train_step)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Config:
     text_dropout: float = 0.1                             # share of samples whose text is replaced by the null text
     first_frame: float = 0.0                              # share of clips begun by a given frame: image to video
 
-    # sparse attention
+    clean_prefix: float = 0.0                             # causal: share of samples whose first chunks stay clean
+
+    # sparse attention, and causal: a window of -9 along frames sees the last 9 tiles up to its own, the chunks
     window: tuple[int, int, int] | None = None            # attention window in tiles, frames rows columns; None = dense
     tile: tuple[int, int, int] = (4, 4, 8)                # tokens of an attention tile: frames, rows, columns
     window_steps: int = 0                                 # updates in which --window shrinks from dense; 0 = at once
@@ -165,7 +167,7 @@ FREE = {"out", "resume", "allow", "steps", "log_every", "val_every", "save_every
         "shard", "sp", "device", "compile", "remat", "samples", "vae", "dry_run", "other"}
 # what a flag was in runs whose config does not have it yet
 BEFORE = {"deterministic": False, "lora_init": None, "mix": (), "optimizer": "adamw", "first_frame": 0.0,
-          "expert": None, "other": None}
+          "clean_prefix": 0.0, "expert": None, "other": None}
 STRATA = 10                         # noise levels at which each held-out sample is validated
 CHUNK = 16                          # clips forwarded at once in validation where no --micro_batch is given
 
@@ -238,19 +240,40 @@ def main(cfg):
 
 
 def loss_of(net, micro, cfg):
-    """Flow matching of one micro-batch: text dropped and first frames given here and there, t by its density."""
+    """Flow matching of one micro-batch: text dropped and first frames given here and there, t by its density.
+
+    A causal net has a t for each chunk (diffusion forcing, arXiv 2407.01392); see clean_prefix.
+    """
     drop = micro.drop < cfg.text_dropout
     text = torch.where(drop[:, None, None], micro.null, micro.text)
     t = sample_t(micro.u, cfg.t, cfg.shift, part=part_of(cfg))
     free = None
     if cfg.first_frame:
         free = first_given(micro.x0, micro.give < cfg.first_frame)
+    if t.ndim == 2:
+        chunks = chunk_at(micro.x0, cfg)
+        t = t[:, chunks]
+        if cfg.clean_prefix:
+            given = clean_prefix(micro.prefix, cfg.clean_prefix, 1 + chunks[-1])
+            later = (given[:, None] <= chunks).float()
+            free = later if free is None else later * free
     return flow_loss(net, micro.x0, cond_of(text, micro.extras), t, micro.e, free=free)
 
 
 def part_of(cfg):
     """(boundary, expert) of the part of all t on which an expert is trained, None where there is one net."""
     return (MODELS[cfg.model].boundary, cfg.expert) if cfg.expert else None
+
+
+def chunk_at(x0, cfg):
+    """The chunk that each frame of x0 (B, C, F, H, W) belongs to: (F,)."""
+    return torch.arange(x0.shape[2], device=x0.device) // chunk_of(cfg.window, cfg.tile)
+
+
+def clean_prefix(u, share, chunks):
+    """How many chunks of each sample stay clean, by its u (B,): from 1 to all but one for a share of them, else 0."""
+    some = 1 + (u / share * (chunks - 1)).floor()
+    return torch.where(u < share, some, 0)
 
 
 def rate(step, cfg):
@@ -327,6 +350,7 @@ def begin(cfg):
         world=world.data_size,
         val=cfg.val,
         mix=cfg.mix or None,
+        chunk=chunk_of(cfg.window, cfg.tile),
         device=world.device,
     )
     if not holds_latents(data.manifest):
@@ -407,6 +431,15 @@ def resolve(cfg):
     check_first_frame(cfg.model, cfg.first_frame)
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
+    flags.check_causal(cfg)
+    check_causal(cfg.model, cfg.window)
+    causal = chunk_of(cfg.window, cfg.tile)
+    if causal and cfg.window_steps:
+        raise ValueError(f"--window_steps={cfg.window_steps}: a causal window, {cfg.window[0]} along "
+                         "frames, cannot shrink from a dense one, which sees the future")
+    if not 0 <= cfg.clean_prefix <= 1 or cfg.clean_prefix and not causal:
+        raise ValueError(f"--clean_prefix={cfg.clean_prefix} is a share, in [0, 1], of the samples "
+                         "of a causal run, whose --window is negative along frames")
     if isinstance(cfg.guidance, tuple) and not cfg.expert:
         raise ValueError(f"--guidance {' '.join(map(str, cfg.guidance))}: {cfg.model} is one net, it takes one scale")
     return with_other(cfg)
@@ -482,6 +515,7 @@ def patterns(cfg, shapes):
         tokens = token_grid(MODELS[cfg.model], shape)
         windows = {window_at(step, cfg, tokens) for step in range(cfg.window_steps + 1)}
         count += len(windows | {None})
+        count += lengths(MODELS[cfg.model], shape, cfg.window, cfg.tile, sp=cfg.sp)
     return 2 * count if cfg.first_frame else count      # validated with a t per clip too
 
 
@@ -548,12 +582,17 @@ def loss_name(data):
 def validate(net, step, data, cfg, world):
     """Flow-matching loss at fixed samples, noise and levels t: held-out samples, or the first where there are none.
 
-    A run with --first_frame measures it twice, the second time with the first frame given to all clips but stills.
+    A run with --first_frame measures it again, with the first frame given to all clips but stills, and a causal one
+    with a clean past: of each sample and level one chunk is asked about, another at the next.
     """
     ids = data.held_out
     if not ids:
         ids = range(min(cfg.val or 16, data.count))
-    ways = ["", "_first_frame"] if cfg.first_frame else [""]
+    ways = [""]
+    if cfg.first_frame:
+        ways.append("_first_frame")
+    if chunk_of(cfg.window, cfg.tile):
+        ways.append("_clean_past")
     total = torch.zeros(len(ways), 2, BINS, device=world.device)
     low, high = range_of(cfg)
     chunk = cfg.micro_batch or CHUNK
@@ -565,10 +604,17 @@ def validate(net, step, data, cfg, world):
             n = len(levels)
             t = torch.tensor([low + (high - low) * (k + 0.5) / STRATA for k in levels], device=world.device)
             e = noise(cfg.seed, "val", 0, [i * STRATA + k for k in levels], x0.shape[1:]).to(world.device)
-            x0_n, cond = x0.expand(n, -1, -1, -1, -1), cond_of(text, extras)
-            cond = cond._make(part if part is None else part.expand(n, *part.shape[1:]) for part in cond)
+            x0_n = x0.expand(n, -1, -1, -1, -1)
+            beside = {name: part.expand(n, *part.shape[1:]) for name, part in extras.items()}
+            cond = cond_of(text.expand(n, -1, -1), beside)
             for way, sums in zip(ways, total):
-                free = first_given(x0_n, torch.ones_like(t)) if way else None
+                free = None
+                if way == "_first_frame":
+                    free = first_given(x0_n, torch.ones_like(t))
+                if way == "_clean_past":
+                    chunks = chunk_at(x0, cfg)
+                    asked = (i + torch.tensor(levels, device=world.device)) % (1 + chunks[-1])
+                    free = (chunks == asked[:, None]).float()
                 _, seen = flow_loss(bound, x0_n, cond, t, e, free=free)
                 if counts and not (way and free is None):
                     sums += seen["loss_by"]
@@ -627,18 +673,27 @@ def show(net, step, data, cfg, world, log):
     times = grid(row["sample_steps"], row["sample_shift"])
     scales = scales_at(times, cfg.guidance, MODELS[cfg.model].boundary)
 
+    def draw(net, cond, uncond, mask, z):
+        free = mask[:, 0, :, 0, 0]
+        if free.all():
+            free = None
+        return ode(net, z, cond, times, uncond, scales, row["sample_solver"], free)
+
     def make(given, places):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
         some = [ids[i] for i in places]
         text, extras = send([data.text(some), data.extras(some)], world.device)
         cond = cond_of(text, extras)
         uncond = cond._replace(text=data.null.to(world.device).expand_as(text))
-        free = None
+        free = torch.ones(len(z), shape[1], device=world.device)
         if given:
             x0, _ = data.sample(some)
             free = first_given(z, torch.ones(len(z), device=world.device))
             z = place(z, x0.to(world.device), free)
-        return ode(both, z, cond, times, uncond, scales, row["sample_solver"], free)
+        if chunk_of(cfg.window, cfg.tile):
+            causal = chunked(net, shape, world, cfg.window, cfg.tile, both.lora)
+            return stepwise(partial(draw, causal), causal.see, (cond, uncond), cfg.tile[0], over(free), z)
+        return draw(both, cond, uncond, over(free), z)
 
     rows, columns = {"text alone": False}, None
     if cfg.first_frame:

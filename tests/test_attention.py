@@ -38,14 +38,21 @@ def compare(metadata, q, k, v, grad, rtol=1e-10):
         assert (a - b).abs().max() <= rtol * b.abs().max(), f"{name} on {metadata}"
 
 
+def sees_along(size, tile, w):
+    """(size, size): whether the query at q sees the key at k along one axis, from the definition."""
+    n = -(-size // tile)
+    first = [max(0, min(q // tile - w // 2, n - w)) for q in range(size)]
+    sees = [[first[q] <= k // tile < first[q] + w for k in range(size)] for q in range(size)]
+    if w < 0:
+        sees = [[0 <= q // tile - k // tile <= -w - 1 for k in range(size)] for q in range(size)]
+    return torch.tensor(sees)
+
+
 def visible(metadata):
     """(L, L) in raster order, axis by axis from the definition."""
     see = torch.ones((1,) * 6, dtype=torch.bool)
     for axis, (size, tile, w) in enumerate(zip(metadata.grid, metadata.tile, metadata.window)):
-        n = -(-size // tile)
-        first = [max(0, min(q // tile - w // 2, n - w)) for q in range(size)]
-        sees = torch.tensor([[first[q] <= k // tile < first[q] + w for k in range(size)] for q in range(size)])
-        see = see & sees.view([size if i % 3 == axis else 1 for i in range(6)])
+        see = see & sees_along(size, tile, w).view([size if i % 3 == axis else 1 for i in range(6)])
     return see.reshape(prod(metadata.grid), -1)
 
 
@@ -53,6 +60,14 @@ def random_pattern(seed):
     rng = random.Random(seed)
     grid = [rng.randint(1, 9) for _ in range(3)]
     return build_metadata(grid, [rng.randint(1, 4) for _ in range(3)], [rng.randint(1, 6) for _ in range(3)])
+
+
+def causal_pattern(seed):
+    """Block-causal along frames; along rows and columns it slides, or sees all."""
+    rng = random.Random(seed)
+    grid, tile = [rng.randint(1, 9) for _ in range(3)], [rng.randint(1, 4) for _ in range(3)]
+    space = rng.choice(((1, 1), (3, 1), (1, 3), (3, 3), (9, 9)))
+    return build_metadata(grid, tile, (-rng.randint(1, 10), *space))
 
 
 # ---- the pattern -----------------------------------------------------------------------------------------------------
@@ -75,23 +90,38 @@ def test_a_query_sees_the_tiles_of_the_definition_and_as_many_as_every_other(see
     assert (see.double() @ corner.double().flatten() == prod(metadata.window)).all()
 
 
+@pytest.mark.parametrize("pattern", [random_pattern, causal_pattern])
 @pytest.mark.parametrize("seed", range(20))
-def test_both_neighbourhoods_are_the_definition_seen_from_either_side(seed):
-    metadata = random_pattern(seed)
+def test_both_neighbourhoods_are_the_definition_seen_from_either_side(pattern, seed):
+    metadata = pattern(seed)
     for size, tile, w, forward, reverse in zip(metadata.grid, metadata.tile, metadata.window, metadata.forward,
                                                metadata.reverse):
-        n, sees = -(-size // tile), torch.zeros(size, size, dtype=torch.bool)
-        for q in range(size):
-            first = max(0, min(q // tile - w // 2, n - w))
-            sees[q, first * tile:(first + w) * tile] = True
+        n, sees = -(-size // tile), sees_along(size, tile, w)
         for pairs, transposed in ((forward, False), (reverse, True)):
             built = torch.zeros_like(sees)
             for (own0, own1), (other0, other1) in pairs:
                 assert not built[own0:own1].any(), "a token is in two boxes"
                 built[own0:own1, other0:other1] = True
             assert torch.equal(built, sees.T if transposed else sees)
-        assert len(forward) == n - w + 1
+        assert len(forward) == (n if w < 0 else n - w + 1)
         assert len(reverse) == n
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_chunk_sees_the_last_ones_up_to_its_own(seed):
+    metadata = causal_pattern(seed)
+    see = visible(metadata)
+    assert metadata.pairs == see.sum()
+    q, k, _, _ = inputs(metadata, N=1)
+    weights = reference(0 * q, k, torch.eye(see.shape[0], dtype=q.dtype)[None, :, None], metadata)[0, :, 0]
+    assert torch.equal(weights[metadata.inverse] > 0, see[:, metadata.order])
+
+
+def test_a_window_of_more_chunks_than_there_are_sees_all_earlier_ones():
+    metadata = build_metadata((5, 4, 4), (2, 99, 99), (-9, 1, 1))
+    assert metadata.window == (-3, 1, 1)
+    assert metadata.forward[0] == (((0, 2), (0, 2)), ((2, 4), (0, 4)), ((4, 5), (0, 5)))
+    assert build_metadata(metadata.grid, metadata.tile, metadata.window).forward == metadata.forward
 
 
 def test_tile_order_keeps_a_tile_together_and_inverse_undoes_it():
@@ -125,7 +155,8 @@ def test_metadata_is_cached_and_may_be_built_in_inference_mode():
 
 
 @pytest.mark.parametrize("wrong", [dict(grid=(0, 4, 4)), dict(grid=(4, 4)), dict(tile=(4, -1, 8)),
-                                   dict(window=(3, 3, 1.5))])
+                                   dict(window=(3, 3, 1.5)), dict(window=(3, -3, 3)), dict(window=(-3, 3, -1)),
+                                   dict(window=(0, 3, 3)), dict(tile=(-1, 4, 4)), dict(window=(-1.5, 1, 1))])
 def test_errors_name_the_value(wrong):
     with pytest.raises(ValueError) as error:
         build_metadata(**dict(grid=(4, 4, 4)) | wrong)
@@ -146,11 +177,12 @@ def test_shapes_that_do_not_fit_are_refused_with_their_sizes():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pattern", [random_pattern, causal_pattern])
 @pytest.mark.parametrize("block", range(10))
-def test_output_and_gradients_are_those_of_a_dense_mask(block):
+def test_output_and_gradients_are_those_of_a_dense_mask(block, pattern):
     for seed in range(100 + 22 * block, 122 + 22 * block):
         rng = random.Random(seed)
-        metadata = random_pattern(seed)
+        metadata = pattern(seed)
         compare(metadata, *inputs(metadata, rng.randint(1, 2), rng.randint(1, 3), rng.choice((4, 8, 12)), seed))
 
 
@@ -224,7 +256,8 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [((), (), ()), ((3, 5, 7), (2, 2, 3), (1, 3, 1))])
+@pytest.mark.parametrize("pattern", [((), (), ()), ((3, 5, 7), (2, 2, 3), (1, 3, 1)),
+                                     ((3, 5, 7), (1, 5, 7), (-2, 1, 1))])
 def test_the_operator_is_well_formed(pattern):
     q, k, v, _ = inputs(build_metadata((3, 5, 7)))
     torch.library.opcheck(ATTEND, (q, k, v, *map(list, pattern)))
@@ -250,9 +283,10 @@ def double_and_sin(q, k, v, metadata):
 
 def test_compile_keeps_it_whole():
     metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
+    causal = build_metadata((3, 5, 7), (1, 2, 9), (-2, 3, 1))
     q, k, v, grad = inputs(metadata, dtype=torch.float32)
     compiled = torch.compile(double_and_sin, fullgraph=True, backend="aot_eager")
-    for pattern in (metadata, None):
+    for pattern in (metadata, causal, None):
         ours, theirs = compiled(q, k, v, pattern), double_and_sin(q, k, v, pattern)
         torch.testing.assert_close(ours, theirs)
         for a, b in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad)):
@@ -286,9 +320,11 @@ def test_selective_checkpointing_runs_the_forward_once(save, calls):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_flops_are_counted_by_the_pairs(device):
     metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
+    causal = build_metadata((3, 5, 7), (1, 9, 9), (-2, 1, 1))
     q, k, v, _ = (x.detach().to(device).requires_grad_() for x in inputs(metadata, B=2, N=3))
     s = torch.randn(2, 11, 3, 8, device=device, dtype=q.dtype)
-    for args, pairs in (((q, k, v, metadata), metadata.pairs), ((q, k, v), 105**2), ((q, s, s), 105 * 11)):
+    for args, pairs in (((q, k, v, metadata), metadata.pairs), ((q, k, v, causal), 35**2 * 5),
+                        ((q, k, v), 105**2), ((q, s, s), 105 * 11)):
         with FlopCounterMode(display=False) as counter:
             out = attention(*args)
             assert counter.get_total_flops() == 4 * 2 * 3 * 8 * pairs

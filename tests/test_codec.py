@@ -62,6 +62,21 @@ def test_the_first_frame_is_a_latent_frame_of_its_own_without_motion():
     assert np.abs(dct.decode(z)[0] - np.int16(still[0])).max() <= 1 and np.array_equal(dct.decode(z)[1:], still[1:])
 
 
+def chunked(decode_on, z, chunks):
+    """A clip decoded chunk by chunk."""
+    state, videos = None, []
+    for chunk in z.split(chunks, 1):
+        video, state = decode_on(chunk, state)
+        videos.append(video)
+    return np.concatenate(videos)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, [1, 3, 3]])
+def test_chunks_decoded_one_after_another_are_the_whole_clip_to_the_bit(chunks):
+    dct, z = codec.load("dct"), torch.randn(24, 7, 8, 6, generator=torch.Generator().manual_seed(0)) / 3
+    assert np.array_equal(chunked(dct.decode_on, z, chunks), dct.decode(z))
+
+
 def test_shapes_come_back_at_30_decibels_and_the_first_frame_at_33():
     dct, rng = codec.load("dct"), np.random.default_rng(0)
     videos = [shapes.clip(rng, caption=caption)[0] for caption in shapes.CAPTIONS]
@@ -320,6 +335,25 @@ def test_wan_latents_are_the_vaes_mean_not_normalised_and_decode_as_the_vae_does
     assert np.array_equal(wan.decode(z), ((y.permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
     with pytest.raises(ValueError, match="multiples of 8"):
         wan.encode(noise(5, 32, 44, 3))
+
+
+@pytest.mark.slow
+def test_wan_decodes_chunk_by_chunk_what_it_decodes_whole_also_two_clips_in_turn(pipeline, monkeypatch):
+    exact = []
+    monkeypatch.setattr(codec, "to_bytes", lambda x: exact.append(x) or x.numpy())
+    wan = codec.load("wan", vae=pipeline)
+    clips = torch.randn(2, 4, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    states, made = [None, None], [[], []]
+    for some in clips.split([1, 2, 2], 2):
+        for i, z in enumerate(some):
+            video, states[i] = wan.decode_on(z, states[i])
+            made[i].append(video)
+    for z, videos in zip(clips, made):
+        want = wan.decode(z)
+        assert np.abs(np.concatenate(videos) - want).max() <= 1e-5 * np.abs(want).max()
+    monkeypatch.setattr(codec, "LARGE", 700)
+    with pytest.raises(ValueError, match="24x32 pixels.*decodes no chunks"):
+        wan.decode_on(clips[0], None)
 
 
 def test_one_frame_is_encoded_as_the_first_of_a_clip(pipeline):

@@ -120,6 +120,26 @@ def test_stratified_puts_one_number_in_each_stratum(batch):
         assert len(set((u * batch % 1).tolist())) == batch, "each slot has its own place in its stratum"
 
 
+def test_each_chunk_of_the_clips_has_strata_of_its_own_in_slots_of_its_own_after_the_first_ones():
+    chunks = [stratified(0, "t_perm", "t", 5, 8, chunk) for chunk in range(3)]
+    assert torch.equal(chunks[0], stratified(0, "t_perm", "t", 5, 8))
+    for chunk, u in enumerate(chunks):
+        assert sorted((u * 8).int().tolist()) == list(range(8))
+        xi = [stream(0, "t", 5, chunk * 8 + slot).random() for slot in range(8)]
+        assert (u * 8 % 1).tolist() == pytest.approx(xi, abs=1e-5)
+    orders = [(u * 8).int().tolist() for u in chunks]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_noise_of_a_longer_clip_begins_as_a_shorter_ones_and_does_not_depend_on_where_it_is_cut():
+    shape, slots = (2, 5, 4, 4), [3, 7]
+    whole = data.long_noise(0, "sample", 1, 3, slots, shape, 0, 12)
+    assert torch.equal(whole[:, :, :5], data.noise(0, "sample", 1, slots, shape))
+    assert torch.equal(whole[:, :, 5:10], data.noise(0, "sample", 4, slots, shape))     # noise 1 of 3, once more
+    for first, last in ((0, 3), (3, 6), (4, 12), (5, 7), (11, 12)):
+        assert torch.equal(data.long_noise(0, "sample", 1, 3, slots, shape, first, last), whole[:, :, first:last])
+
+
 def test_stratified_stays_below_1(monkeypatch):
     class Highest:
         def permutation(self, n):

@@ -24,7 +24,7 @@ from data import Latents, noise, stream
 from helpers import (Killed, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
                      out_of_memory, ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset,
                      signal_one_of_two, spied, state)
-from model import MODELS, Bound, Cond, DiT
+from model import MODELS, Bound, Chunked, Cond, DiT, chunked
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t,
                   train_step)
 
@@ -1054,3 +1054,127 @@ def test_a_student_beside_an_exact_critic_becomes_the_guided_gaussian(scale):
         opt.step()
     assert mean.item() == pytest.approx(0.2 + scale * 0.8, abs=0.03)
     assert std.item() == pytest.approx(0.5, abs=0.03)
+
+
+# ---- causal students -------------------------------------------------------------------------------------------------
+
+CHUNKS = dict(window=(-9, 1, 1), tile=(2, 99, 99))      # 5 latent frames: chunks of 2, 2 and 1
+
+
+@pytest.fixture(scope="module")
+def causal(data, teacher, tmp_path_factory):
+    """The teacher, trained on as a causal net for a step."""
+    out = str(tmp_path_factory.mktemp("causal") / "run")
+    run(train.main, train.Config(data=(data,), out=out, init=teacher, steps=1, batch=4, warmup=0, **QUIET, **CHUNKS))
+    return out
+
+
+class Whole(NamedTuple):
+    """A student and what its roll and its sampler take."""
+    net: Any
+    cond: Cond
+    noises: list
+
+
+@pytest.fixture
+def rolling(causal):
+    source = ckpt.stored(causal, ["ema"])
+    net = DiT(MODELS["tiny"])
+    ckpt.fill(parallel.local_rows(net), ckpt.model_of(source, "ema"))
+    world = parallel.imagine(1)._replace(device=torch.device("cpu"))
+    student = chunked(net, (24, 5, 8, 8), world, **CHUNKS)
+    cond = Cond(torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)))
+    return Whole(student, cond, [noise(0, "sample", k, range(2), (24, 5, 8, 8)) for k in range(3)])
+
+
+def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_bit(rolling):
+    cfg = distill.Config(times=(1.0, 0.8, 0.5))
+    student, cond, (z, *noises) = rolling
+    trained = distill.roll(student, cond, z, noises, 2, None, cfg)
+    sampling = dict(sampler="rollout", times=cfg.times, guidance=1.0, tile=CHUNKS["tile"])
+    with torch.no_grad():
+        sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, see=student.see)
+    assert torch.equal(trained, sampled)
+    assert trained.requires_grad
+
+
+@pytest.mark.parametrize("exit", range(3))
+def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_gradient(rolling, exit):
+    cfg = distill.Config(times=(1.0, 0.8, 0.5))
+    student, cond, (z, *noises) = rolling
+    x0 = distill.roll(student, cond, z, noises, exit, None, cfg)
+    chunks = x0.split(2, 2)
+    grads = []
+    for i, chunk in enumerate(chunks):
+        past = cond
+        for before in chunks[:i]:
+            past = student.see(past, before)
+        own = slice(2 * i, 2 * i + 2)
+        alone = rollout(student, z[:, :, own], past, cfg.times, [e[:, :, own] for e in noises], exit)
+        assert torch.equal(chunk, alone)
+        student.net.zero_grad()
+        alone.square().sum().backward()
+        grads.append({name: p.grad for name, p in student.net.named_parameters()})
+    student.net.zero_grad()
+    x0.square().sum().backward()
+    for name, p in student.net.named_parameters():
+        want = sum(grad[name] for grad in grads)
+        assert torch.allclose(p.grad, want, rtol=1e-4, atol=1e-5 * want.abs().max().item()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_causal_student_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(
+        data, teacher, causal, tmp_path, lora):
+    flags = dict(steps=4, student=causal, lora_rank=lora, remat=lora > 0, **QUIET)
+    run(distill.main, config(data, teacher, tmp_path / "whole", **flags))
+    cfg = config(data, teacher, tmp_path / "run", **flags)
+    run_stopped(distill, cfg, 3)
+    run(distill.main, cfg)
+    assert log_of(cfg.out) == log_of(tmp_path / "whole")
+    assert same(state(cfg.out), state(tmp_path / "whole"))
+    how = meta(cfg.out)["sampling"]
+    assert (how["window"], how["tile"]) == ([-9, 1, 1], [2, 99, 99])
+
+
+@pytest.mark.slow
+def test_two_ranks_make_a_causal_student_as_one_does(data, teacher, causal, tmp_path):
+    flags = dict(steps=2, student=causal, **QUIET)
+    run(distill.main, config(data, teacher, tmp_path / "one", **flags))
+    ranks(2, distill.main, config(data, teacher, tmp_path / "two", micro_batch=1, **flags))
+    close(log_of(tmp_path / "two"), log_of(tmp_path / "one"), 1e-3, *LOSSES)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_student_starts_from_its_own_weights_and_the_critic_from_the_teachers(
+        data, teacher, causal, tmp_path, monkeypatch, lora):
+    begun = {}
+
+    def look(nets, micro, exit, cfg):
+        student, critic, teacher = nets(micro.z.shape)
+        begun.update(student=student, critic=critic, teacher=teacher)
+        raise InterruptedError
+
+    monkeypatch.setattr(distill, "student_loss", look)
+    with pytest.raises(InterruptedError):
+        run(distill.main, config(data, teacher, tmp_path / "run", student=causal, lora_rank=lora, student_every=1,
+                                 val_every=0, samples=0))
+    for role, path in (("student", causal), ("critic", teacher), ("teacher", teacher)):
+        want = ckpt.model_of(ckpt.stored(path, ["ema"]), "ema")
+        held = dict(begun[role].net.named_parameters())
+        assert all(torch.equal(held[name], want.tensor(name)) for name in want.shapes), role
+    assert isinstance(begun["student"], Chunked)
+    assert begun["critic"].metadata is None
+    assert begun["teacher"].metadata is None
+
+
+def test_beside_a_teacher_that_is_no_run_the_student_still_says_how_it_attends(causal):
+    cfg = distill.inherit(distill.Config(teacher="elsewhere", model="tiny", student=causal))
+    assert (cfg.window, cfg.tile) == ((-9, 1, 1), (2, 99, 99))
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (dict(dense_ends=1, **CHUNKS), "--dense_ends=1: dense blocks see the future"),
+    (dict(window=(1, -2, 1)), "window is")])
+def test_what_a_causal_student_cannot_be_is_refused(data, teacher, tmp_path, capsys, wrong, said):
+    assert said in refused(distill.main, config(data, teacher, tmp_path / "run", **wrong), capsys)

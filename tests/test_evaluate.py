@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import replace
 from functools import partial
 from math import comb
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -360,3 +361,46 @@ def test_latents_of_another_codec_are_not_judged(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(evaluate.main, evaluate.Config(ckpt=str(path or tmp_path), device="cpu"))
     assert "codec wan: the judge reads" in capsys.readouterr().err
+
+
+# ---- causal ---------------------------------------------------------------------------------------------------------
+
+CAUSAL = {"codec": {"stride": [4, 4, 4]}, "shapes": [[24, 5, 8, 8]], "window": [-9, 1, 1], "tile": [2, 99, 99]}
+
+
+def asked_for(sampling=(), **flags):
+    """A causal system as the flags ask for it: its sampling block."""
+    system = evaluate.System("s", SimpleNamespace(origin="out/x"), None, CAUSAL | dict(sampling))
+    return evaluate.longer(system, evaluate.Config(**flags)).sampling
+
+
+def test_a_longer_clip_sees_as_many_chunks_as_training_had_unless_it_is_told():
+    assert asked_for() == CAUSAL
+    assert asked_for(frames=33) == CAUSAL | {"window": [-3, 1, 1], "sink": 0, "frames": 9}
+    assert asked_for(frames=33, window=2, sink=1) == CAUSAL | {"window": [-2, 1, 1], "sink": 1, "frames": 9}
+    assert asked_for(sink=1)["frames"] == 5
+    for wrong in (dict(frames=34), dict(frames=13), dict(window=0), dict(sink=-1)):
+        with pytest.raises(ValueError, match="frames are 1 . a multiple of 4, 5 latent ones at least"):
+            asked_for(**wrong)
+    with pytest.raises(ValueError, match="out/x is not causal"):
+        asked_for({"window": [3, 3, 3]}, frames=33)
+
+
+@pytest.mark.slow
+def test_clips_longer_than_trained_are_judged_by_their_first_frames_and_by_what_follows(tmp_path, capsys):
+    data, out = str(tmp_path / "data"), str(tmp_path / "run")
+    run(prepare.main, prepare.Config(clips=40, out=data))
+    run(train.main, train.Config(data=(data,), out=out, steps=1, batch=4, val_every=0, samples=0, window=(-9, 1, 1),
+                                 tile=(1, 99, 99)))
+    whole = {}
+    for frames in (None, 33):
+        told = str(tmp_path / f"{frames}.json")
+        run(evaluate.main, evaluate.Config(ckpt=out, steps=(1,), n=12, batch=140, frames=frames, out=told))
+        whole[frames] = json.loads((tmp_path / f"{frames}.json").read_text())
+    assert whole[None]["later"] == {}
+    (later,) = whole[33]["later"].values()
+    assert {"visible"} <= later.keys() <= {"visible", "late colour", "late shape", "late direction", "off the path",
+                                           "end shape", "step"}
+    (short,), (long,) = ([row for name, row in whole[n]["table"].items() if "real" not in name] for n in (None, 33))
+    assert long == pytest.approx(short)      # of chunks of one frame the first five are the same, to rounding
+    assert "later: visible" in capsys.readouterr().out

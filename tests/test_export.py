@@ -13,7 +13,7 @@ from test_ckpt import as_version_1
 
 SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=4, text_dim=16, freq_dim=32)
 SAMPLING = {"model": "small", "codec": {"name": "dct"}, "mean": [0.0] * 4, "std": [1.0] * 4,
-            "fps": 8, "sampler": "euler", "shift": 3.0, "guidance": 5.0,
+            "fps": 8, "window": None, "tile": [4, 4, 8], "sampler": "euler", "shift": 3.0, "guidance": 5.0,
             "text": {"width": 16, "length": 7}}
 
 
@@ -140,6 +140,21 @@ def test_every_format_comes_back_bit_for_bit(tmp_path, format, dtype):
         assert said == ["t2v", 48, 3, 7]
     told = json.loads((out / "nanovideo.json").read_text())
     assert told["sampling"] == SAMPLING and told["step"] == 10 and "ema" in told["checkpoint"]
+
+
+def test_of_causal_weights_it_says_what_other_programs_would_make_of_them(tmp_path, monkeypatch, capsys):
+    source = run(tmp_path / "plain", network())
+    export.main(export.Config(ckpt=source, out=str(tmp_path / "bidirectional"), format="wan"))
+    assert "These weights are causal" not in capsys.readouterr().out
+    monkeypatch.setitem(SAMPLING, "window", [-9, 1, 1])
+    source = run(tmp_path / "run", network())
+    export.main(export.Config(ckpt=source, out=str(tmp_path / "out"), format="wan"))
+    said = "a chunk of 4 latent frames sees the last 9 chunks up to its own"
+    assert said in capsys.readouterr().out
+    told = json.loads((tmp_path / "out/nanovideo.json").read_text())
+    assert said in told["note"]
+    assert told["sampling"]["window"] == [-9, 1, 1]
+    assert "note" not in json.loads((tmp_path / "bidirectional/nanovideo.json").read_text())
 
 
 def test_nothing_is_overwritten_and_a_failed_export_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import parallel
 from attention import attention, build_metadata, reference
-from model import (LOCAL, MODELS, USUAL, Bound, Cond, DiT, ModelConfig, Pair, Seq, add_lora, bind, blank, fits, flops,
-                   initial, models_of, rope_table, shapes_of)
+from model import (LOCAL, MODELS, USUAL, Bound, Cond, DiT, ModelConfig, Pair, Seq, add_lora, bind, blank, chunked, fits,
+                   flops, initial, lengths, models_of, rope_rows, rope_table, shapes_of)
 
 ops = torch.ops
 SMALL = ModelConfig(dim=48, blocks=3, heads=4, ffn=80, channels=6, text_dim=20)
@@ -370,6 +370,177 @@ def test_flops_are_those_that_torch_counts(name, ends):
 
 def test_flops_of_wan_at_480p():
     assert flops(MODELS["wan-1.3b"], (16, 21, 60, 104), 512) == pytest.approx(283.0e12, rel=1e-3)
+
+
+# ---- chunk by chunk --------------------------------------------------------------------------------------------------
+
+ALONE = parallel.imagine(1)._replace(device=torch.device("cpu"))
+
+
+def long_batch(frames, B=2):
+    """Latents, a t per frame and a condition."""
+    return batch(B=B, shape=(frames, 8, 12), frames=True)
+
+
+def in_turn(net, x, t, cond, chunk):
+    """What a Chunked net says of each chunk of x at t, all before it being clean x: side by side."""
+    vs = []
+    for part, times in zip(x.split(chunk, 2), t.split(chunk, 1)):
+        vs.append(net(part, times, cond))
+        cond = net.see(cond, part)
+    return torch.cat(vs, 2)
+
+
+def under_pattern(net, x, t, cond, window, tile):
+    """The same without a past: the i-th chunk of an uncached forward in which all before are at t = 0."""
+    chunk, vs = tile[0], []
+    for first in range(0, x.shape[2], chunk):
+        times = t.clone()
+        times[:, :first] = 0
+        seen = slice(0, first + chunk)
+        bound = bind(net, x[:, :, seen].shape, ALONE, window, tile)
+        vs.append(bound(x[:, :, seen], times[:, seen], cond)[:, :, first:])
+    return torch.cat(vs, 2)
+
+
+@pytest.mark.parametrize("chunk, window", [(1, 9), (2, 9), (3, 9), (1, 2), (1, 3), (2, 2), (3, 1)])
+def test_with_a_cache_each_chunk_is_the_one_of_the_pattern_without(chunk, window):
+    net, (x, t, cond) = build(), long_batch(7)      # at least three chunks, the last of 2 and of 3 shorter
+    pattern = (-window, 1, 1), (chunk, 99, 99)
+    causal = chunked(net, x.shape, ALONE, *pattern)
+    assert causal.cached
+    with torch.no_grad():
+        assert error(in_turn(causal, x, t, cond, chunk), under_pattern(net, x, t, cond, *pattern)) < 1e-6
+
+
+@pytest.mark.parametrize("window, tile", [((-9, 1, 3), (1, 2, 2)), ((-2, 1, 1), (2, 2, 3))])
+def test_where_tiles_slide_in_space_the_past_is_clean_latents_and_gives_the_same(window, tile):
+    net, (x, t, cond) = build(), long_batch(5)
+    causal = chunked(net, x.shape, ALONE, window, tile)
+    assert not causal.cached
+    assert causal.see(cond, x[:, :, :tile[0]]).past[0].equal(x[:, :, :tile[0]])
+    with torch.no_grad():
+        got = in_turn(causal, x, t, cond, tile[0])
+        assert error(got, under_pattern(net, x, t, cond, window, tile)) < 1e-6
+
+
+def test_without_a_cache_a_past_longer_than_a_net_looks_back_is_dropped_and_changes_nothing():
+    net, (x, t, cond) = build(), long_batch(9)
+    slow, quick = (replace(chunked(net, x.shape, ALONE, (-2, 1, 1), (1, 99, 99)), cached=way) for way in (False, True))
+    with torch.no_grad():
+        assert error(in_turn(slow, x, t, cond, 1), in_turn(quick, x, t, cond, 1)) < 1e-6
+        for part in x.split(1, 2):
+            cond = slow.see(cond, part)
+    assert len(cond.past) == SMALL.blocks
+
+
+@pytest.mark.parametrize("window, sink, kept", [(9, 0, "012345"), (3, 0, "45"), (3, 1, "045"), (1, 0, ""), (1, 2, "01"),
+                                                (2, 5, "012345"), (5, 2, "012345"), (4, 2, "01345")])
+def test_of_the_past_the_first_and_the_last_chunks_stay(window, sink, kept):
+    net, (x, _, cond) = build(), long_batch(6, B=1)
+    causal, full = (chunked(net, x.shape, ALONE, (-n, 1, 1), (1, 99, 99), sink=sink) for n in (window, 9))
+    own = []
+    with torch.no_grad():
+        for part in x.split(1, 2):
+            before = cond
+            cond = causal.see(before, part)
+            own.append(net(part, torch.zeros(1), before, keep=True)[1])
+    assert len(cond.past) == len(kept)
+    for chunk, name in zip(cond.past, kept):
+        assert torch.equal(chunk[1][0], own[int(name)][1][0])
+
+
+def test_each_condition_has_the_past_of_its_own_text():
+    net, (x, t, cond) = build(), long_batch(3)
+    causal = chunked(net, x.shape, ALONE, (-9, 1, 1), (1, 99, 99))
+    null = Cond(torch.zeros_like(cond.text))
+    with torch.no_grad():
+        for one in (cond, null):
+            want = under_pattern(net, x, t, one, (-9, 1, 1), (1, 99, 99))
+            assert error(in_turn(causal, x, t, one, 1), want) < 1e-6
+        assert error(causal(x[:, :, 2:], t[:, 2:], causal.see(cond, x[:, :, :2])._replace(text=null.text)),
+                     causal(x[:, :, 2:], t[:, 2:], causal.see(null, x[:, :, :2]))) > 1e-3
+
+
+def test_the_past_has_no_graph_and_is_in_the_dtype_of_the_blocks():
+    net, (x, t, cond) = halve(build(), ("blocks",)), long_batch(3)
+    seen = chunked(net, x.shape, ALONE, (-9, 1, 1), (1, 99, 99)).see(cond, x.requires_grad_())
+    assert [len(chunk) for chunk in seen.past] == [SMALL.blocks]
+    assert {h.dtype for k, v in seen.past[0] for h in (k, v)} == {torch.bfloat16}
+    assert not any(h.requires_grad for pair in seen.past[0] for h in pair)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_remat_changes_no_gradient_of_a_chunk_with_a_past(cached):
+    x, t, cond = long_batch(4)
+    grads = []
+    for remat in (False, True):
+        net = build(remat=remat, adapters=("student",))
+        causal = replace(chunked(net, x.shape, ALONE, (-2, 1, 1), (1, 99, 99), lora="student"), cached=cached)
+        seen = causal.see(causal.see(cond, x[:, :, :1]), x[:, :, 1:2])
+        causal(x[:, :, 2:3], t[:, 2:3], seen).square().sum().backward()
+        grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert_close(*grads, limit=0)
+    assert all(".lora.student." in name for name in grads[0])
+
+
+def test_a_chunk_and_what_is_kept_of_it_are_of_the_adapter_that_is_named():
+    net, (x, t, cond) = build(adapters=("student",)), long_batch(3)
+    pattern = (-9, 1, 1), (1, 99, 99)
+    for lora in ("student", None):
+        causal = chunked(net, x.shape, ALONE, *pattern, lora=lora)
+        bound = bind(net, x.shape, ALONE, *pattern, lora=lora)
+        times = t * torch.tensor([0, 0, 1.0])
+        with torch.no_grad():
+            got = in_turn(causal, x, times, cond, 1)
+            assert error(got, bound(x, times, cond)) < 1e-6
+
+
+def test_rows_of_a_longer_clip_are_a_prefix_of_a_table_that_serves_many_lengths():
+    rope_table.cache_clear()
+    tables = [rope_rows(before, (2, 4, 6), 12, torch.device("cpu")) for before in range(2, 6)]
+    for before, (cos, sin) in zip(range(2, 6), tables):
+        want = rope_table((before + 2, 4, 6), 12, torch.device("cpu"))
+        assert torch.equal(cos, want[0])
+        assert torch.equal(sin, want[1])
+    assert tables[1][0].data_ptr() == tables[3][0].data_ptr()      # 5 frames and 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frames, window, tile, sink", [(7, -3, 2, 0)])
+def test_blocks_compile_into_one_graph_per_length_of_the_past(frames, window, tile, sink):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net, (x, t, cond) = build(), long_batch(frames)
+    causal = chunked(net, x.shape, ALONE, (window, 1, 1), (tile, 99, 99), sink=sink)
+    with torch.no_grad():
+        want = in_turn(causal, x, t, cond, tile)
+        for block in net.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+        assert error(in_turn(causal, x, t, cond, tile), want) < 1e-6
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= lengths(SMALL, x.shape, (window, 1, 1), (tile, 99, 99), sink)
+
+
+def test_a_past_that_cannot_be_is_refused():
+    net, (x, t, cond) = build(), batch()
+    sparse = build_metadata(GRID, (1, 2, 2), (-9, 1, 1))
+    seen = chunked(net, x.shape, ALONE, (-9, 1, 1), (1, 99, 99)).see(cond, x)
+    elsewhere = LOCAL._replace(join=lambda x: x)
+    with pytest.raises(ValueError, match="dense_ends is 1.*future"):
+        net(x, t, cond, metadata=sparse, dense_ends=1)
+    for wrong in (dict(metadata=sparse), dict(seq=elsewhere)):
+        with pytest.raises(ValueError, match="metadata is None and seq is LOCAL"):
+            net(x, t, seen, **wrong)
+        with pytest.raises(ValueError, match="metadata is None and seq is LOCAL"):
+            net(x, t, cond, keep=True, **wrong)
+    with pytest.raises(ValueError, match="wants frames of 24 in 3"):
+        net(x, t, cond._replace(past=(seen.past[0][:2],)))
+    with pytest.raises(ValueError, match="--sink=1 needs the cache"):
+        chunked(net, x.shape, ALONE, (-9, 1, 1), (1, 2, 2), sink=1)
+    with pytest.raises(ValueError, match="--sink=1 needs the cache"):
+        chunked(net, x.shape, parallel.imagine(2, sp=2)._replace(device=torch.device("cpu")), (-9, 1, 1), (1, 9, 9),
+                sink=1)
 
 
 # ---- bound ----------------------------------------------------------------------------------------------------------

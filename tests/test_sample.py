@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -18,13 +19,15 @@ from safetensors.torch import load_file, save_file
 import ckpt
 import codec
 import export
+import films
 import parallel
 import plan
 import sample
+import step
 from conftest import ROOT
-from data import noise
+from data import noise, padded
 from helpers import kept_in, refused, run, shapes_dataset, spied
-from model import MODELS, Cond, blank, token_grid
+from model import MODELS, Chunked, Cond, blank, chunked, token_grid
 
 PROMPTS = ("a red circle moving left", "a blue zeppelin", "a green square moving up")
 NAMES = ["0000_a_red_circle_moving_left.mp4", "0001_a_blue_zeppelin.mp4",
@@ -598,8 +601,8 @@ def test_a_t_per_frame_takes_more_memory_and_fewer_videos_are_sampled_at_once():
     with torch.no_grad(), plan.Alive(net.parameters()) as alive:
         net(x, t, Cond(text))
     assert 86 < alive.most / math.prod(token_grid(net.config, shape)) / net.config.dim < 92
-    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104)) == 3
-    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), given=True) == 1
+    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), SAMPLING) == 3
+    assert sample.batch_size(MODELS["wan-1.3b"], (16, 21, 60, 104), SAMPLING, given=True) == 1
 
 
 AT_ONCE = [("tiny", (24, 5, 8, 8), 8), ("wan-1.3b", (16, 21, 60, 104), 3),
@@ -610,7 +613,7 @@ AT_ONCE = [("tiny", (24, 5, 8, 8), 8), ("wan-1.3b", (16, 21, 60, 104), 3),
 @pytest.mark.parametrize("name, shape, videos", AT_ONCE)
 def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(name, shape, videos):
     config = MODELS[name]
-    assert sample.batch_size(config, shape) == videos
+    assert sample.batch_size(config, shape, SAMPLING) == videos
     net = blank(name)
     net.blocks = net.blocks[:2]                 # without gradient, a block leaves nothing behind
     net.to(torch.bfloat16)
@@ -652,3 +655,130 @@ def test_the_net_attends_as_it_was_trained(tmp_path, asked, window):
     assert bound.dense_ends == 1
     if window:
         assert bound.metadata.sparsity == 0.75
+
+
+# ---- causal ---------------------------------------------------------------------------------------------------------
+
+CAUSAL = dict(shapes=[[24, 5, 8, 8]], window=[-9, 1, 1], tile=[2, 99, 99])
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("causal") / "run", STUDENT | CAUSAL)
+
+
+def by_chunks(ckpt, out, **flags):
+    """The latents that are decoded, by chunk and clip, and how many pictures were in the films before each."""
+    decoded, written = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        coder, film = codec.load("dct"), codec.film
+
+        def decode_on(z, state):
+            decoded.append((z, state, len(written)))
+            return coder.decode_on(z, state)
+
+        @contextmanager
+        def counted(path, fps):
+            with film(path, fps) as add:
+                yield lambda picture: written.append(path) or add(picture)
+
+        patch.setattr(codec, "load", lambda *args, **more: coder._replace(decode_on=decode_on))
+        patch.setattr(codec, "film", counted)
+        run(sample.main, sample.Config(ckpt=ckpt, out=str(out), prompts=PROMPTS[:1], n=2, **flags))
+    return decoded, written
+
+
+def clip_of(decoded, i):
+    """The i-th of two videos, whole."""
+    return torch.cat([z for z, _, _ in decoded[i::2]], 1)
+
+
+def test_a_causal_clip_goes_chunk_by_chunk_into_its_file_and_a_longer_one_begins_as_a_shorter_one(causal, tmp_path):
+    short, _ = by_chunks(causal, tmp_path / "short")
+    long, written = by_chunks(causal, tmp_path / "long", frames=37)     # 10 latent frames
+    assert [z.shape[1] for z, _, _ in short[::2]] == [2, 2, 1]
+    assert [z.shape[1] for z, _, _ in long[::2]] == [2] * 5
+    assert [state for _, state, _ in long[:4]] == [None, None, "begun", "begun"]
+    assert [before for _, _, before in long[::2]] == [0, 2 * 5, 2 * 13, 2 * 21, 2 * 29]    # nothing is kept to the end
+    for i in range(2):
+        assert torch.equal(clip_of(long, i)[:, :4], clip_of(short, i)[:, :4])
+        assert not torch.equal(clip_of(long, i)[:, 5:], clip_of(long, i)[:, :5])
+    (video, _), = films.read_video(tmp_path / f"long/{NAMES[0]}", sizes=[(256, 256)], frames=37, fps=8)
+    assert len(video) == 37
+    assert len(written) == 2 * 37
+
+
+def test_what_a_causal_clip_is_made_of_is_what_the_sampler_makes_at_once(causal, tmp_path):
+    """step.sample, which evaluate.py uses, from the same noises: the cache sees all of 5 frames."""
+    short, _ = by_chunks(causal, tmp_path / "out")
+    source = ckpt.stored(causal, ["ema"])
+    net = blank("tiny").to_empty(device="cpu")
+    ckpt.fill(parallel.local_rows(net), ckpt.model_of(source, "ema"))
+    world = parallel.imagine(1)._replace(device=torch.device("cpu"))
+    bound = chunked(net, (24, 5, 8, 8), world, (-9, 1, 1), (2, 99, 99))
+    text = padded(codec.load("dct").embed(list(PROMPTS[:1])), SAMPLING["text"]).expand(2, -1, -1)
+    with torch.no_grad():
+        x0 = step.sample(bound, lambda k: noise(0, "sample", k, range(2), (24, 5, 8, 8)), Cond(text), None,
+                         STUDENT | CAUSAL, see=bound.see)
+    for i in range(2):
+        assert torch.equal(clip_of(short, i), x0[i] * 0.2 + 0.1)
+
+
+@pytest.mark.parametrize("flags, window, sink", [({}, 3, 0), (dict(window=2, sink=1), 2, 1), (dict(window=7), 7, 0)])
+def test_a_chunk_sees_as_many_as_in_training_or_what_the_flags_say(causal, tmp_path, monkeypatch, flags, window, sink):
+    seen = spied(monkeypatch, sample, "chunked", lambda net, *args, **more: net)
+    by_chunks(causal, tmp_path / "out", frames=17, **flags)
+    assert (seen[0].window, seen[0].sink) == (window, sink)
+
+
+@pytest.mark.parametrize("sampler, texts", [(STUDENT, 1), (SAMPLING, 2), (SAMPLING | {"guidance": 1.0}, 1)],
+                         ids=("student", "guided", "unguided"))
+def test_the_null_text_has_a_past_where_it_guides_and_none_where_nobody_asks_for_it(
+        sampler, texts, tmp_path, monkeypatch):
+    calls = []
+    see = Chunked.see
+    monkeypatch.setattr(Chunked, "see", lambda net, cond, x0: calls.append(len(cond.past)) or see(net, cond, x0))
+    by_chunks(saved(tmp_path / "run", sampler | CAUSAL), tmp_path / "out")
+    assert calls == [0] * texts + [1] * texts
+
+
+def test_an_image_is_the_first_chunk_of_one_frame_untrained_and_of_more_after_training_alone(causal, tmp_path, capsys):
+    image = image_at(tmp_path / "a.png", 60, 60, RED)
+    for name, more in (("one", {"tile": [1, 99, 99]}), ("two", {"first_frame": 0.5})):
+        run_folder = saved(tmp_path / name, STUDENT | CAUSAL | more)
+        decoded, _ = by_chunks(run_folder, tmp_path / f"{name}_out", image=image)
+        assert begins_with((decoded[0][0] - 0.1) / 0.2, RED)
+        assert not torch.equal(clip_of(decoded, 0)[:, 1], clip_of(decoded, 1)[:, 1])
+    said = refused(sample.main, sample.Config(ckpt=causal, prompts=PROMPTS[:1], image=image), capsys)
+    assert "was not trained with first frames" in said
+
+
+@pytest.mark.parametrize("flags, said", [
+    (dict(frames=18), "--frames=18: they are 1 + a multiple of 4"),
+    (dict(frames=9, size=(9, 32, 32)), "--size has frames too"),
+    (dict(window=0), "--window=0 --sink=0: a chunk sees 1 or more"),
+    (dict(sink=-1), "--sink=-1: a chunk sees 1 or more")])
+def test_lengths_and_windows_that_cannot_be_are_refused(causal, capsys, flags, said):
+    assert said in refused(sample.main, sample.Config(ckpt=causal, prompts=PROMPTS[:1], **flags), capsys)
+
+
+def test_a_model_that_is_not_causal_takes_no_length_beyond_its_size(student, capsys):
+    for flags in (dict(frames=33), dict(window=2), dict(sink=1)):
+        said = refused(sample.main, sample.Config(ckpt=student, prompts=PROMPTS[:1], **flags), capsys)
+        assert "is not causal, it makes a clip at once; --size has its frames" in said
+
+
+def test_without_a_cache_it_says_so_and_a_sink_is_refused(tmp_path, capsys):
+    sliding = saved(tmp_path / "run", STUDENT | CAUSAL | {"tile": [2, 2, 2]})
+    decoded, _ = by_chunks(sliding, tmp_path / "out", frames=9)
+    assert "no cache serves --sp or tiles that slide in space" in capsys.readouterr().out
+    assert [z.shape[1] for z, _, _ in decoded[::2]] == [2, 1]
+    cfg = sample.Config(ckpt=sliding, prompts=PROMPTS[:1], sink=1)
+    assert "--sink=1 needs the cache" in refused(sample.main, cfg, capsys)
+
+
+def test_a_causal_video_of_wan_takes_a_chunk_and_its_past_of_the_8_gb():
+    causal = dict(window=[-3, 1, 1], tile=[3, 99, 99], guidance=1.0)
+    shape = (16, 201, 60, 104)
+    assert sample.batch_size(MODELS["wan-1.3b"], shape, causal) == 2       # 0.3 GB of activations, 2.6 GB of past
+    assert sample.batch_size(MODELS["wan-1.3b"], shape, causal | dict(guidance=5.0)) == 1

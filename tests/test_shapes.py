@@ -160,3 +160,50 @@ def test_a_noisy_ground_is_no_part_of_the_object_and_a_faint_object_is_none():
         noisy = np.clip(video + rng.normal(0, 12, video.shape), 0, 255).astype(np.uint8)
         assert shapes.judge(noisy) == attributes(caption)
         assert shapes.judge(video // 6) == (None, None, None)
+
+
+# ---- longer clips ----------------------------------------------------------------------------------------------------
+
+
+def straight(caption, frames=33, seed=1):
+    """A clip of the set that goes on straight after its 17 frames, whatever wall it meets; its travel per frame."""
+    rng = np.random.default_rng(seed)
+    _, colour, shape, _, direction = caption.split()
+    travel = 0.3 * 32 / 16 * np.array(shapes.DIRECTIONS[direction])
+    centre = 16 - 8 * np.array(shapes.DIRECTIONS[direction]) + np.arange(frames)[:, None] * travel
+    ground = np.float32([20, 22, 28])
+    cover = shapes.coverage(shape, centre, 6 + rng.random(), (32, 32))[..., None]
+    return np.uint8(cover * (np.float32(shapes.COLOURS[colour]) * 255 - ground) + ground)
+
+
+@pytest.mark.parametrize("caption", ["a red circle moving left", "a blue square moving up",
+                                     "a green triangle moving right"])
+def test_an_object_that_moves_on_straight_is_judged_right_after_the_first_frames(caption):
+    seen = shapes.judge_late(straight(caption), 17, caption)
+    assert seen["late colour"] and seen["late shape"] and seen["late direction"]
+    assert seen["visible"] == 1
+    assert seen["off the path"] < 0.3
+    assert 0.5 < seen["step"] < 1.2
+
+
+def test_what_goes_wrong_after_the_first_frames_shows_in_the_figure_of_it():
+    caption = "a red circle moving left"
+    video = straight(caption)
+    stopped = np.concatenate([video[:18], video[17:18].repeat(15, 0)])
+    seen = shapes.judge_late(stopped, 17, caption)
+    assert not seen["late direction"]
+    assert seen["late shape"] and seen["off the path"] > 1
+    other = np.concatenate([video[:17], straight("a blue square moving left")[17:]])
+    seen = shapes.judge_late(other, 17, caption)
+    assert not seen["late colour"] and not seen["late shape"] and not seen["end shape"]
+    back = np.concatenate([video[:17], video[10:26]])
+    assert shapes.judge_late(back, 17, caption)["step"] > 3
+    gone = np.concatenate([video[:17], np.full_like(video[17:], 20)])
+    assert shapes.judge_late(gone, 17, caption) == pytest.approx({"visible": 0, "step": 0.6}, abs=0.3)
+
+
+def test_after_the_wall_nothing_is_asked_of_path_and_direction():
+    caption = "a red circle moving left"
+    video = straight(caption, frames=60)
+    seen = shapes.judge_late(np.concatenate([video[:27], video[26:27].repeat(33, 0)]), 17, caption)
+    assert seen["late direction"] and seen["off the path"] < 0.5

@@ -8,7 +8,7 @@ import step
 from parallel import Part
 from step import (BINS, Learner, adamw, add_noise, averaged, binned, copies, dmd_loss, ema_update, first_given,
                   flow_loss, grid, guided, guided_x0, lr_at, muon, numbers, ode, place, rollout, sample, sample_t,
-                  shifted, start_average, tensors, to_x0, train_step)
+                  shifted, start_average, stepwise, tensors, to_x0, train_step)
 
 SHAPE = (4, 3, 2, 4, 4)
 
@@ -481,7 +481,7 @@ def test_flow_loss_asks_at_0_where_a_frame_is_given_as_it_is():
     assert torch.equal(asked[0].movedim(2, 1)[FREE == 1], add_noise(x0, e, t).movedim(2, 1)[FREE == 1])
 
 
-def test_times_per_frame_are_given_0_too_and_measured_at_the_mean_of_the_free_ones():
+def test_times_per_frame_are_given_0_too_and_each_free_frame_is_measured_at_its_own():
     x0, e, _ = three_frames()
     t = torch.tensor([[0.9, 0.3, 0.3]] * 4)
     asked = []
@@ -492,7 +492,11 @@ def test_times_per_frame_are_given_0_too_and_measured_at_the_mean_of_the_free_on
 
     _, seen = flow_loss(net, x0, None, t, e, free=FREE)
     assert torch.equal(asked[0], t * FREE)
-    assert seen["loss_by"][1].tolist() == [0, 3, 1, 0, 0]
+    free = [FREE[:, 0].sum(), FREE[:, 1:].sum()]
+    assert seen["loss_by"][1].tolist() == [0, free[1], 0, 0, free[0]]
+    assert seen["loss_by"][0].sum() / seen["loss_by"][1].sum() == pytest.approx(
+        ((x0 - add_noise(x0, e, t * FREE) - e + 2 * add_noise(x0, e, t * FREE)).square().mean((1, 3, 4)) * FREE).sum()
+        / FREE.sum())
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.6])
@@ -574,6 +578,105 @@ def test_samplers_leave_given_frames_as_they_are_to_the_bit_and_ask_at_0_there(s
         assert not t[FREE == 0].any()
     plain = sample(by_frame, draw, 0.3, None, sampling)
     assert torch.equal(x0.movedim(2, 1)[FREE == 1], plain.movedim(2, 1)[FREE == 1])
+
+
+# ---- chunk by chunk --------------------------------------------------------------------------------------------------
+
+
+def past_and(log):
+    """A net's `see`: a condition is a list of what it has seen; what is seen, and with what gradient, goes into log."""
+    def see(cond, x0):
+        log.append((torch.is_grad_enabled(), x0))
+        return [*cond, x0]
+    return see
+
+
+def test_a_clip_is_made_chunk_by_chunk_each_after_what_both_conditions_have_seen_of_those_before():
+    z, more = randn(2, 3, 5, 2, 2, seed=1), randn(2, 3, 5, 2, 2, seed=2)
+    log, asked = [], []
+
+    def draw(cond, uncond, z, more):
+        asked.append((list(cond), list(uncond), z, more))
+        return z + 10 * more
+
+    x0 = stepwise(draw, past_and(log), (["c"], ["u"]), 2, z, more)
+    assert torch.equal(x0, z + 10 * more)
+    chunks = x0.split(2, 2)
+    for i, (cond, uncond, part, _) in enumerate(asked):
+        assert torch.equal(part, z.split(2, 2)[i])
+        assert cond[0] == "c"
+        assert uncond[0] == "u"
+        assert len(cond) == len(uncond) == 1 + i
+        assert all(torch.equal(a, b) for a, b in zip(cond[1:], chunks))
+    assert len(log) == 2 * 2    # the last chunk has nobody to see it
+    assert not any(grad for grad, _ in log)
+
+
+def test_given_chunks_are_seen_kept_as_they_are_and_take_no_noise():
+    z, first = randn(2, 3, 5, 2, 2, seed=1), randn(2, 3, 1, 2, 2, seed=2)
+    log, asked = [], []
+
+    def draw(cond, none, z):
+        assert none is None
+        asked.append((len(cond), z))
+        return z
+
+    x0 = stepwise(draw, past_and(log), ([], None), 2, z, given=[first])
+    assert torch.equal(x0, torch.cat([first, z[:, :, 1:]], 2))
+    assert [n for n, _ in asked] == [1, 2]
+    assert torch.equal(log[0][1], first)
+
+
+def chunks_of(sampling):
+    """What `sample` gives chunk by chunk with a net whose v is its condition, which grows by 1 for each chunk seen."""
+    noises = [randn(4, 3, 5, 2, 2, seed=k) for k in range(4)]
+    return sample(lambda x, t, cond: cond + 0 * x, noises.__getitem__, torch.tensor(0.0), torch.tensor(0.0), sampling,
+                  see=lambda cond, x0: cond + 1), noises
+
+
+@pytest.mark.parametrize("sampling", [
+    {"sampler": "euler", "steps": 3, "shift": 1.0, "guidance": 2.0, "tile": [2, 9, 9]},
+    {"sampler": "rollout", "times": [1.0, 0.5], "guidance": 1.0, "tile": [2, 9, 9]}], ids=("many", "few"))
+def test_sample_makes_each_chunk_by_its_own_sampler_and_guides_it_by_what_each_condition_saw(sampling):
+    x0, noises = chunks_of(sampling)
+    for i, part in enumerate(x0.split(2, 2)):
+        z, e = (noise.split(2, 2)[i] for noise in noises[:2])
+        want = z - i
+        if sampling["sampler"] == "rollout":
+            want = add_noise(want, e, torch.full((4,), 0.5)) - 0.5 * i
+        torch.testing.assert_close(part, want)
+
+
+def test_a_first_frame_given_to_a_chunk_stays_to_the_bit_and_its_net_is_asked_at_0_there():
+    sampling, asked = {"sampler": "rollout", "times": [1.0, 0.5], "guidance": 1.0, "tile": [2, 9, 9]}, []
+    free, given = torch.ones(4, 5), randn(4, 3, 5, 2, 2, seed=9)
+    free[:, 0] = 0
+
+    def net(x, t, cond):
+        asked.append(t)
+        return x.sin()
+
+    x0 = sample(net, lambda k: randn(4, 3, 5, 2, 2, seed=k) if k else place(randn(4, 3, 5, 2, 2), given, free),
+                torch.tensor(0.0), None, sampling, free, see=lambda cond, x0: cond)
+    assert torch.equal(x0[:, :, 0], given[:, :, 0])
+    assert not (x0[:, :, 1:] == given[:, :, 1:]).any()
+    assert asked[0].tolist() == [[0, 1]] * 4
+    assert asked[2].tolist() == [[1, 1]] * 4
+
+
+def test_the_gradient_of_a_chunk_goes_through_its_own_draw_alone():
+    w = torch.tensor(2.0, requires_grad=True)
+    z = torch.ones(1, 1, 3, 1, 1)
+    seen = []
+
+    def see(cond, x0):
+        seen.append(x0)
+        return cond + (x0 * w).sum()
+
+    x0 = stepwise(lambda cond, z: z * w + cond, see, (torch.tensor(0.0),), 1, z)
+    assert x0.flatten().tolist() == [2, 2 + 4, 2 + 4 + 12]
+    x0.sum().backward()
+    assert w.grad == 3
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------

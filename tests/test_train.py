@@ -77,6 +77,97 @@ def test_a_run_leaves_its_log_curves_page_videos_and_checkpoints(whole):
     assert not torch.equal(held["net.head.head.weight"], held["ema.head.head.weight"])
 
 
+# ---- causal ---------------------------------------------------------------------------------------------------------
+
+CAUSAL = dict(window=(-9, 1, 1), tile=(2, 99, 99))      # 5 latent frames: chunks of 2, 2 and 1
+
+
+def asked_of(cfg, data, step=0):
+    """What the net is asked at in an update: (t, free) of its first micro-batch, whose clips have 5 frames."""
+    asked = []
+
+    def net(x, t, cond):
+        asked.append(t)
+        return 0 * x
+
+    chunk = 2 if cfg.window else None
+    micro, *_ = Latents(data, seed=0, batch=8, chunk=chunk).at(step)
+    _, seen = train.loss_of(net, micro, cfg)
+    return asked[0], micro, seen
+
+
+def test_diffusion_forcing_has_a_time_for_each_chunk_the_first_being_todays(data):
+    t, micro, seen = asked_of(train.Config(shift=2.0, **CAUSAL), data)
+    today, same_micro, _ = asked_of(train.Config(shift=2.0), data)
+    assert torch.equal(t[:, 0], today)
+    assert torch.equal(micro.e, same_micro.e)
+    assert torch.equal(t, t[:, [0, 0, 2, 2, 4]])
+    assert all((t[:, a] != t[:, b]).all() for a, b in ((0, 2), (2, 4), (0, 4)))
+    assert seen["loss_by"][1].sum() == 8 * 5
+
+
+def test_clips_of_one_chunk_are_trained_on_as_today(data):
+    micro, *_ = Latents(data, seed=0, batch=8, chunk=5).at(0)
+    today, *_ = Latents(data, seed=0, batch=8).at(0)
+    assert torch.equal(micro.u, today.u)
+
+
+def test_a_clean_prefix_of_whole_chunks_is_given_to_its_share_and_has_no_part_in_the_loss(data):
+    t, micro, seen = asked_of(train.Config(shift=2.0, clean_prefix=0.5, **CAUSAL), data)
+    plain, _, _ = asked_of(train.Config(shift=2.0, **CAUSAL), data)
+    given = (t == 0).sum(1)
+    assert torch.equal(given > 0, micro.prefix < 0.5)
+    assert set(given.tolist()) <= {0, 2, 4}
+    assert torch.equal(t, plain * (torch.arange(5) >= given[:, None]))
+    assert seen["loss_by"][1].sum() == (t > 0).sum()
+    u = (torch.arange(1000) + 0.5) / 1000
+    assert train.clean_prefix(u, 0.4, 5).int().bincount().tolist() == [600, 100, 100, 100, 100]
+
+
+def test_a_causal_run_validates_each_chunk_behind_a_clean_past_and_shows_videos_by_chunks(data, tmp_path, monkeypatch):
+    free = spied(monkeypatch, train, "flow_loss", lambda out, *args, free=None: free)
+    chunks = spied(monkeypatch, train, "stepwise",
+                   lambda out, draw, see, conds, chunk, *noises: (len(conds), chunk, out.shape))
+    run(train.main, config(data, tmp_path / "run", steps=2, decay_steps=2, val_every=0, **CAUSAL))
+    assert {"val_loss", "val_loss_clean_past"} <= log_of(tmp_path / "run")[-1].keys()
+    asked = torch.cat([rows for rows in free if rows is not None])
+    assert sorted(set(map(tuple, asked.int().tolist()))) == [(0, 0, 0, 0, 1), (0, 0, 1, 1, 0), (1, 1, 0, 0, 0)]
+    assert len(asked) == 2 * train.STRATA
+    assert chunks == [(2, 2, (2, 24, 5, 8, 8))]
+    assert meta(tmp_path / "run")["sampling"]["window"] == [-9, 1, 1]
+
+
+def test_a_first_frame_and_a_clean_prefix_go_together(data):
+    t, micro, _ = asked_of(train.Config(shift=2.0, clean_prefix=0.5, first_frame=0.5, **CAUSAL), data)
+    alone, _, _ = asked_of(train.Config(shift=2.0, clean_prefix=0.5, **CAUSAL), data)
+    assert torch.equal(t[:, 0] == 0, (micro.prefix < 0.5) | (micro.give < 0.5))
+    assert torch.equal(t[:, 1:], alone[:, 1:])
+
+
+@pytest.mark.slow
+def test_a_causal_run_stopped_and_resumed_and_one_on_two_ranks_are_the_uninterrupted_run(data, tmp_path):
+    flags = dict(steps=4, decay_steps=4, save_every=2, clean_prefix=0.5, **QUIET | CAUSAL)
+    run(train.main, config(data, tmp_path / "whole", **flags))
+    cfg = config(data, tmp_path / "run", **flags)
+    run_stopped(train, cfg, 2)
+    run(train.main, cfg)
+    assert log_of(cfg.out) == log_of(tmp_path / "whole")
+    assert same(state(cfg.out), state(tmp_path / "whole"))
+    ranks(2, train.main, config(data, tmp_path / "two", micro_batch=1, **flags))
+    both = log_of(tmp_path / "two"), log_of(tmp_path / "whole")
+    close(*both, 1e-4, "loss", "grad_norm", "val_loss", "val_loss_clean_past")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (dict(window=(3, -3, 3)), r"window is \(3, -3, 3\)"),
+    (dict(dense_ends=1, **CAUSAL), "--dense_ends=1: dense blocks see the future"),
+    (dict(window_steps=3, **CAUSAL), "--window_steps=3: a causal window, -9 along frames, cannot shrink"),
+    (dict(clean_prefix=0.5), "--clean_prefix=0.5 is a share"),
+    (dict(clean_prefix=1.5, **CAUSAL), "--clean_prefix=1.5 is a share")])
+def test_what_a_causal_run_cannot_be_is_refused(data, tmp_path, capsys, wrong, said):
+    assert re.search(said, refused(train.main, config(data, tmp_path / "run", **wrong), capsys))
+
+
 # ---- nothing is lost ------------------------------------------------------------------------------------------------
 
 
