@@ -630,7 +630,7 @@ def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(name, shape, videos):
 
 
 def test_the_default_batch_is_the_sizes(teacher, tmp_path, asked, monkeypatch):
-    monkeypatch.setattr(sample, "batch_size", lambda config, shape, given: shape[1])
+    monkeypatch.setattr(sample, "batch_size", lambda config, shape, *rest: shape[1])
     run(sample.main, config(teacher, tmp_path / "s", prompts=PROMPTS * 2, size=(13, 16, 16)))
     assert [len(noises[0]) for _, noises, *_ in asked] == [4, 2]
 
