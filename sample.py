@@ -238,10 +238,13 @@ def net_of(path, lora, model, expert, cfg, world):
     elif cfg.weights != "ema" and path == cfg.ckpt:
         raise ValueError(f"--weights={cfg.weights}: {path} is no run of ours, it holds one net")
     else:
-        sampling = told(path, model)
-        if expert is None and MODELS[sampling["model"]].boundary:
-            expert = sampling.get("expert", "high")
-        source, null = ckpt.weights(path, expert=expert, **world.ranks), ckpt.null_of(path, **world.ranks)
+        beside = ckpt.sampling_of(path)
+        if beside is None:
+            beside = {"model": model}
+        if expert is None and beside["model"] in MODELS and MODELS[beside["model"]].boundary:
+            expert = beside.get("expert", "high")
+        source, sampling = ckpt.weights(path, expert=expert, **world.ranks), told(path, model)
+        null = ckpt.null_of(path, **world.ranks)
     for named, told_by in ((path, sampling), (lora, own)):
         if expert and told_by and told_by.get("expert", expert) != expert:
             raise ValueError(f"{named} is the expert for {told_by['expert']} noise, wanted is that for {expert} noise "

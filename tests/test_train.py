@@ -572,6 +572,8 @@ def test_validation_is_without_and_with_the_frame_which_is_then_left_out(given):
     begun = [loss for loss in seen[last + 1:] if loss.free is not None]
     assert {loss.x0.shape[2] for loss in seen[last + 1:]} == {1, 5}
     assert {loss.x0.shape[2] for loss in begun} == {5}
+    clips = [loss for loss in seen[last + 1:] if loss.x0.shape[2] == 5]
+    assert [loss.free is None for loss in clips] == [True, False] * len(begun)      # of each, first without
     for loss in begun:
         assert not loss.free[:, 0].any()
         assert loss.free[:, 1:].all()

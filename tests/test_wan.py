@@ -794,6 +794,8 @@ def test_experts_that_do_not_fit_are_named(root, flags, said, wan, pair, both, t
     given = dict(out=str(tmp_path / "run"))
     if root in (train, distill):
         given["data"] = (data,) if root is train else data
+    if root is distill:
+        given["student_every"] = 1
     if root is sample:
         given |= dict(prompts=PROMPTS, vae=wan, text=wan)
     given |= {name: places.get(value, value) if isinstance(value, str) else value for name, value in flags.items()}
