@@ -705,7 +705,7 @@ def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, t
         z, *noises = [noise(0, "sample", k, list(range(8)), shape) for k in range(4)]
         student = rollout(net_of(state(distilled)), z, Cond(text), cfg.times, noises, 3)
         cond, uncond, times = Cond(text), Cond(latents.null.expand_as(text)), grid(how["steps"], how["shift"])
-        clips = ode(net_of(state(teacher)), z, cond, times, uncond, 2.0)
+        clips = ode(net_of(state(teacher)), z, cond, times, uncond, 2.0, how["solver"])
     for name, value in distill.likeness(student, clips).items():
         assert log_of(distilled)[-1][name] == pytest.approx(value.item(), rel=1e-4), name
 

@@ -225,7 +225,7 @@ def test_weights_and_films_become_a_model_that_diffusers_samples_alike(wan, trai
 
 
 def test_a_model_of_first_frames_begins_with_an_image_as_diffusers_pipeline_does(wan, data, tmp_path):
-    """Its expand_timesteps, of Wan 2.2's 5B: a t per token, 0 in the first frame, which it puts in place at each step."""
+    """Its expand_timesteps, of Wan 2.2's 5B: a t per token, 0 in the first frame, which it puts back at each step."""
     out = str(tmp_path / "run")
     run(train.main, train.Config(model="small", data=(data,), init=wan, out=out, samples=0, first_frame=0.5))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
