@@ -218,7 +218,7 @@ def to_learn_from(data, out, **flags):
     """What distill.pairs_of wants, with `told_by_text` as teacher -> (Latents, config, origin, world)."""
     cfg = distill.resolve(distill.Config(data=data, teacher="nowhere", model="tiny", out=str(out),
                                          **dict(student_steps=3, pairs=40, anchor=1.0, batch=8, shift=3.0) | flags))
-    origin = distill.Origin(None, 0, None, None, {"crc32": 5}, {}, {}, {}, None)
+    origin = distill.Origin(**dict.fromkeys(distill.Origin._fields))._replace(step=0, base={"crc32": 5})
     world = parallel.imagine(1)._replace(device=torch.device("cpu"))
     return Latents(data, seed=cfg.seed, batch=cfg.batch), cfg, origin, world
 
