@@ -533,7 +533,7 @@ def test_dropped_text_leaves_the_image_and_so_does_the_unconditional_branch(show
                                      student_every=1, samples=1))
     nulls = 0
     for cond in asked:
-        for text, image, clip in zip(*cond):
+        for text, image, clip in zip(cond.text, cond.image, cond.clip, strict=True):
             own = [one for one in held if one.image.shape[1:] == image.shape and torch.equal(one.image[0], image)]
             assert own
             assert torch.equal(own[0].clip[0], clip)
