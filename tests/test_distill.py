@@ -201,7 +201,7 @@ def test_a_student_that_cannot_be_updated_ends_the_run_whatever_the_critic_does(
 
 # ---- pairs of the teacher -------------------------------------------------------------------------------------------
 
-PAIRS = dict(student_steps=2, pairs=11, pairs_steps=3, anchor=0.5, steps=4, val_every=3, save_every=2)
+PAIRS = dict(student_steps=2, pairs=11, pairs_steps=3, anchor=0.5, steps=4, val_every=3, save_every=2, samples=1)
 
 
 def told_by_text(shape):
@@ -316,7 +316,7 @@ def test_a_run_with_pairs_logs_both_stages_and_validates_in_both(paired):
 def test_after_the_pairs_all_but_the_average_begins_anew(data, teacher, paired, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(paired / "pairs", out / "pairs")
-    cfg = config(data, teacher, out, **PAIRS)
+    cfg = config(data, teacher, out, **PAIRS | QUIET)
     run_stopped(distill, cfg, 2)
     assert meta(out)["stage"] == "pairs"
     run_stopped(distill, cfg, 1)
@@ -489,7 +489,8 @@ def test_an_exported_teacher_attends_as_it_was_trained_and_so_does_its_student(d
                                  tile=(1, 2, 2), **QUIET))
     export.main(export.Config(ckpt=str(tmp_path / "t"), out=str(tmp_path / "e")))
     for name in "te":
-        run(distill.main, config(data, str(tmp_path / name), tmp_path / f"of {name}", steps=2, **QUIET))
+        cfg = config(data, str(tmp_path / name), tmp_path / f"of {name}", steps=1, student_every=1, **QUIET)
+        run(distill.main, cfg)
     assert same(state(tmp_path / "of e"), state(tmp_path / "of t"))
     assert ckpt.sampling_of(tmp_path / "of e") == ckpt.sampling_of(tmp_path / "of t")
 
