@@ -401,6 +401,17 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def narrow(clip, tmp_path_factory):
+    """CLIP of another width."""
+    folder = tmp_path_factory.mktemp("narrow")
+    config = transformers.CLIPVisionConfig(hidden_size=24, intermediate_size=8, num_hidden_layers=2,
+                                           num_attention_heads=2, image_size=32, patch_size=2)
+    transformers.CLIPVisionModel(config).save_pretrained(folder / "image_encoder")
+    shutil.copytree(f"{clip}/image_processor", folder / "image_processor")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def shown(prepared, clip):
     """Datasets with images, and with what CLIP sees in them too, whose texts have the length that diffusers takes."""
     return {"small-i2v": prepared("images", image=True),
@@ -576,14 +587,10 @@ IMAGES = [  # flags, with the datasets and runs of this file by name; what the m
 
 @pytest.mark.parametrize("root, flags, said", IMAGES, ids=[f"{r.__name__} {' '.join(f)}" for r, f, _ in IMAGES])
 def test_images_that_do_not_fit_are_named(root, flags, said, wan, films, data, shown, trained, trained_clip, clip,
-                                          frame, tmp_path, capsys):
+                                          narrow, frame, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    narrow = transformers.CLIPVisionConfig(hidden_size=24, intermediate_size=8, num_hidden_layers=2,
-                                           num_attention_heads=2, image_size=32, patch_size=2)
-    transformers.CLIPVisionModel(narrow).save_pretrained(tmp_path / "narrow" / "image_encoder")
-    shutil.copytree(f"{clip}/image_processor", tmp_path / "narrow" / "image_processor")
     places = dict(W=wan, V=str(films), D=data, I=shown["small-i2v"], C=shown["small-clip"], R=trained_clip, T=trained,
-                  K=clip, N=str(tmp_path / "narrow"), F=frame[0])
+                  K=clip, N=narrow, F=frame[0])
     if flags.get("data") == "P":
         run(prepare.main, prepare.Config(prompts=str(tmp_path / "prompts.txt"), codec="wan", vae=wan, text=wan,
                                          shape=(4, 2, 4, 4), text_length=512, out=str(tmp_path / "p")))
