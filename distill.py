@@ -820,7 +820,7 @@ def resolve(cfg):
     elif cfg.expert or MODELS[cfg.model].image:
         raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is "
                          "another")
-    flags.at_least(cfg, min(1, 1 - cfg.pairs_steps), "steps")
+    flags.at_least(cfg, int(not cfg.pairs_steps), "steps")
     if cfg.ema >= 1 or cfg.steps < cfg.student_every and not cfg.pairs_steps:
         raise ValueError(f"--ema={cfg.ema} --steps={cfg.steps} --student_every={cfg.student_every}: the student would "
                          "never change")

@@ -82,7 +82,10 @@ def test_no_function_of_a_story_is_longer_than_its_page(root):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_name_of_a_module_is_defined_twice(path):
-    """A merge that keeps both sides of a change leaves two functions of one name, of which the first is dead."""
-    kinds = ast.FunctionDef, ast.ClassDef
-    names = Counter(node.name for node in ast.parse(path.read_text()).body if isinstance(node, kinds))
+    """A merge that keeps both sides of a change leaves two of one name, imported or not, of which the first is dead."""
+    body = ast.parse(path.read_text()).body
+    names = Counter(node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    for node in body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update(alias.asname or alias.name for alias in node.names)
     assert not [name for name, times in names.items() if times > 1 and name != "_"]
