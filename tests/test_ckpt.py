@@ -1599,7 +1599,6 @@ def test_an_adapter_in_a_folder_and_one_of_a_run_of_ours_are_read(tmp_path):
 @pytest.mark.parametrize("more, says", [
     ({"text_embedding.0.lora_A.weight": torch.ones(3, 6)}, "text_embedding.0.lora_A.weight"),
     ({"diffusion_model.blocks.0.norm3.diff": torch.ones(8)}, "diffusion_model.blocks.0.norm3.diff"),
-    ({"diffusion_model.blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(3, 8)}, "k_img"),
     ({"transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.ones(3, 8)}, "transformer_2"),
     ({"lora_te_text_model_blocks_0_self_attn_q.lora_down.weight": torch.ones(3, 8)}, "lora_te_text"),
     ({"blocks.0.self_attn.q.dora_scale": torch.ones(8)}, "blocks.0.self_attn.q.dora_scale"),

@@ -184,7 +184,7 @@ ADAPTER = 4 * (4 * 4 * (8 * 256 + 2 * 640))    # of an adapter of rank 4: per bl
 
 
 def test_training_holds_weights_gradients_two_moments_and_an_average():
-    held = weighed(train.main).held
+    held = weighed(train.main, optimizer="adamw").held
     assert held["frozen weights"] == 0
     assert held["trained weights"] == held["gradients of one net"] == held["average"] == NET
     assert held["optimizer"] == pytest.approx(2 * NET, rel=1e-3)      # and each parameter's count of steps
@@ -220,7 +220,7 @@ def test_sharded_weights_take_their_part():
 
 @pytest.mark.parametrize("main, nets", ((train.main, 4), (distill.main, 7)))
 def test_a_checkpoint_is_the_learners_their_moments_and_one_average(main, nets):
-    flags = dict(model="tiny") if main is distill.main else {}
+    flags = dict(model="tiny") if main is distill.main else dict(optimizer="adamw")
     assert weighed(main, **flags).checkpoint == pytest.approx(nets * NET, rel=1e-3)
 
 
@@ -285,7 +285,7 @@ def test_a_clip_is_decoded_in_what_the_plan_says(channels, form):
 
 def test_a_dry_run_adds_up_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, lines, _ = told(train.main, train.Config(dry_run=(2,), device="cpu"), capsys)
+    code, lines, _ = told(train.main, train.Config(dry_run=(2,), device="cpu", optimizer="adamw"), capsys)
     assert code == 0
     assert not list(tmp_path.iterdir())
     assert not dist.is_initialized()
@@ -381,7 +381,7 @@ def gpu(monkeypatch):
 
 def begun(rank=0, **flags):
     """The start of a run of the tiny model on the built-in shapes."""
-    cfg, world = anywhere(**flags)
+    cfg, world = anywhere(optimizer="adamw", **flags)
     data = SimpleNamespace(shapes=[(24, 5, 8, 8)], manifest={"text": {"length": 8}})
     plan.start(cfg, world._replace(rank=rank), train.adapter(cfg), data, optimizer=train.optimizer(cfg))
 
