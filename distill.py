@@ -111,7 +111,7 @@ class Config:
     dry_run: tuple[int, ...] = ()                         # plan for this many ranks (and GB per GPU), then exit
 
 
-# A row per model, and for fewer steps of the student; see `row_of`. The last block of each has no flags: edit it here.
+# A row per model, and for a student's number of steps; see `row_of`. The last block of each has no flags: edit it here.
 # rescale is the share of the contrast added by guidance that is taken back; only matrices are decayed; pairs_… is how
 # the student learns from pairs, and the dtype that they are stored in.
 TINY = dict(
@@ -142,7 +142,7 @@ TINY = dict(
     pairs_warmup=20,
     pairs_dtype="fp32",
 )
-TINY_2 = TINY | dict(
+TINY_PAIRS = TINY | dict(
     steps=120,
     student_every=2,
     shift=2.0,
@@ -150,12 +150,11 @@ TINY_2 = TINY | dict(
     guidance_interval=(0.0, 1.0),
     pairs=4000,
 )
-TINY_1 = TINY_2 | dict(
-    steps=400,
+TINY_1 = TINY_PAIRS | dict(
+    steps=200,
     student_lr=6e-4,
     score_shift=0.7,
-    pairs_steps=700,
-    anchor=0.1,
+    pairs_steps=1600,
 )
 WAN = dict(
     steps=3000,
@@ -188,7 +187,8 @@ WAN = dict(
 )
 DEFAULTS = {
     "tiny": TINY,
-    "tiny K=2": TINY_2,
+    "tiny K=4": TINY_PAIRS,
+    "tiny K=2": TINY_PAIRS,
     "tiny K=1": TINY_1,
     "wan-1.3b": WAN,
     "wan2.2-5b": WAN,
@@ -844,19 +844,23 @@ def resolve(cfg):
 
 
 def row_of(cfg):
-    """The row of defaults: of the model and the student's number of steps, else of the next larger number of steps."""
-    return DEFAULTS.get(f"{cfg.model} K={row_steps(cfg)}", DEFAULTS[cfg.model])
+    """The row of defaults: of the model and the student's number of steps, else of the next larger number of steps.
+
+    A student that learns no pairs, as it is causal or --pairs is 0, takes the model's own, which is for 4 steps.
+    """
+    own = DEFAULTS[cfg.model]
+    return own if unpaired(cfg) else DEFAULTS.get(f"{cfg.model} K={row_steps(cfg)}", own)
 
 
 def row_steps(cfg):
-    """The student's number of steps for which its row of defaults was made; a model's own row is for 4.
-
-    That is also taken by a causal student, of any number of steps: rows for fewer begin with pairs, and it has none.
-    """
-    if apart(cfg):
-        return USUAL_STEPS
-    rows = [K for K in range(cfg.student_steps, USUAL_STEPS) if f"{cfg.model} K={K}" in DEFAULTS]
+    """The student's number of steps for which its row of defaults was made."""
+    few = range(min(cfg.student_steps, USUAL_STEPS), USUAL_STEPS)
+    rows = [K for K in few if f"{cfg.model} K={K}" in DEFAULTS and not unpaired(cfg)]
     return min(rows, default=USUAL_STEPS)
+
+
+def unpaired(cfg):
+    return apart(cfg) or cfg.pairs == 0
 
 
 def apart(cfg):

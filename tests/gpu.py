@@ -32,7 +32,7 @@ PARTS = {   # seconds in a run of all parts, the modules that it needs, the comm
         f"{TRAIN} --steps=20 --warmup=2",
         f"{TRAIN} --steps=24 --warmup=2 --allow decay_steps",
         f"distill.py --device={{device}} {SHAPES} --teacher={OUT}/train --out={OUT}/few"
-        " --steps=20 --samples=1",
+        " --pairs=64 --pairs_steps=20 --steps=20 --samples=1",
         f"sample.py --device={{device}} --ckpt={OUT}/few --out={OUT}/samples --prompts one two",
         f"evaluate.py --device={{device}} --ckpt={OUT}/few --n=40 --out={OUT}/evaluate.json"]),
     "step": (65, [], [

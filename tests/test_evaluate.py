@@ -138,7 +138,7 @@ def runs(tmp_path_factory):
     data, teacher, student = (str(folder / name) for name in ("data", "teacher", "student"))
     run(prepare.main, prepare.Config(clips=40, out=data))
     run(train.main, train.Config(data=(data,), out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
-    run(distill.main, distill.Config(data=data, teacher=teacher, out=student, steps=2, student_every=2, batch=4,
+    run(distill.main, distill.Config(pairs=0, data=data, teacher=teacher, out=student, steps=2, student_every=2, batch=4,
                                      samples=0))
     return teacher, student
 

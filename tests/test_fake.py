@@ -275,5 +275,5 @@ def test_a_start_on_a_gpu_says_what_it_takes_and_decodes_a_clip_at_once(folder, 
     with fake():
         micro = SimpleNamespace(x0=torch.empty(2, *SHAPE, device=GPU), z=torch.empty(2, *SHAPE, device=GPU))
         train.show_first(micro, source, cfg, gpu, logged())
-        distill.show_first(micro, SimpleNamespace(student_sampling={}), cfg, gpu, logged())
+        distill.show_first(0, micro.z, SimpleNamespace(step=0, student_sampling={}), cfg, gpu, logged())
     assert written == ["cpu", "cpu"]

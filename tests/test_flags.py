@@ -224,7 +224,7 @@ def test_train_refuses_flags_that_do_not_go_together(change, said):
     (dict(times=(1.0, 0.5, 0.5)), "and descend"),
     (dict(times=(1.0, 0.0)), "all above 0"),
     (dict(guidance_interval=(0.5, 0.5)), "--guidance_interval 0.5 0.5: from a low t to a high one"),
-    (dict(steps=3, student_every=5), "the student would never change"),
+    (dict(pairs=0, steps=3, student_every=5), "the student would never change"),
     (dict(ema=1.0), "the student would never change"),
     (dict(dense_ends=1), "--dense_ends shapes --window"),
     (dict(critic_lr=0.0), "--critic_lr=0.0 is not above 0"),
