@@ -22,7 +22,7 @@ import shapes
 import train
 from data import Latents
 from films import read_video
-from helpers import kept_in, ranks, run, spied, state
+from helpers import kept_in, no_curves, ranks, run, spied, state
 from model import MODELS, DiT, ModelConfig, Pair, cond_of
 from test_codec import pipeline  # noqa: F401
 
@@ -58,7 +58,9 @@ def add_rows(setitem):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
+    """Runs of small models, which draw no curves: a good part of the time that they would take."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("log.curves", no_curves)
         add_rows(patch.setitem)
         yield
 
@@ -721,7 +723,7 @@ def test_an_expert_is_trained_and_validated_on_its_own_times_alone(expert, pair,
 def students(pair, data, tmp_path_factory):
     """The high student, and the low one whose rollouts it begins; of each what its nets were asked."""
     out, seen = tmp_path_factory.mktemp("students"), {}
-    given = dict(model="small-pair", teacher=pair["small-pair"], data=data, student_every=1, steps=4, samples=1)
+    given = dict(model="small-pair", teacher=pair["small-pair"], data=data, student_every=1, steps=2, samples=1)
     for expert, more in (("high", {}), ("low", dict(other=str(out / "high")))):
         with pytest.MonkeyPatch.context() as patch:
             seen[expert] = dict(
@@ -737,7 +739,7 @@ def students(pair, data, tmp_path_factory):
 def test_an_experts_student_ends_its_rollouts_at_its_own_times_and_its_scores_are_in_its_range(students):
     out, seen = students
     for expert, exits in (("high", [0, 1]), ("low", [2, 3])):
-        trained = seen[expert]["exits"][:16]        # 4 steps of student and critic, two micro-batches each
+        trained = seen[expert]["exits"][:8]         # 2 steps of student and critic, two micro-batches each
         assert {exit for exit, _ in seen[expert]["exits"]} <= {*exits, 1}
         assert {exit for exit, _ in trained} == set(exits)
         t = torch.cat(seen[expert]["scores"])
@@ -832,7 +834,7 @@ def test_two_ranks_that_share_the_weights_distil_an_expert_as_one_does(students,
     """Each rank has another sample, hence another t: a net that was chosen by it would be gathered from two."""
     out, _ = students
     ranks(2, distil, distill.Config(
-        model="small-pair", teacher=pair["small-pair"], data=data, expert="low", other=str(out / "high"), steps=4,
+        model="small-pair", teacher=pair["small-pair"], data=data, expert="low", other=str(out / "high"), steps=2,
         student_every=1, samples=1, shard=2, out=str(tmp_path / "two"), device="cpu"))
     one, two = state(out / "low"), state(tmp_path / "two")
     assert one.keys() == two.keys()
