@@ -213,16 +213,16 @@ class Attention(nn.Module):
         if image:
             self.k_img, self.v_img, self.norm_k_img = Linear(dim, dim), Linear(dim, dim), RMSNorm(dim, eps)
 
-    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, past=(), image=None):
+    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, past=(), image=None, keep=False):
         """x (B, L, D) attends to context (B, S, D), which is x itself in self-attention, and apart to an image's tokens
-        (B, S', D), by the same queries -> y, (k, v) of the context.
+        (B, S', D), by the same queries -> y, with keep (k, v) of the context, else None.
 
         past: [(k, v)] of chunks before x, which it attends to as well; their k are turned here, by their place: rope
         has rows for them, before x's. The k that is returned is not turned.
         """
         q, k, v = self.norm_q(self.q(x, lora)), self.norm_k(self.k(context, lora)), self.v(context, lora)
         q, k, v = (rearrange(h, "B L (N K) -> B L N K", N=self.heads) for h in (q, k, v))
-        own = k.to(v.dtype), v
+        own = (k.to(v.dtype), v) if keep else None
         if past:
             keys, values = zip(*past)
             k, v = torch.cat((*(chunk.float() for chunk in keys), k), 1), torch.cat((*values, v), 1)
@@ -271,7 +271,7 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = e.unbind(2)
 
         h = torch.addcmul(shift_attn, self.norm1(x), 1 + scale_attn)
-        y, own = self.self_attn(h, h, lora, rope, attend, metadata, past)
+        y, own = self.self_attn(h, h, lora, rope, attend, metadata, past, keep=keep)
         x = torch.addcmul(x, y.float(), gate_attn)
 
         y, _ = self.cross_attn(self.norm3(x), text, lora, image=image)

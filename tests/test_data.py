@@ -379,7 +379,7 @@ def test_batches_of_a_gpu_are_read_into_page_locked_memory_and_null_is_sent_once
     for step in (0, 1):
         for micro in cpu.at(step):
             wanted += [micro.x0.shape, micro.text.shape, micro.e.shape]     # read into it
-            wanted += [micro.x0.shape, micro.text.shape, (4,), (4,), micro.e.shape]     # `meta` is never pinned
+            wanted += [micro.x0.shape, micro.text.shape, *[(4,)] * 4, micro.e.shape]       # `meta` is never pinned
     assert Counter(gpu) == Counter(map(tuple, wanted))
     assert latents.sample([0])[0].device.type == latents.text([0]).device.type == "cpu"
 

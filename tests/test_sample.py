@@ -444,7 +444,7 @@ def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_
             events.append("embed")
             return self.embed(prompts)
 
-    def loaded(spec, *, vae=None, text=None, device="cpu"):
+    def loaded(spec, *, vae=None, text=None, clip=None, device="cpu"):
         events.append(f"load vae={vae} text={text}")
         coder = load(spec)
         if text:
@@ -459,7 +459,7 @@ def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_
                         events.append("net") or prepare(*args, **named))
     run(sample.main, config(teacher, tmp_path / "s", vae="V", text="T", prompts=PROMPTS[:2], negative="a"))
     assert events == ["load vae=None text=T", "embed", "embed", "embed", "text encoder freed",
-                      "memory given back", "load vae=V text=None", "net"]
+                      "memory given back", "load vae=V text=None", "load vae=None text=None", "net"]     # CLIP's: none
 
 
 def test_one_video_is_in_memory_at_a_time_and_the_sheet_has_six_frames_of_each(
