@@ -194,7 +194,7 @@ class Ahead:
 
 
 def send(x, device):
-    """x on the device: a tensor, or a NamedTuple, list or dict of whatever, whose tensors are sent.
+    """x on the device: a tensor, or a NamedTuple, tuple, list or dict of whatever, whose tensors are sent.
 
     A copy to a GPU is begun, not waited for: it joins the device's default stream, so that kernels launched once this
     has returned find it complete. Memory that is not page-locked is copied there first, else the copy would wait.
@@ -203,10 +203,9 @@ def send(x, device):
         if on_gpu(device) and not on_gpu(x.device) and not x.is_pinned():
             x = page_locked(x.shape, x.dtype).copy_(x)
         return x.to(device, non_blocking=True)
-    if isinstance(x, list):
-        return [send(item, device) for item in x]
-    if isinstance(x, tuple):
-        return x._make(send(item, device) for item in x)
+    if isinstance(x, (list, tuple)):
+        make = getattr(x, "_make", type(x))
+        return make(send(item, device) for item in x)
     if isinstance(x, dict):
         return {name: send(item, device) for name, item in x.items()}
     return x

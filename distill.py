@@ -154,6 +154,7 @@ TINY_1 = TINY_PAIRS | dict(
     steps=200,
     student_lr=6e-4,
     score_shift=0.7,
+    guidance=1.5,
     pairs_steps=1600,
 )
 WAN = dict(
