@@ -173,7 +173,9 @@ def systems_of(student, teacher, cfg):
         for solver, steps, scale in ways:
             name, tried = f"{steps} steps, s={scale:g}", sampling | {"steps": steps, "guidance": scale}
             if solver != "euler":
-                name, tried = f"{name}, {solver}", tried | {"solver": solver}
+                name = f"{name}, {solver}"
+            if solver != sampling.get("solver", "euler"):
+                tried = tried | {"solver": solver}
             systems.append(System(name, student, weights, tried))
         return systems
 

@@ -213,7 +213,8 @@ class Attention(nn.Module):
         if image:
             self.k_img, self.v_img, self.norm_k_img = Linear(dim, dim), Linear(dim, dim), RMSNorm(dim, eps)
 
-    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, past=(), image=None, keep=False):
+    def forward(self, x, context, lora=None, rope=None, attend=attention, metadata=None, past=(), image=None,
+                keep=False):
         """x (B, L, D) attends to context (B, S, D), which is x itself in self-attention, and apart to an image's tokens
         (B, S', D), by the same queries -> y, with keep (k, v) of the context, else None.
 

@@ -366,7 +366,8 @@ def test_an_adapter_learns_from_pairs_of_prompts_alone_and_a_run_may_end_there(d
     assert {name.split(".")[0] for name in state(cfg.out)} == {"net", "opt", "critic", "critic_opt", "ema", "null"}
 
 
-@pytest.mark.parametrize("K, row", [(1, "tiny K=1"), (2, "tiny K=2"), (3, "tiny K=4"), (4, "tiny K=4"), (9, "tiny K=4")])
+@pytest.mark.parametrize("K, row", [(1, "tiny K=1"), (2, "tiny K=2"), (3, "tiny K=4"), (4, "tiny K=4"),
+                                    (9, "tiny K=4")])
 def test_defaults_are_of_the_students_number_of_steps_or_of_the_next_larger(K, row):
     for flags in (dict(student_steps=K), dict(times=tuple(1 - i / K for i in range(K)))):
         cfg = distill.resolve(distill.Config(teacher="nowhere", model="tiny", **flags))

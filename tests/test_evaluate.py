@@ -138,8 +138,8 @@ def runs(tmp_path_factory):
     data, teacher, student = (str(folder / name) for name in ("data", "teacher", "student"))
     run(prepare.main, prepare.Config(clips=40, out=data))
     run(train.main, train.Config(data=(data,), out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
-    run(distill.main, distill.Config(pairs=0, data=data, teacher=teacher, out=student, steps=2, student_every=2, batch=4,
-                                     samples=0))
+    run(distill.main, distill.Config(pairs=0, data=data, teacher=teacher, out=student, steps=2, student_every=2,
+                                     batch=4, samples=0))
     return teacher, student
 
 
@@ -186,7 +186,7 @@ def test_clip_i_is_sampled_from_noise_i_under_its_caption(runs, tmp_path, monkey
     K = 4 if of else 1
     captions = evaluate.CAPTIONS[:5]
 
-    def recorded(net, draw, cond, uncond, sampling, free):
+    def recorded(net, draw, cond, uncond, sampling, free, see):
         assert free is None
         noises = [draw(k) for k in range(K)]
         seen.append((noises, cond.text, uncond.text))
@@ -217,7 +217,7 @@ def test_a_system_begins_with_the_frames_of_real_clips(runs, tmp_path, monkeypat
     (tmp_path / "run").mkdir()
     frames, captions = noise(1, "sample", 0, range(5), (24, 5, 8, 8)), evaluate.CAPTIONS[:5]
 
-    def recorded(net, draw, cond, uncond, sampling, free):
+    def recorded(net, draw, cond, uncond, sampling, free, see):
         assert not free[:, 0].any()
         assert free[:, 1:].all()
         seen.extend(cond.text)
@@ -278,16 +278,16 @@ def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, mo
 def test_guidance_and_steps_are_tried_in_every_combination(runs):
     source = ckpt.stored(runs[0])
     systems = evaluate.systems_of(source, None, evaluate.Config(guidance=(1.0, 2.5), steps=(2, 3)))
-    assert [system.name for system in systems] == ["2 steps, s=1", "2 steps, s=2.5", "3 steps, s=1",
-                                                   "3 steps, s=2.5"]
+    assert [system.name for system in systems] == ["2 steps, s=1, ab2", "2 steps, s=2.5, ab2", "3 steps, s=1, ab2",
+                                                   "3 steps, s=2.5, ab2"]
     tried = [(system.sampling["steps"], system.sampling["guidance"]) for system in systems]
     assert tried == [(2, 1.0), (2, 2.5), (3, 1.0), (3, 2.5)]
     system, = evaluate.systems_of(source, None, evaluate.Config())
     assert system.sampling == source.sampling
     first, second = evaluate.systems_of(source, None, evaluate.Config(solver=("euler", "ab2")))
-    assert (first.name, first.sampling) == (system.name, system.sampling)
-    assert second.name == f"{system.name}, ab2"
-    assert second.sampling == source.sampling | {"solver": "ab2"}
+    assert f"{first.name}, ab2" == second.name == system.name
+    assert first.sampling == source.sampling | {"solver": "euler"}
+    assert second.sampling == source.sampling
 
 
 def test_what_is_asked_undistilled_has_the_students_sampler_and_the_teachers_window(runs):

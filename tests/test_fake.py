@@ -118,7 +118,7 @@ def logged():
     dict(t="logit_normal", micro_batch=2),
 ], ids=str)
 def test_a_training_step_its_average_and_a_copy_for_saving_stay_on_the_gpu(folder, gpu, flags):
-    cfg = train.resolve(train.Config(batch=4, **flags))
+    cfg = train.resolve(train.Config(batch=4, optimizer="adamw", **flags))
     with fake():
         net = net_of(cfg, train.adapter(cfg))
         me = train.learner(net, cfg, gpu)
@@ -177,14 +177,16 @@ def distilling(cfg, world):
     if not lora:
         teacher.requires_grad_(False)
     sampling = {"window": None, "tile": (4, 4, 8), "dense_ends": 0, "steps": 3, "shift": 1.0}
-    nets = partial(distill.bound_nets, student, critic, teacher, sampling, cfg, world)
-    learners = distill.learner("student", student, cfg, world), distill.learner("critic", critic, cfg, world)
-    return nets, *learners, sampling
+    origin = SimpleNamespace(teacher_sampling=sampling, student_sampling={}, high=None, step=0)
+    nets = partial(distill.bound_nets, student, critic, (teacher, None), origin, cfg, world)
+    learners = [distill.learner(role, net, distill.BETAS, cfg, world)
+                for role, net in (("student", student), ("critic", critic))]
+    return nets, *learners, origin
 
 
 def distill_config(monkeypatch, **flags):
     monkeypatch.setattr(distill, "inherit", lambda cfg: cfg)
-    cfg = distill.resolve(distill.Config(model="tiny", batch=4, out="nowhere", **flags))
+    cfg = distill.resolve(distill.Config(model="tiny", first_frame=0.0, pairs=0, batch=4, out="nowhere", **flags))
     return cfg
 
 
@@ -211,8 +213,7 @@ def test_validation_of_a_student_shows_all_three_nets_from_the_gpu(folder, gpu, 
     monkeypatch.setattr(distill.codec, "write_clips", lambda stem, x0, *args, **more: written.append(x0))
     cfg = distill_config(monkeypatch, samples=2, micro_batch=2)
     with fake(), torch.no_grad():
-        nets, _, _, sampling = distilling(cfg, gpu)
-        origin = SimpleNamespace(teacher_sampling=sampling, student_sampling={})
+        nets, _, _, origin = distilling(cfg, gpu)
         log = logged()
         distill.validate(0, nets, [], latents(folder, cfg), origin, cfg, log, gpu)
     assert [x0.shape[0] for x0 in written] == [4, 6]    # two prompts: student, teacher; student and both scores
