@@ -619,9 +619,9 @@ def validate(net, step, data, cfg, world):
                 if counts and not (way and free is None):
                     sums += seen["loss_by"]
     total = parallel.mean({"loss": total}, world)["loss"]
-    found = {}
+    found, moving = {}, any(data.shape_of(i)[1] > 1 for i in ids)
     for way, (sums, counts) in zip(ways, total):
-        if counts.any():        # not of stills alone
+        if moving or not way:       # stills have no first frame
             name = f"{loss_name(data)}{way}"
             found |= {name: (sums.sum() / counts.sum()).item()} | numbers({f"{name}_by": torch.stack((sums, counts))})
     return found
@@ -675,7 +675,7 @@ def show(net, step, data, cfg, world, log):
 
     def draw(net, cond, uncond, mask, z):
         free = mask[:, 0, :, 0, 0]
-        if free.all():
+        if free.all().item():       # then one t serves a clip
             free = None
         return ode(net, z, cond, times, uncond, scales, row["sample_solver"], free)
 
