@@ -195,7 +195,7 @@ DEFAULTS = {
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
     "wan-14b-i2v": WAN,
-    "wan2.2-a14b": WAN | dict(guidance=4.0),
+    "wan2.2-a14b": WAN,
     "wan2.2-a14b-i2v": WAN | dict(guidance=3.5),
 }
 # flags that may change on resume: they do not alter the run
@@ -393,13 +393,11 @@ def roll(student, cond, z, noises, exit, free, cfg):
     """
     if not isinstance(student, Chunked):
         return rollout(student, z, cond, cfg.times, noises, exit, free)
-    ones = z.new_ones(len(z), z.shape[2]) if free is None else free
 
-    def draw(cond, mask, z, *noises):
-        mask = None if free is None else mask[:, 0, :, 0, 0]
-        return rollout(student, z, cond, cfg.times, noises, exit, mask)
+    def draw(cond, free, z, *noises):
+        return rollout(student, z, cond, cfg.times, noises, exit, free)
 
-    return stepwise(draw, student.see, (cond,), student.chunk, over(ones), z, *noises)
+    return stepwise(draw, student.see, (cond,), student.chunk, z, *noises, free=free)
 
 
 def part_of(cfg):
@@ -546,14 +544,24 @@ def begun(z, role, step, slots, ids, data, cfg):
 
 def prompts(data, cfg, role, step):
     """The bucket of an update and the samples whose prompts its global batch takes -> (bucket, [id])."""
-    sizes = np.array([len(ids) for ids in data.buckets])
-    rng = stream(cfg.seed, f"{role}_prompt", step, cfg.batch)       # the slot after the last draws the bucket
-    bucket = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+    # the slot after the last draws the bucket
+    bucket = drawn_bucket(data, stream(cfg.seed, f"{role}_prompt", step, cfg.batch))
     ids = []
     for slot in range(cfg.batch):
-        rng = stream(cfg.seed, f"{role}_prompt", step, slot)
-        ids.append(int(data.buckets[bucket][rng.integers(sizes[bucket])]))
+        ids.append(drawn_id(data, bucket, stream(cfg.seed, f"{role}_prompt", step, slot)))
     return bucket, ids
+
+
+def drawn_bucket(data, rng):
+    """A bucket, each as likely as it has samples."""
+    sizes = np.array([len(ids) for ids in data.buckets])
+    return int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+
+
+def drawn_id(data, bucket, rng):
+    """One of a bucket's samples."""
+    ids = data.buckets[bucket]
+    return int(ids[rng.integers(len(ids))])
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -576,15 +584,7 @@ def pairs_of(nets, data, origin, cfg, world):
         return None
     with flags.door(__file__):
         folder = make_pairs(nets, data, origin, cfg, world)
-        stored = Latents(
-            folder,
-            seed=cfg.seed,
-            batch=cfg.batch,
-            micro_batch=cfg.micro_batch,
-            rank=world.data_rank,
-            world=world.data_size,
-            device=world.device,
-        )
+        stored = latents_of(folder, cfg, world)
     number = np.array([stored.folders[0].said(id)["source"] for id in range(stored.count)])
     ids = [some[np.argsort(number[some])] for some in stored.buckets]   # in one order, whichever ranks made them
     return partial(Ahead(partial(draw_pairs, stored, number, ids, cfg), {"pairs": 1}, world.device), "pairs")
@@ -695,10 +695,9 @@ def ode_times(cfg):
 
 def pair_prompt(data, cfg, number):
     """-> (bucket, id of the sample whose prompt it takes) of a pair."""
-    sizes = np.array([len(ids) for ids in data.buckets])
     rng = stream(cfg.seed, "pair_prompt", number)
-    bucket = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
-    return bucket, int(data.buckets[bucket][rng.integers(sizes[bucket])])
+    bucket = drawn_bucket(data, rng)
+    return bucket, drawn_id(data, bucket, rng)
 
 
 # ---- setup ----------------------------------------------------------------------------------------------------------
@@ -726,15 +725,7 @@ def begin(cfg):
         raise SystemExit(plan.dry_run(__file__, cfg, adapters(cfg), **takes, pairs=to_make(cfg)))
     world = parallel.init(cfg.device, cfg.shard, cfg.sp, cfg.precision, cfg.compile, cfg.deterministic)
     cfg = replace(cfg, precision=world.precision)
-    data = Latents(
-        cfg.data,
-        seed=cfg.seed,
-        batch=cfg.batch,
-        micro_batch=cfg.micro_batch,
-        rank=world.data_rank,
-        world=world.data_size,
-        device=world.device,
-    )
+    data = latents_of(cfg.data, cfg, world)
     weights = ckpt.weights(cfg.teacher, expert=cfg.expert, **world.ranks)
     teacher_sampling, student_sampling = samplings(cfg, data, weights)
     if cfg.first_frame:     # first frames are normalised as the teacher knows them
@@ -777,12 +768,25 @@ def begin(cfg):
     return cfg, world, data, origin
 
 
+def latents_of(path, cfg, world):
+    """A dataset, in batches of this run over its ranks."""
+    return Latents(
+        path,
+        seed=cfg.seed,
+        batch=cfg.batch,
+        micro_batch=cfg.micro_batch,
+        rank=world.data_rank,
+        world=world.data_size,
+        device=world.device,
+    )
+
+
 def resolve(cfg):
     """The config with each None filled, from the run that goes on or the model's row; ValueError for the impossible."""
     cfg = inherit(cfg)
     check_expert(cfg.model, cfg.expert)
     check_first_frame(cfg.model, cfg.first_frame)
-    check_causal(cfg.model, cfg.window)
+    check_causal(cfg.model, cfg.window, cfg.dense_ends)
     if cfg.expert and cfg.student:
         raise ValueError(f"--student={cfg.student} does not apply to --expert={cfg.expert}: an expert's student starts "
                          "from its teacher")
@@ -838,7 +842,6 @@ def resolve(cfg):
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
-    flags.check_causal(cfg)
     if not 0 <= cfg.first_frame <= 1:
         raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     return replace(cfg, times=times, student_steps=len(times))

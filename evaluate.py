@@ -230,8 +230,6 @@ def from_frames(system):
     return [system._replace(name=f"{system.name}, {said}", begins=way) for way, said in ways.items()]
 
 
-
-
 # ---- clips ----------------------------------------------------------------------------------------------------------
 
 

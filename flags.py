@@ -95,13 +95,6 @@ def lora_alpha(cfg):
     return cfg.lora_alpha
 
 
-def check_causal(cfg):
-    """ValueError for blocks that would see the future of a causal window."""
-    if cfg.window is not None and cfg.window[0] < 0 and cfg.dense_ends:
-        raise ValueError(f"--dense_ends={cfg.dense_ends}: dense blocks see the future, which a causal window, "
-                         f"{cfg.window[0]} along frames, hides")
-
-
 def check_run(cfg):
     """ValueError for names in --allow that are no flags or cannot change, and for a --dry_run of no ranks."""
     unknown = set(cfg.allow) - {field.name for field in fields(cfg)}

@@ -597,10 +597,16 @@ def check_first_frame(name, share):
                          "all frames")
 
 
-def check_causal(name, window):
-    """ValueError where the model called `name` cannot be causal: one shown an image, or two experts."""
+def check_causal(name, window, dense_ends):
+    """ValueError where a window is causal and cannot be: of a model that is shown an image, or has two experts, or
+    beside dense blocks."""
     config = MODELS[name]
-    if window is not None and window[0] < 0 and (config.image or config.boundary):
+    if window is None or window[0] >= 0:
+        return
+    if dense_ends:
+        raise ValueError(f"--dense_ends={dense_ends}: dense blocks see the future, which a causal window, "
+                         f"{window[0]} along frames, hides")
+    if config.image or config.boundary:
         why = "has two experts, asked at one t for all frames"
         if config.image:
             why = "is shown an image as long as the clip"

@@ -15,6 +15,7 @@ B batch · C F H W latent channels, frames, rows, columns · K sampling steps
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from math import cos, pi
 from typing import Callable
 
@@ -229,13 +230,15 @@ def by_chunks(draw, see, conds, noises, given=()):
         unseen = [x0]
 
 
-def stepwise(draw, see, conds, chunk, *noises, given=()):
+def stepwise(draw, see, conds, chunk, *noises, free=None, given=()):
     """A whole clip x0 (B, C, F, H, W) by chunks of so many frames, the last perhaps shorter; see by_chunks.
 
-    noises (B, …, F, …, …) are cut along frames, also where chunks are given; each draw gets its part of all of them.
+    free (B, F) or None and noises (B, C, F, H, W) are cut along frames, also where chunks are given; each draw gets its
+    part of all of them, draw(*conds, free, *noises).
     """
     first = sum(x0.shape[2] for x0 in given)
-    cut = zip(*(noise[:, :, first:].split(chunk, 2) for noise in noises))
+    frees = repeat(None) if free is None else free[:, first:].split(chunk, 1)
+    cut = zip(frees, *(noise[:, :, first:].split(chunk, 2) for noise in noises))
     return torch.cat([*given, *by_chunks(draw, see, conds, cut, given)], 2)
 
 
@@ -263,26 +266,24 @@ def sample(net, draw, cond, uncond, sampling, free=None, see=None):
     z, *noises = [draw(k) for k in range(noises_of(sampling))]
     if see is None:
         return at_once(net, sampling, cond, uncond, z, *noises, free=free)
-    ones = z.new_ones(len(z), z.shape[2]) if free is None else free
 
-    def chunk(cond, uncond, mask, z, *noises):
-        mask = None if free is None else mask[:, 0, :, 0, 0]
-        return at_once(net, sampling, cond, uncond, z, *noises, free=mask)
+    def chunk(cond, uncond, free, z, *noises):
+        return at_once(net, sampling, cond, uncond, z, *noises, free=free)
 
     uncond = None if sampling["guidance"] == 1 else uncond      # nobody asks for it: it need not see
-    return stepwise(chunk, see, (cond, uncond), sampling["tile"][0], over(ones), z, *noises)
+    return stepwise(chunk, see, (cond, uncond), sampling["tile"][0], z, *noises, free=free)
 
 
 # ---- losses: (scalar, {name: detached measurement}) -----------------------------------------------------------------
 
 
-def binned(values, t, where=None, free=None, times=None):
+def binned(values, t, where=None, times=None):
     """Sums and counts (2, BINS) of values (B,) in fifths of t (B,) or (B, F); `where` (B,) selects samples.
 
     times: the few that t takes, whose sums (2, len(times)) are kept apart instead, the lowest first. Sums and counts
     stay right when averaged over micro-batches and ranks; `numbers` divides them at the end.
     """
-    t = t if t.ndim == 1 else mean_of(over(t), free)
+    t = t if t.ndim == 1 else t.mean(1)
     if times:
         n = len(times)
         bins = (t[:, None] - t.new_tensor(sorted(times))).abs().argmin(1)
@@ -324,11 +325,11 @@ def flow_loss(net, x0, cond, t, e, weight=None, free=None, times=None):
     if weight is not None:
         weighted = weight * error if weight.ndim == 1 else mean_of(over(weight) * squares, free)
     loss = weighted.mean()
-    measured = weighted if times else error
-    by_t = binned(measured, t, free=free, times=times)
-    if t.ndim == 2:     # the mean of a clip's times would say little
+    if t.ndim == 1:
+        by_t = binned(weighted if times else error, t, times=times)
+    else:               # the mean of a clip's times would say little
         where = None if free is None else free.flatten()
-        by_t = binned(squares.mean((1, 3, 4)).flatten(), t.flatten(), where, times=times)
+        by_t = binned(squares.mean((1, 3, 4)).flatten(), t.flatten(), where, times)
     return loss, {"loss": loss.detach(), "loss_by": by_t}
 
 
@@ -353,10 +354,10 @@ def dmd_loss(x0, teacher, critic, cond, uncond, t, e, scale, rescale=0.0, free=N
         mean = whole(x0, free)
         std = x0.std() if free is None else whole((x0 - mean).square(), free).sqrt()
         seen = {"loss": 0.5 * whole(grad.square(), free), "x0_mean": mean, "x0_std": std,
-                "matching_by": binned(mean_of(matching.abs(), free), t, free=free),
-                "guidance_by": binned(mean_of(guidance.abs(), free), t, free=free),
-                "cosine_by": binned(cosine, t, guidance.flatten(1).any(1), free),
-                "normaliser_by": binned(n, t, free=free)}
+                "matching_by": binned(mean_of(matching.abs(), free), t),
+                "guidance_by": binned(mean_of(guidance.abs(), free), t),
+                "cosine_by": binned(cosine, t, guidance.flatten(1).any(1)),
+                "normaliser_by": binned(n, t)}
     return whole(grad * x0, free), seen
 
 

@@ -26,8 +26,8 @@ from data import Latents, holds_latents, noise, send, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import (MODELS, Pair, bind, blank, check_causal, check_expert, check_first_frame, chunk_of, chunked, cond_of,
                    fits, initial, lengths, models_of, shapes_of, shown, token_grid)
-from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, grid, lr_at, muon, numbers, ode, over,
-                  place, sample_t, scales_at, start_average, stepwise, train_step)
+from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, lr_at, muon, numbers, place,
+                  sample, sample_t, start_average, train_step)
 
 
 @dataclass(frozen=True)
@@ -431,8 +431,7 @@ def resolve(cfg):
     check_first_frame(cfg.model, cfg.first_frame)
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
-    flags.check_causal(cfg)
-    check_causal(cfg.model, cfg.window)
+    check_causal(cfg.model, cfg.window, cfg.dense_ends)
     causal = chunk_of(cfg.window, cfg.tile)
     if causal and cfg.window_steps:
         raise ValueError(f"--window_steps={cfg.window_steps}: a causal window, {cfg.window[0]} along "
@@ -542,6 +541,17 @@ def finished(cfg, origin):
 
 def about(step, me, data, cfg, origin):
     """What a checkpoint says beside its tensors: it stands alone."""
+    return {
+        "config": asdict(cfg),
+        "inputs": origin.inputs,
+        "base": origin.base,
+        "counts": me.counts,
+        "sampling": sampling_at(step, data, cfg),
+    }
+
+
+def sampling_at(step, data, cfg):
+    """How the net of this update is sampled, by sample.py and in validation."""
     row = row_of(cfg)
     window = cfg.window
     if step < cfg.window_steps:     # still shrinking: that of the largest bucket
@@ -562,13 +572,7 @@ def about(step, me, data, cfg, origin):
     }
     if cfg.expert:
         sampling |= {"expert": cfg.expert, "boundary": MODELS[cfg.model].boundary}
-    return {
-        "config": asdict(cfg),
-        "inputs": origin.inputs,
-        "base": origin.base,
-        "counts": me.counts,
-        "sampling": sampling,
-    }
+    return sampling
 
 
 # ---- validation -----------------------------------------------------------------------------------------------------
@@ -621,7 +625,7 @@ def validate(net, step, data, cfg, world):
     total = parallel.mean({"loss": total}, world)["loss"]
     found, moving = {}, any(data.shape_of(i)[1] > 1 for i in ids)
     for way, (sums, counts) in zip(ways, total):
-        if moving or not way:       # stills have no first frame
+        if moving or way != "_first_frame":     # which stills have none of
             name = f"{loss_name(data)}{way}"
             found |= {name: (sums.sum() / counts.sum()).item()} | numbers({f"{name}_by": torch.stack((sums, counts))})
     return found
@@ -668,16 +672,11 @@ def show(net, step, data, cfg, world, log):
         return
     ids = data.for_videos(cfg.samples)
     shape = data.shape_of(ids[0])
-    row = row_of(cfg)
-    both = pair_of(bound_at(step, net, shape, cfg, world), cfg, world)
-    times = grid(row["sample_steps"], row["sample_shift"])
-    scales = scales_at(times, cfg.guidance, MODELS[cfg.model].boundary)
-
-    def draw(net, cond, uncond, mask, z):
-        free = mask[:, 0, :, 0, 0]
-        if free.all().item():       # then one t serves a clip
-            free = None
-        return ode(net, z, cond, times, uncond, scales, row["sample_solver"], free)
+    sampling = sampling_at(step, data, cfg)
+    sampled, see = pair_of(bound_at(step, net, shape, cfg, world), cfg, world), None
+    if chunk_of(cfg.window, cfg.tile):
+        sampled = chunked(net, shape, world, cfg.window, cfg.tile, sampled.lora)
+        see = sampled.see
 
     def make(given, places):
         z = noise(cfg.seed, "sample", 0, places, shape).to(world.device)
@@ -685,21 +684,18 @@ def show(net, step, data, cfg, world, log):
         text, extras = send([data.text(some), data.extras(some)], world.device)
         cond = cond_of(text, extras)
         uncond = cond._replace(text=data.null.to(world.device).expand_as(text))
-        free = torch.ones(len(z), shape[1], device=world.device)
+        free = None
         if given:
             x0, _ = data.sample(some)
             free = first_given(z, torch.ones(len(z), device=world.device))
             z = place(z, x0.to(world.device), free)
-        if chunk_of(cfg.window, cfg.tile):
-            causal = chunked(net, shape, world, cfg.window, cfg.tile, both.lora)
-            return stepwise(partial(draw, causal), causal.see, (cond, uncond), cfg.tile[0], over(free), z)
-        return draw(both, cond, uncond, over(free), z)
+        return sample(sampled, lambda k: z, cond, uncond, sampling, free, see)
 
     rows, columns = {"text alone": False}, None
     if cfg.first_frame:
         rows, columns = rows | {"first frame given": True}, len(ids)
     made = [parallel.spread(partial(make, given), len(ids), cfg.micro_batch or CHUNK, world) for given in rows.values()]
-    del make, both      # training needs the memory of the other expert,
+    del make, sampled   # training needs the memory of the other expert,
     gc.collect()        # whose groups refer to one another
     if world.main:
         path = codec.write_clips(log.file("samples", step), torch.cat(made), data.manifest, vae=cfg.vae,

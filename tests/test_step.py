@@ -595,7 +595,7 @@ def test_a_clip_is_made_chunk_by_chunk_each_after_what_both_conditions_have_seen
     z, more = randn(2, 3, 5, 2, 2, seed=1), randn(2, 3, 5, 2, 2, seed=2)
     log, asked = [], []
 
-    def draw(cond, uncond, z, more):
+    def draw(cond, uncond, free, z, more):
         asked.append((list(cond), list(uncond), z, more))
         return z + 10 * more
 
@@ -616,8 +616,8 @@ def test_given_chunks_are_seen_kept_as_they_are_and_take_no_noise():
     z, first = randn(2, 3, 5, 2, 2, seed=1), randn(2, 3, 1, 2, 2, seed=2)
     log, asked = [], []
 
-    def draw(cond, none, z):
-        assert none is None
+    def draw(cond, none, free, z):
+        assert none is free is None
         asked.append((len(cond), z))
         return z
 
@@ -673,7 +673,7 @@ def test_the_gradient_of_a_chunk_goes_through_its_own_draw_alone():
         seen.append(x0)
         return cond + (x0 * w).sum()
 
-    x0 = stepwise(lambda cond, z: z * w + cond, see, (torch.tensor(0.0),), 1, z)
+    x0 = stepwise(lambda cond, free, z: z * w + cond, see, (torch.tensor(0.0),), 1, z)
     assert x0.flatten().tolist() == [2, 2 + 4, 2 + 4 + 12]
     x0.sum().backward()
     assert w.grad == 3

@@ -20,6 +20,7 @@ import codec
 import export
 import prepare
 import sample
+import step
 import train
 from data import Latents, stream
 from helpers import (V1_PATH, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
@@ -126,8 +127,8 @@ def test_a_clean_prefix_of_whole_chunks_is_given_to_its_share_and_has_no_part_in
 
 def test_a_causal_run_validates_each_chunk_behind_a_clean_past_and_shows_videos_by_chunks(data, tmp_path, monkeypatch):
     free = spied(monkeypatch, train, "flow_loss", lambda out, *args, free=None: free)
-    chunks = spied(monkeypatch, train, "stepwise",
-                   lambda out, draw, see, conds, chunk, *noises: (len(conds), chunk, out.shape))
+    chunks = spied(monkeypatch, step, "stepwise",
+                   lambda out, draw, see, conds, chunk, *noises, free: (len(conds), chunk, out.shape))
     run(train.main, config(data, tmp_path / "run", steps=2, decay_steps=2, val_every=0, **CAUSAL))
     assert {"val_loss", "val_loss_clean_past"} <= log_of(tmp_path / "run")[-1].keys()
     asked = torch.cat([rows for rows in free if rows is not None])

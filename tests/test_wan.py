@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import export
 import prepare
 import sample
 import shapes
+import step
 import train
 from data import Latents
 from films import read_video
@@ -588,6 +590,19 @@ IMAGES = [  # flags, with the datasets and runs of this file by name; what the m
 ]
 
 
+def check_refused(root, given, said, places, capsys):
+    """A root refuses flags in a line, in which paths are called by the names of `places`, and writes nothing."""
+    with pytest.raises(SystemExit) as refusal:
+        run(root.main, root.Config(**given))
+    message = capsys.readouterr().err       # among the bars of what is loaded before
+    for name, path in places.items():
+        message = message.replace(path, name)
+    assert refusal.value.code == 2
+    assert re.search(said, message), message
+    out = Path(given["out"])
+    assert not out.exists() or not list(out.iterdir())
+
+
 @pytest.mark.parametrize("root, flags, said", IMAGES, ids=[f"{r.__name__} {' '.join(f)}" for r, f, _ in IMAGES])
 def test_images_that_do_not_fit_are_named(root, flags, said, wan, films, data, shown, trained, trained_clip, clip,
                                           narrow, frame, tmp_path, capsys):
@@ -605,14 +620,7 @@ def test_images_that_do_not_fit_are_named(root, flags, said, wan, films, data, s
         return re.sub("^[A-Z](?=$|/)", lambda found: places[found[0]], value) if isinstance(value, str) else value
 
     given = {name: place(value) for name, value in flags.items()}
-    with pytest.raises(SystemExit) as refusal:
-        run(root.main, root.Config(out=str(tmp_path / "run"), **given))
-    message = capsys.readouterr().err
-    for name, path in places.items():
-        message = message.replace(path, name)
-    assert refusal.value.code == 2
-    assert re.search(said, message), message
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    check_refused(root, given | dict(out=str(tmp_path / "run")), said, places, capsys)
 
 
 # ---- two experts ----------------------------------------------------------------------------------------------------
@@ -701,7 +709,7 @@ def test_adapters_of_two_experts_are_loaded_onto_them_by_diffusers(wan, pair, ex
 @pytest.mark.parametrize("expert", ("high", "low"))
 def test_an_expert_is_trained_and_validated_on_its_own_times_alone(expert, pair, data, wan, tmp_path, monkeypatch):
     asked = spied(monkeypatch, train, "flow_loss", lambda out, net, x0, cond, t, e, free=None: t)
-    videos = spied(monkeypatch, train, "ode", lambda out, net, *more: net)
+    videos = spied(monkeypatch, step, "ode", lambda out, net, *more: net)
     calls = spied(monkeypatch, Pair, "__call__", lambda out, net, x_t, t, cond: t)
     cfg = train.Config(model="small-pair", expert=expert, data=(data,), init=pair["small-pair"], vae=wan, samples=1,
                        out=str(tmp_path / "run"))
@@ -809,14 +817,7 @@ def test_experts_that_do_not_fit_are_named(root, flags, said, wan, pair, both, t
     if root is sample:
         given |= dict(prompts=PROMPTS, vae=wan, text=wan)
     given |= {name: places.get(value, value) if isinstance(value, str) else value for name, value in flags.items()}
-    with pytest.raises(SystemExit) as refusal:
-        run(root.main, root.Config(**given))
-    message = capsys.readouterr().err
-    for name, path in places.items():
-        message = message.replace(path, name)
-    assert refusal.value.code == 2
-    assert re.search(said, message), message
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    check_refused(root, given, said, places, capsys)
 
 
 @pytest.mark.slow
