@@ -342,8 +342,13 @@ def regress(step, student, nets, pairs, origin, cfg, world, clock, log):
 
 
 def pairs_loss(nets, pair, cfg):
-    """Flow matching on the teacher's pairs, by the error of x0: that of the point x_t on the ODE's way is its end."""
+    """Flow matching on pairs, by the error of x0: that of the point x_t on the ODE's way is its end.
+
+    A causal student has the pair's own clean chunks for its past.
+    """
     student, _, _ = nets(pair.x0.shape)
+    if isinstance(student, Chunked):
+        student = student.after(pair.x0)
     return flow_loss(student, pair.x0, Cond(pair.text), pair.t, pair.e, pair.t.square(), times=cfg.times)
 
 
@@ -424,7 +429,7 @@ def student_flops(nets, micro, exit, cfg):
     learning = 2 if cfg.lora_rank else 3        # a forward and its backward
     scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
     graphs = 2 if cfg.anchor else 1
-    return student.flops(*sizes) * (exit + graphs * learning + sees(cfg)) + critic.flops(*sizes) * scores
+    return student.flops(*sizes) * (exit + graphs * (learning + sees(cfg))) + critic.flops(*sizes) * scores
 
 
 def critic_flops(nets, micro, exit, cfg):
@@ -437,14 +442,14 @@ def critic_flops(nets, micro, exit, cfg):
 
 def sees(cfg):
     """Forwards in which a causal student sees its clean chunks: one; the last chunk's is counted and not made."""
-    return 1 if chunk_of(cfg.window, cfg.tile) else 0
+    return 1 if causal(cfg) else 0
 
 
 def pairs_flops(nets, pair, cfg):
     """The same of an update on pairs."""
     student, _, _ = nets(pair.x0.shape)
     learning = 2 if cfg.lora_rank else 3
-    return student.flops(pair.x0.shape[1:], pair.text.shape[1]) * learning
+    return student.flops(pair.x0.shape[1:], pair.text.shape[1]) * (learning + sees(cfg))
 
 
 def sizes_of(micro):
@@ -463,7 +468,7 @@ def bound_nets(student, critic, frozen, origin, cfg, world, shape):
     (teacher, high), teacher_sampling = frozen, origin.teacher_sampling
     adapters = ("student", "critic") if cfg.lora_rank else (None, None)
     full = [teacher_sampling[name] for name in ("window", "tile", "dense_ends")]
-    if chunk_of(cfg.window, cfg.tile):
+    if causal(cfg):
         few = chunked(student, shape, world, cfg.window, cfg.tile, adapters[0])
     else:
         few = bind(student, shape, world, cfg.window, cfg.tile, cfg.dense_ends, adapters[0])
@@ -612,6 +617,7 @@ def draw_pairs(stored, number, ids, cfg, role, step):
 def make_pairs(nets, data, origin, cfg, world):
     """Makes --pairs clips of the unguided teacher by an ODE of second order -> their folder, a dataset, out/pairs.
 
+    A causal student's are made by itself as it begins, chunk by chunk: its teacher's clips are not of such a past.
     A sample has the channels of the clip and of the points of its way at times[1:], all normalised. Its source is its
     number, of which its noise, its bucket and its caption are functions. Made once, by all ranks; killed, it goes on.
     """
@@ -619,13 +625,17 @@ def make_pairs(nets, data, origin, cfg, world):
     agree, chunk = world.ranks["agree"], cfg.micro_batch or CHUNK
     if parallel.agree(finished_with(folder, spec), world):
         return folder
+    if causal(cfg) and origin.step:
+        raise ValueError(f"{folder} does not hold the pairs, which {cfg.student} made before step 0: copy them from the "
+                         "run that this one goes on from")
     with ckpt.together(agree, folder):
         writer = Writer(folder, spec, world.rank)
     drawn = [pair_prompt(data, cfg, number) for number in range(cfg.pairs)]
     left = [number for number in range(cfg.pairs) if str(number) not in writer.done]
     world.say(f"{len(left)} of {cfg.pairs} pairs of the teacher to be made, in {len(times)} steps each -> {folder}")
     for bucket, shape in enumerate(data.shapes):
-        _, _, teacher = nets(shape)
+        student, _, teacher = nets(shape)
+        maker = student if causal(cfg) else teacher
         todo = [number for number in left if drawn[number][0] == bucket]
         mine = parallel.share(len(todo), world)     # as many on all ranks, for sharded ones forward in step
         for i in range(0, len(mine), chunk):
@@ -633,7 +643,7 @@ def make_pairs(nets, data, origin, cfg, world):
             prompts = [drawn[number][1] for number in some]
             z = noise(cfg.seed, "pair", 0, some, shape).to(world.device)
             cond = Cond(data.text(prompts).to(world.device))
-            points = dict(zip([*times[1:], 0.0], trajectory(teacher, z, cond, times, solver="ab2")))
+            points = dict(zip([*times[1:], 0.0], way(maker, z, cond, times)))
             made = torch.cat([points[t] for t in (0.0, *cfg.times[1:])], 1).cpu()
             for latent, number, prompt, (_, counts) in zip(made, some, prompts, mine[i:i + chunk]):
                 if counts and world.rank % world.sp == 0:
@@ -648,13 +658,30 @@ def make_pairs(nets, data, origin, cfg, world):
     return folder
 
 
+@torch.no_grad()
+def way(net, z, cond, times):
+    """The points of a net's ODE from noise z, without guidance, at times[1:] and at 0 -> [x like z]."""
+    if not isinstance(net, Chunked):
+        return list(trajectory(net, z, cond, times, solver="ab2"))
+    ways = []
+
+    def draw(cond, free, z):
+        ways.append(list(trajectory(net, z, cond, times, solver="ab2")))
+        return ways[-1][-1]
+
+    stepwise(draw, net.see, (cond,), net.chunk, z)
+    return [torch.cat(chunks, 2) for chunks in zip(*ways)]
+
+
 def pairs_spec(data, origin, cfg):
     """What pairs are made of: a folder that was begun with other settings is refused."""
-    made = data.manifest
+    made, maker = data.manifest, {"teacher": origin.base["crc32"]}
+    if causal(cfg):
+        maker = {"teacher": origin.inputs["student"], "window": list(cfg.window), "tile": list(cfg.tile)}
     return {
         "codec": {
             "name": "pairs",
-            "teacher": origin.base["crc32"],
+            **maker,
             "data": data.content,
             "seed": cfg.seed,
             "pairs": cfg.pairs,
@@ -748,7 +775,7 @@ def begin(cfg):
         high = ckpt.weights(cfg.other, **world.ranks)
         check_high(high, cfg)
         inputs["other"] = ckpt.fingerprint(high)
-    if chunk_of(cfg.window, cfg.tile):
+    if causal(cfg):
         if not all(caches(MODELS[cfg.model], shape, cfg.window, cfg.tile, cfg.sp) for shape in data.shapes):
             world.say(NO_CACHE)
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
@@ -819,9 +846,9 @@ def resolve(cfg):
         cfg = replace(cfg, pairs_steps=0, anchor=0.0)
     elif not cfg.pairs_steps and not cfg.anchor:
         raise ValueError(f"--pairs={cfg.pairs}, but --pairs_steps and --anchor are 0: nothing learns from them")
-    elif apart(cfg):
-        raise ValueError(f"--pairs={cfg.pairs}: a causal student, or one that --student starts, learns from none: "
-                         "leave the flag out")
+    elif causal(cfg) and not cfg.student:
+        raise ValueError(f"--pairs={cfg.pairs}: a causal student's are made by the causal net that it starts from, "
+                         "which --student=RUN names")
     elif cfg.expert or MODELS[cfg.model].image:
         raise ValueError(f"--pairs={cfg.pairs}: pairs come from one net that is told texts alone, {cfg.model} is "
                          "another")
@@ -868,8 +895,12 @@ def unpaired(cfg):
 
 
 def apart(cfg):
-    """Whether the student is causal, or starts apart from the teacher: it learns no pairs."""
-    return cfg.student is not None or chunk_of(cfg.window, cfg.tile) is not None
+    """Whether the student is causal, or starts apart from the teacher."""
+    return cfg.student is not None or causal(cfg)
+
+
+def causal(cfg):
+    return chunk_of(cfg.window, cfg.tile) is not None
 
 
 def inherit(cfg):

@@ -520,6 +520,20 @@ class Chunked:
         past = *cond.past, own
         return cond._replace(past=past[:self.sink] + past[max(self.sink, len(past) - last):])
 
+    def after(self, x0):
+        """The net on whole clips, net(x_t, t, cond) -> v, each chunk of which has the clean ones of x0 for its past."""
+        clean = x0.split(self.chunk, 2)
+
+        def forward(x_t, t, cond):
+            parts = []
+            for i, noised in enumerate(x_t.split(self.chunk, 2)):
+                if i:
+                    cond = self.see(cond, clean[i - 1])
+                parts.append(self(noised, t, cond))
+            return torch.cat(parts, 2)
+
+        return forward
+
 
 NO_CACHE = "no cache serves --sp or tiles that slide in space: each chunk forwards all before it again, which is slower"
 

@@ -26,7 +26,7 @@ from helpers import (Killed, as_flags, as_version_1, close, copied, full_disk, l
                      signal_one_of_two, spied, state)
 from model import MODELS, Bound, Chunked, Cond, DiT, chunked
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t,
-                  train_step)
+                  train_step, trajectory)
 
 QUIET = dict(val_every=0, samples=0)    # no videos, no figures of them
 LOSSES = "student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"
@@ -1125,14 +1125,57 @@ def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_grad
         assert torch.allclose(p.grad, want, rtol=1e-4, atol=1e-5 * want.abs().max().item()), name
 
 
+def test_a_causal_students_pairs_are_its_own_ways_chunk_by_chunk(data, causal, rolling, tmp_path):
+    latents, cfg, origin, world = to_learn_from(data, tmp_path, pairs=2, batch=2, student_steps=2, student=causal,
+                                                **CHUNKS)
+    student, z = rolling.net, noise(0, "pair", 0, range(2), (24, 5, 8, 8))
+    text = latents.text([distill.pair_prompt(latents, cfg, number)[1] for number in range(2)])
+    (pair,) = distill.pairs_of(lambda shape: (student, None, None), latents, origin._replace(inputs={"student": 7}),
+                               cfg, world)(0)
+    past, ways = Cond(text), []
+    for some in z.split(2, 2):
+        ways.append(list(trajectory(student, some, past, distill.ode_times(cfg), solver="ab2")))
+        past = student.see(past, ways[-1][-1])
+    ways = dict(zip([*distill.ode_times(cfg)[1:], 0.0], (torch.cat(chunks, 2) for chunks in zip(*ways)))) | {1.0: z}
+    for x0, e, t, _ in zip(*pair):
+        number = (ways[0.0] - x0).abs().flatten(1).mean(1).argmin().item()
+        point = next(x for time, x in ways.items() if time == pytest.approx(t.item()))
+        assert torch.allclose(x0, ways[0.0][number], atol=1e-5)
+        assert torch.allclose(add_noise(x0[None], e[None], t.view(1))[0], point[number], atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_causal_student_learns_each_chunk_of_a_pair_behind_the_pairs_own_clean_ones(rolling, cached):
+    student, cond, (e, x0, _) = rolling
+    student, t = replace(student, cached=cached), torch.tensor([0.8, 0.5])
+    noised, parts = add_noise(x0, e, t), []
+    for i in range(3):
+        past = cond
+        for before in x0.split(2, 2)[:i]:
+            past = student.see(past, before)
+        parts.append(student(noised[:, :, 2 * i:2 * i + 2], t, past))
+    v = torch.cat(parts, 2)
+    want = (t.view(2, 1, 1, 1, 1) * (v - (e - x0))).square().mean()
+    pair = distill.Point(x0, e, t, cond.text)
+    loss, _ = distill.pairs_loss(lambda shape: (student, None, None), pair, distill.Config(times=(0.8, 0.5)))
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert loss.requires_grad
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_causal_student_stopped_and_resumed_is_the_uninterrupted_one_to_the_bit(
-        data, teacher, causal, tmp_path, lora):
+        data, teacher, causal, tmp_path, capsys, lora):
     flags = dict(steps=4, student=causal, lora_rank=lora, remat=lora > 0, **QUIET)
+    if lora:
+        flags |= dict(student_steps=2, pairs=5, pairs_steps=2, anchor=0.5)
     run(distill.main, config(data, teacher, tmp_path / "whole", **flags))
     cfg = config(data, teacher, tmp_path / "run", **flags)
     run_stopped(distill, cfg, 3)
+    if lora:
+        (tmp_path / "run" / "pairs").rename(tmp_path / "away")
+        assert "does not hold the pairs" in refused(distill.main, cfg, capsys)
+        (tmp_path / "away").rename(tmp_path / "run" / "pairs")
     run(distill.main, cfg)
     assert log_of(cfg.out) == log_of(tmp_path / "whole")
     assert same(state(cfg.out), state(tmp_path / "whole"))
@@ -1178,6 +1221,7 @@ def test_beside_a_teacher_that_is_no_run_the_student_still_says_how_it_attends(c
 
 @pytest.mark.parametrize("wrong, said", [
     (dict(dense_ends=1, **CHUNKS), "--dense_ends=1: dense blocks see the future"),
+    (dict(pairs=8, **CHUNKS), "which --student=RUN names"),
     (dict(window=(1, -2, 1)), "window is")])
 def test_what_a_causal_student_cannot_be_is_refused(data, teacher, tmp_path, capsys, wrong, said):
     assert said in refused(distill.main, config(data, teacher, tmp_path / "run", **wrong), capsys)
