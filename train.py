@@ -111,7 +111,7 @@ TINY = dict(
     schedule="cosine",
     ema=0.995,
     shift=2.0,
-    guidance=2.0,
+    guidance=1.5,
     remat=False,
     val_every=1000,
     save_every=1000,
@@ -150,6 +150,7 @@ DEFAULTS = {
     "tiny with adamw": TINY | dict(
         optimizer="adamw",
         steps=5500,
+        guidance=2.0,
         val_every=1500,
         save_every=1500,
         sample_steps=50,
