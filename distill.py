@@ -186,11 +186,17 @@ WAN = dict(
     pairs_warmup=20,
     pairs_dtype="bf16",
 )
+TINY_CAUSAL = TINY_PAIRS | dict(
+    pairs=2000,
+    pairs_steps=500,
+)
 DEFAULTS = {
     "tiny": TINY,
     "tiny K=4": TINY_PAIRS,
     "tiny K=2": TINY_PAIRS,
     "tiny K=1": TINY_1,
+    "tiny causal K=4": TINY_CAUSAL,
+    "tiny causal K=2": TINY_CAUSAL,
     "wan-1.3b": WAN,
     "wan2.2-5b": WAN,
     "wan-14b": WAN,
@@ -785,7 +791,7 @@ def begin(cfg):
         ckpt.differences(path, saved, asdict(cfg), inputs, may_change(cfg), BEFORE)
         step, counts = saved["step"], counts_of(saved)
     if row_steps(cfg) != cfg.student_steps:
-        kind = " of such a student" if apart(cfg) else ""
+        kind = " of a causal student" if causal(cfg) else ""
         world.say(f"--model={cfg.model} has no row of defaults for {cfg.student_steps} steps{kind}: "
                   f"those of {row_steps(cfg)} are taken")
     ckpt.claim(cfg.out, **world.ranks)
@@ -877,26 +883,27 @@ def resolve(cfg):
 def row_of(cfg):
     """The row of defaults: of the model and the student's number of steps, else of the next larger number of steps.
 
-    A student that learns no pairs, as it is causal or --pairs is 0, takes the model's own, which is for 4 steps.
+    A student that learns no pairs, for --pairs is 0 or it is causal and nothing says what it starts from, takes the
+    model's own, which is for 4 steps.
     """
     own = DEFAULTS[cfg.model]
-    return own if unpaired(cfg) else DEFAULTS.get(f"{cfg.model} K={row_steps(cfg)}", own)
+    return own if unpaired(cfg) else DEFAULTS.get(f"{kind_of(cfg)} K={row_steps(cfg)}", own)
 
 
 def row_steps(cfg):
     """The student's number of steps for which its row of defaults was made."""
     few = range(min(cfg.student_steps, USUAL_STEPS), USUAL_STEPS)
-    rows = [K for K in few if f"{cfg.model} K={K}" in DEFAULTS and not unpaired(cfg)]
+    rows = [K for K in few if f"{kind_of(cfg)} K={K}" in DEFAULTS and not unpaired(cfg)]
     return min(rows, default=USUAL_STEPS)
 
 
+def kind_of(cfg):
+    """Whose rows a student takes."""
+    return f"{cfg.model} causal" if causal(cfg) else cfg.model
+
+
 def unpaired(cfg):
-    return apart(cfg) or cfg.pairs == 0
-
-
-def apart(cfg):
-    """Whether the student is causal, or starts apart from the teacher."""
-    return cfg.student is not None or causal(cfg)
+    return cfg.pairs == 0 or causal(cfg) and not cfg.student
 
 
 def causal(cfg):

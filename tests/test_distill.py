@@ -377,6 +377,16 @@ def test_defaults_are_of_the_students_number_of_steps_or_of_the_next_larger(K, r
         assert (cfg.pairs_steps, cfg.anchor) == (0, 0)
 
 
+@pytest.mark.parametrize("flags, row", [
+    (dict(student="nowhere"), "tiny causal K=4"),
+    (dict(student="nowhere", student_steps=1), "tiny causal K=2"),
+    (dict(student="nowhere", pairs=0), "tiny"),
+    (dict(), "tiny")])
+def test_a_causal_students_defaults_have_pairs_where_it_starts_from_a_causal_net(flags, row):
+    cfg = distill.resolve(distill.Config(teacher="nowhere", model="tiny", **CHUNKS, **flags))
+    assert distill.row_of(cfg) is distill.DEFAULTS[row]
+
+
 @pytest.mark.slow
 def test_a_run_of_few_steps_from_before_pairs_goes_on_without_them(data, teacher, tmp_path):
     cfg = config(data, teacher, tmp_path / "run", student_steps=2, pairs=0, steps=2, **QUIET)
