@@ -7,13 +7,14 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 import zlib
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from itertools import count
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,11 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 import ckpt
+import codec
 import parallel
 import prepare
-from conftest import ROOT
 from log import MACHINE
+from model import MODELS
 
 TIMINGS = set(MACHINE)      # differ between runs that are otherwise identical
 
@@ -47,18 +49,40 @@ def run(main, *args):
             dist.destroy_process_group()
 
 
-def ranks(n, main, cfg):
-    """n ranks of main(cfg) in processes that are forked from one with everything imported -> what they printed."""
+def cheaply(patch):
+    """Runs of the tiny model take a fifth of the time: a narrower net, no curves, videos of one picture."""
+    write = codec.write_video
+    patch.setitem(MODELS, "tiny", replace(MODELS["tiny"], dim=48, blocks=2, ffn=96))
+    patch.setattr("log.curves", no_curves)
+    patch.setattr("codec.write_video", lambda path, videos, *more: write(path, [v[:1] for v in videos], *more))
+
+
+@contextmanager
+def started(n, main, cfg):
+    """n ranks of main(cfg), cheap ones, in processes forked from one with everything imported -> them, their output."""
     multiprocessing.set_forkserver_preload(["train", "distill", "evaluate"])    # before the first is started
     with tempfile.NamedTemporaryFile("r") as printed, socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+        given = n, server.getsockname()[1], printed.name, main, cfg
         server.close()
-        multiprocessing.start_processes(rank_of, (n, port, printed.name, main, cfg), n, start_method="forkserver")
+        group = multiprocessing.start_processes(rank_of, given, n, join=False, start_method="forkserver")
+        try:
+            yield group, printed
+        finally:
+            for process in group.processes:
+                process.kill()
+
+
+def ranks(n, main, cfg):
+    """What n `started` ranks have printed once all have ended well."""
+    with started(n, main, cfg) as (group, printed):
+        while not group.join():
+            pass
         return printed.read()
 
 
 def rank_of(rank, n, port, printed, main, cfg):
     """One rank, as torchrun starts it."""
+    cheaply(pytest.MonkeyPatch())
     os.dup2(os.open(printed, os.O_WRONLY | os.O_APPEND), 1)
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{n}", "LOCAL_WORLD_SIZE": f"{n}",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
@@ -67,62 +91,11 @@ def rank_of(rank, n, port, printed, main, cfg):
     parallel.leave()
 
 
-def shell(nproc, script, *flags, **more):
-    """A command line as README has it, started; its output, errors among it, is the process's stdout."""
-    launch = [sys.executable]
-    if nproc > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    return subprocess.Popen(
-        [*launch, str(ROOT / script), *flags],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **more,
-    )
-
-
-def finished(process, timeout=300):
-    """What a process printed, once it has ended well."""
-    printed, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, printed
-    return printed
-
-
-def wait_until(happened, process):
-    """Waits until happened(), while the process lives, 200 s at most."""
+def wait_until(happened, group):
+    """Waits until happened(), while all ranks of the group live, 200 s at most."""
     deadline = time.monotonic() + 200
-    while not happened() and process.poll() is None and time.monotonic() < deadline:
+    while not happened() and all(map(BaseProcess.is_alive, group.processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
-
-
-def signal_one_of_two(script, flags, out):
-    """Two ranks, one of which is told to end once both are at work: both end, and have saved the same step."""
-    def at_work():
-        return (out / "log.jsonl").exists() and (out / "log.jsonl").read_bytes().count(b"\n") > 2
-
-    both = shell(2, script, *flags)
-    wait_until(at_work, both)
-    ranks = subprocess.run(["pgrep", "-P", str(both.pid), "-f", script], text=True, capture_output=True).stdout.split()
-    os.kill(int(ranks[1]), signal.SIGTERM)
-    assert "the same command goes on" in finished(both, 120)
-    assert log_of(out)[-1]["step"] <= ckpt.read_manifest(ckpt.latest(out))["step"]
-
-
-def as_flags(cfg):
-    """The command line of a Config: the flags that differ from their defaults."""
-    default, words = type(cfg)(), []
-    for name, value in vars(cfg).items():
-        usual = getattr(default, name)
-        if value == usual:
-            continue
-        if isinstance(value, tuple):
-            words += [f"--{name}", *map(str, value)]
-        elif isinstance(usual, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words.append(f"--{name}={value}")
-    return words
 
 
 def state(out):

@@ -23,9 +23,9 @@ import sample
 import step
 import train
 from data import Latents, stream
-from helpers import (V1_PATH, as_flags, as_version_1, close, copied, full_disk, log_of, meta, nan_at, no_curves,
-                     out_of_memory, ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, shell,
-                     signal_one_of_two, spied, state, wait_until)
+from helpers import (V1_PATH, as_version_1, cheaply, close, copied, full_disk, log_of, meta, nan_at, out_of_memory,
+                     ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, spied, started, state,
+                     wait_until)
 from log import curves
 from model import MODELS, Cond, DiT, add_lora, blank
 
@@ -34,10 +34,10 @@ QUIET = dict(val_every=0, samples=0)    # validates at the end alone, without vi
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap():
-    """Videos take 3 steps instead of 50, and runs draw no curves: two thirds of the time that they would take."""
+    """Videos take 3 steps instead of 50."""
     with pytest.MonkeyPatch.context() as patch:
+        cheaply(patch)
         patch.setitem(train.TINY, "sample_steps", 3)
-        patch.setattr("log.curves", no_curves)
         yield
 
 
@@ -292,15 +292,12 @@ def test_videos_that_fail_leave_their_latents_and_the_run_goes_on(data, tmp_path
 def test_a_run_has_its_folder_alone_and_killed_without_warning_goes_on_from_its_last_save(
         data, whole, tmp_path, capsys):
     cfg = config(data, tmp_path / "run", samples=0)
-    process = shell(1, "train.py", *as_flags(cfg))
-    try:
-        wait_until((tmp_path / "run/ckpt/step_0000003").exists, process)
-        os.kill(process.pid, signal.SIGSTOP)    # so that it cannot end before
+    with started(1, train.main, cfg) as (group, _):
+        wait_until((tmp_path / "run/ckpt/step_0000003").exists, group)
+        os.kill(group.pids()[0], signal.SIGSTOP)    # so that it cannot end before
         message = refused(train.main, cfg, capsys)
-    finally:
-        process.kill()
-        process.wait()
-    assert f"is in use by process {process.pid} on {socket.gethostname()}" in message
+    group.processes[0].join()       # killed
+    assert f"is in use by process {group.pids()[0]} on {socket.gethostname()}" in message
     with open(tmp_path / "run/log.jsonl", "a") as log:
         log.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')     # what a later step had logged, and half a line
     run(train.main, cfg)
@@ -621,7 +618,13 @@ def test_stills_alone_have_no_first_frame_to_give(tmp_path, capsys):
 def test_two_ranks_stop_at_a_signal_to_one_and_one_and_four_go_on_with_the_same_stream(data, whole, tmp_path):
     """What each logs, over any number of ranks, is what one rank logs."""
     cfg = config(data, tmp_path / "two", steps=10**5, keep=100, samples=0, micro_batch=1, shard=-1)
-    signal_one_of_two("train.py", as_flags(cfg), tmp_path / "two")
+    with started(2, train.main, cfg) as (both, printed):
+        wait_until(lambda: (tmp_path / "two/ckpt").exists() and len(log_of(cfg.out)) > 2, both)
+        os.kill(both.pids()[1], signal.SIGTERM)
+        while not both.join():
+            pass
+        assert "the same command goes on" in printed.read()
+    assert log_of(cfg.out)[-1]["step"] <= max(ckpt.steps(cfg.out))
     first = min(ckpt.steps(cfg.out))
     assert 2 <= first <= 3
     begun = replace(cfg, steps=first + 2, resume=str(ckpt.step_folder(cfg.out, first)))
@@ -699,8 +702,8 @@ def test_an_adapters_checkpoint_holds_it_alone_and_says_what_it_adapts(whole, lo
     held = state(lora)
     assert {name.split(".")[0] for name in held} == {"net", "opt", "ema", "null"}
     assert all(".lora.main." in name for name in held if name != "null")
-    assert len([name for name in held if name.startswith("net.")]) == 2 * 10 * 4
-    assert held["net.blocks.3.ffn.2.lora.main.B"].abs().max() > 0
+    assert len([name for name in held if name.startswith("net.")]) == 2 * 10 * MODELS["tiny"].blocks
+    assert held["net.blocks.1.ffn.2.lora.main.B"].abs().max() > 0
     base = meta(lora)["base"]
     assert base["path"] == str(ckpt.latest(whole).resolve())
     assert base["crc32"] == ckpt.read_manifest(ckpt.latest(whole))["crc32"]
