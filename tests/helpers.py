@@ -31,6 +31,9 @@ from model import MODELS
 
 TIMINGS = set(MACHINE)      # differ between runs that are otherwise identical
 
+# What ranks are forked with; an optimizer imports torch._dynamo.
+IMPORTED = ["train", "distill", "evaluate", "pytest", "torch._dynamo"]
+
 # A run's folder as the ckpt.save of commit 496ae65 wrote it on two ranks; its meta is of a train.py of that commit.
 V1 = Path(__file__).parent / "v1"
 V1_PATH = V1 / "ckpt" / "step_0000002"
@@ -64,7 +67,7 @@ def cheaply(patch):
 @contextmanager
 def started(n, main, cfg):
     """n ranks of main(cfg), cheap ones, in processes forked from one with everything imported -> them, their output."""
-    multiprocessing.set_forkserver_preload(["train", "distill", "evaluate"])    # before the first is started
+    multiprocessing.set_forkserver_preload(IMPORTED)        # before the first is started
     with tempfile.NamedTemporaryFile("r") as printed, socket.create_server(("127.0.0.1", 0)) as server:
         given = n, server.getsockname()[1], printed.name, main, cfg
         server.close()
