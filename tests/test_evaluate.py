@@ -21,7 +21,14 @@ import train
 from data import noise
 from evaluate import (Clips, distances, energy, figures, interval, mcnemar, paired, recall, variety, vendi,
                       verdict)
-from helpers import ranks, run
+from helpers import cheaply, ranks, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap():
+    with pytest.MonkeyPatch.context() as patch:
+        cheaply(patch)
+        yield
 
 
 def points(n, seed, shift=0.0, D=3):
