@@ -13,6 +13,7 @@ import parallel
 from attention import build_metadata
 from conftest import ROOT
 from data import send
+from helpers import cheaply
 from model import MODELS, Cond, bind, blank, flops
 from step import flow_loss
 
@@ -53,6 +54,7 @@ def test_samples_that_are_no_whole_batches_are_refused():
 @pytest.mark.parametrize("flags", [dict(window=(1, 1, 1), tile=(1, 2, 2)), dict(lora_rank=2, micro_batch=1)], ids=str)
 def test_bench_step_has_a_row_per_update_whose_numbers_agree(flags, tmp_path, capsys, no_group, monkeypatch):
     monkeypatch.setattr(parallel, "on_gpu", lambda device: False)
+    cheaply(monkeypatch)
     out = tmp_path / "step.json"
     bench.main(bench.StepConfig(**SMALL, **flags, steps=2, rounds=2, student_steps=2, dir=str(tmp_path), out=str(out)))
     written, printed = json.loads(out.read_text()), capsys.readouterr().out

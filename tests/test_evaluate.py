@@ -394,7 +394,7 @@ def test_a_longer_clip_sees_as_many_chunks_as_training_had_unless_it_is_told():
 
 
 @pytest.mark.slow
-def test_clips_longer_than_trained_are_judged_by_their_first_frames_and_by_what_follows(tmp_path, capsys):
+def test_clips_longer_than_trained_are_judged_by_their_first_frames_and_by_what_follows(few, tmp_path, capsys):
     data, out = str(tmp_path / "data"), str(tmp_path / "run")
     run(prepare.main, prepare.Config(clips=40, out=data))
     run(train.main, train.Config(data=(data,), out=out, steps=1, batch=4, val_every=0, samples=0, window=(-9, 1, 1),
@@ -402,7 +402,7 @@ def test_clips_longer_than_trained_are_judged_by_their_first_frames_and_by_what_
     whole = {}
     for frames in (None, 33):
         told = str(tmp_path / f"{frames}.json")
-        run(evaluate.main, evaluate.Config(ckpt=out, steps=(1,), n=12, batch=140, frames=frames, out=told))
+        run(evaluate.main, evaluate.Config(ckpt=out, steps=(1,), n=12, batch=16, frames=frames, out=told))
         whole[frames] = json.loads((tmp_path / f"{frames}.json").read_text())
     assert whole[None]["later"] == {}
     (later,) = whole[33]["later"].values()

@@ -62,9 +62,8 @@ def drop_grad(p):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", (False, True))
-@pytest.mark.parametrize("remat", (False, True))
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+@pytest.mark.parametrize("precision, remat, lora", (
+    ("fp32", False, False), ("fp32", True, True), ("bf16", False, True), ("bf16", True, False)))
 def test_activations_are_what_a_real_forward_and_backward_allocate(precision, remat, lora):
     adapter = "main" if lora else None
     kept, most = activations(Bound(blank(remat, lora), lora=adapter), SHAPE, TEXT, precision)
@@ -121,9 +120,9 @@ def fake():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", (False, True))
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
-@pytest.mark.parametrize("shard", (1, 2, 4))
+@pytest.mark.parametrize("shard, precision, lora", (
+    (1, "fp32", False), (1, "bf16", True), (2, "fp32", True), (2, "bf16", False), (4, "fp32", False),
+    (4, "bf16", True)))
 def test_memory_is_what_real_tensors_take(fake, shard, precision, lora):
     mesh = init_device_mesh("cpu", (RANKS // shard, shard), mesh_dim_names=("replicate", "shard"))
     world = parallel.imagine(RANKS, shard, precision=precision)
