@@ -1048,7 +1048,7 @@ def test_a_student_beside_an_exact_critic_becomes_the_guided_gaussian(scale):
     mean, std = (torch.tensor(x, requires_grad=True, dtype=torch.float64) for x in (-0.5, 1.2))
     opt = torch.optim.Adam([mean, std], lr=0.05, betas=(0.0, 0.99))
     cond, uncond, teacher = torch.tensor(1.0).double(), torch.tensor(0.2).double(), gaussian(None, 0.5)
-    for step in range(1500):
+    for step in range(800):
         z, e = (torch.randn(256, 1, 1, 1, 1, generator=rng, dtype=torch.float64) for _ in range(2))
         t = sample_t(torch.rand(256, generator=rng), "uniform", 2.0, (0.02, 0.98)).double()
         exact = gaussian(mean.detach(), std.detach())
@@ -1059,7 +1059,7 @@ def test_a_student_beside_an_exact_critic_becomes_the_guided_gaussian(scale):
         guidance = None if scale == 1 else torch.full((256,), scale).double()
         loss, _ = dmd_loss(mean + std * z, teacher, critic, cond, uncond, t, e, guidance)
         for group in opt.param_groups:
-            group["lr"] = 0.05 * (1 - step / 1500)
+            group["lr"] = 0.05 * (1 - step / 800)
         opt.zero_grad()
         loss.backward()
         opt.step()
