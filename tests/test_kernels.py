@@ -63,7 +63,7 @@ CASES = [((2, 4, 8), (2, 2, 4), (1, 1, 1), 1, 1, 16, 16, 16),       # whole bloc
          (None, 33, 33, 1, 2, 16, 16, 16),                          # dense, queries and keys
          (None, 37, 21, 2, 1, 16, 16, 32)]
 # Of each kind one or two, in both types, by TMA and by pointers: those that every run of the suite takes.
-SAMPLE = 0, 1, 3, 4, 5, 6, 11, 14, 21, 23, 24, 25, 26, 27, 28, 29, 30, 35, 36
+SAMPLE = 0, 1, 3, 4, 5, 6, 11, 14, 15, 21, 23, 24, 25, 26, 27, 28, 29, 30, 35, 36
 
 KERNELS = "_forward_kernel", "_query_kernel", "_key_kernel"
 KILOBYTES = {100: 227, 90: 227, 80: 163, 89: 99, 120: 99}  # of shared memory, by compute capability
