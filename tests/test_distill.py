@@ -21,8 +21,8 @@ import sample
 import step
 import train
 from data import Latents, noise, stream
-from helpers import (Killed, as_version_1, cheaply, close, copied, full_disk, log_of, meta, nan_at, out_of_memory, ranks,
-                     refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, spied, state)
+from helpers import (Killed, as_version_1, cheaply, close, copied, full_disk, log_of, meta, nan_at, out_of_memory,
+                     ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, spied, state)
 from model import MODELS, Bound, Chunked, Cond, DiT, chunked
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t,
                   train_step, trajectory)

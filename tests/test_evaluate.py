@@ -164,7 +164,7 @@ def test_a_student_is_measured_beside_its_teacher_and_samples_are_made_once(runs
     run(evaluate.main, cfg)
     printed = capsys.readouterr().out
     report = json.loads((evaluate.Path(student) / "evaluate.json").read_text())
-    systems = ["real clips", "real clips, another caption", "student, 4 steps", "teacher, 25 steps, s=2",
+    systems = ["real clips", "real clips, another caption", "student, 4 steps", "teacher, 25 steps, s=1.5",
                "teacher, 4 steps, undistilled"]
     assert list(report["table"]) == systems
     assert report["table"]["real clips"]["joint"] == 1
