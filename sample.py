@@ -430,11 +430,13 @@ def latent_shapes(images, sampling, cfg):
         raise ValueError(f"--image={cfg.image}: {cfg.ckpt} was not trained with first frames, as train.py "
                          "--first_frame=.5 does")
     choice = {}
-    for shape in [usual] if cfg.size else sampling["shapes"]:
-        if shape[1] > 1:
-            choice.setdefault(tuple(shape[2:]), tuple(shape))
+    for C, F, H, W in [usual] if cfg.size else sampling["shapes"]:
+        frames = usual[1] if cfg.frames and F > 1 else F
+        if frames > 1:
+            choice.setdefault((H, W), (C, frames, H, W))
     if not choice:
-        raise ValueError(f"--size {' '.join(map(str, cfg.size))}: after an image, a video has more frames than one")
+        raise ValueError(f"--image={cfg.image}: after an image, a video has more frames than one, and {cfg.ckpt} is "
+                         "asked for one")
     found = {}
     for image in images:
         if image not in found:
