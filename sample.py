@@ -109,6 +109,9 @@ def main(cfg):
         coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
         if not coder.decodes:
             raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
+        if chunk_of(sampling["window"], sampling["tile"]):
+            for shape in set(shapes):
+                codec.check_chunks(coder.spec, shape)
         mean, std = codec.moments(coder.spec | sampling)
         eyes, begun = codec.load(sampling["codec"], clip=cfg.clip, device=world.device), {}
         for i in mine:
