@@ -1227,6 +1227,14 @@ def test_beside_a_teacher_that_is_no_run_the_student_still_says_how_it_attends(c
     assert (cfg.window, cfg.tile) == ((-9, 1, 1), (2, 99, 99))
 
 
+def test_a_student_of_other_latents_than_the_teachers_is_refused(data, teacher, causal, tmp_path, capsys):
+    other = copied(Path(causal), tmp_path / "other")
+    rewrite(ckpt.latest(other), lambda manifest: manifest["meta"]["sampling"]["std"].__setitem__(3, 2.0))
+    said = refused(distill.main, config(data, teacher, tmp_path / "run", student=str(other)), capsys)
+    assert re.search("other was trained on latents normalised otherwise .* their std is another", said)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("wrong, said", [
     (dict(dense_ends=1, **CHUNKS), "--dense_ends=1: dense blocks see the future"),
     (dict(pairs=8, **CHUNKS), "which --student=RUN names"),

@@ -164,7 +164,8 @@ def test_a_causal_run_stopped_and_resumed_and_one_on_two_ranks_are_the_uninterru
     (dict(dense_ends=1, **CAUSAL), "--dense_ends=1: dense blocks see the future"),
     (dict(window_steps=3, **CAUSAL), "--window_steps=3: a causal window, -9 along frames, cannot shrink"),
     (dict(clean_prefix=0.5), "--clean_prefix=0.5 is a share"),
-    (dict(clean_prefix=1.5, **CAUSAL), "--clean_prefix=1.5 is a share")])
+    (dict(clean_prefix=1.5, **CAUSAL), "--clean_prefix=1.5 is a share"),
+    (dict(clean_prefix=0.5, window=(-9, 1, 1), tile=(5, 99, 99)), "no clip of .* is longer than a chunk, 5 frames")])
 def test_what_a_causal_run_cannot_be_is_refused(data, tmp_path, capsys, wrong, said):
     assert re.search(said, refused(train.main, config(data, tmp_path / "run", **wrong), capsys))
 
