@@ -1099,14 +1099,17 @@ def rolling(causal):
 
 
 def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_bit(rolling):
+    """The second clip's first frame is given."""
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
-    trained = distill.roll(student, cond, z, noises, 2, None, cfg)
+    free = step.first_given(z, torch.tensor([False, True]))
+    trained = distill.roll(student, cond, z, noises, 2, free, cfg)
     sampling = dict(sampler="rollout", times=cfg.times, guidance=1.0, tile=CHUNKS["tile"])
     with torch.no_grad():
-        sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, see=student.see)
+        sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, free, student.see)
     assert torch.equal(trained, sampled)
     assert trained.requires_grad
+    assert [torch.equal(x0, e) for x0, e in zip(trained[:, :, 0], z[:, :, 0])] == [False, True]
 
 
 @pytest.mark.parametrize("exit", range(3))
