@@ -77,6 +77,14 @@ def check_video(video, stride):
                          f"rows in multiples of {h} and columns in multiples of {w}")
 
 
+def check_chunks(spec, shape):
+    """ValueError for latents (C, F, H, W) that this codec cannot decode chunk by chunk."""
+    height, width = (n * stride for n, stride in zip(shape[2:], spec["stride"][1:]))
+    if "vae_sha256" in spec and height * width > LARGE:
+        raise ValueError(f"{height}x{width} pixels: above {LARGE} the VAE works in tiles of a whole clip, and so "
+                         "decodes no chunks")
+
+
 def moments(sampling):
     """mean and std of latents (C, 1, 1, 1), from a checkpoint's sampling block or a manifest: z = x0 std + mean."""
     mean, std = (torch.tensor(sampling[name]).view(-1, 1, 1, 1) for name in ("mean", "std"))
@@ -228,10 +236,7 @@ def wan_vae(path, device):
     @torch.no_grad()
     def decode_on(z, state):
         """As vae.decode, frame by frame; state: what its convolutions hold of the frames before."""
-        height, width = z.shape[2] * stride[1], z.shape[3] * stride[2]
-        if height * width > LARGE:
-            raise ValueError(f"{height}x{width} pixels: above {LARGE} the VAE works in tiles of a whole clip, "
-                             "and so decodes no chunks")
+        check_chunks(spec, z.shape)
         vae.clear_cache()
         held, first = list(vae._feat_map), state is None
         if state is not None:

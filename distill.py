@@ -959,6 +959,11 @@ def samplings(cfg, data, weights):
     if teacher["text"]["length"] != made["text"]["length"]:
         raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, "
                          f"{cfg.teacher} was trained with {teacher['text']['length']}")
+    begins = ckpt.sampling_of(cfg.student) if cfg.student else None
+    for name in ("mean", "std"):
+        if begins and teacher[name] and begins[name] != teacher[name]:
+            raise ValueError(f"--student={cfg.student} was trained on latents normalised otherwise than those of "
+                             f"{cfg.teacher}, their {name} is another: train.py --data of the teacher's dataset first")
     # A dataset of prompts alone has no statistics of latents: the VAE's own are taken.
     mean, std = teacher["mean"], teacher["std"]
     if not mean:

@@ -109,6 +109,9 @@ def main(cfg):
         coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
         if not coder.decodes:
             raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
+        if chunk_of(sampling["window"], sampling["tile"]):
+            for shape in set(shapes):
+                codec.check_chunks(coder.spec, shape)
         mean, std = codec.moments(coder.spec | sampling)
         eyes, begun = codec.load(sampling["codec"], clip=cfg.clip, device=world.device), {}
         for i in mine:
@@ -430,11 +433,13 @@ def latent_shapes(images, sampling, cfg):
         raise ValueError(f"--image={cfg.image}: {cfg.ckpt} was not trained with first frames, as train.py "
                          "--first_frame=.5 does")
     choice = {}
-    for shape in [usual] if cfg.size else sampling["shapes"]:
-        if shape[1] > 1:
-            choice.setdefault(tuple(shape[2:]), tuple(shape))
+    for C, F, H, W in [usual] if cfg.size else sampling["shapes"]:
+        frames = usual[1] if cfg.frames and F > 1 else F
+        if frames > 1:
+            choice.setdefault((H, W), (C, frames, H, W))
     if not choice:
-        raise ValueError(f"--size {' '.join(map(str, cfg.size))}: after an image, a video has more frames than one")
+        raise ValueError(f"--image={cfg.image}: after an image, a video has more frames than one, and {cfg.ckpt} is "
+                         "asked for one")
     found = {}
     for image in images:
         if image not in found:

@@ -359,6 +359,9 @@ def begin(cfg):
     if cfg.first_frame and all(shape[1] == 1 for shape in data.shapes):
         raise ValueError(f"--first_frame={cfg.first_frame}: {' '.join(cfg.data)} holds stills alone, of which nothing "
                          "is left to learn where the first frame is given")
+    if cfg.clean_prefix and all(shape[1] <= cfg.tile[0] for shape in data.shapes):
+        raise ValueError(f"--clean_prefix={cfg.clean_prefix}: no clip of {' '.join(cfg.data)} is longer than a chunk, "
+                         f"{cfg.tile[0]} frames, so that all of it would stay clean")
     width = data.manifest["text"]["width"]
     fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
     shown(cfg.model, data.extra_shapes())

@@ -1099,14 +1099,17 @@ def rolling(causal):
 
 
 def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_bit(rolling):
+    """The second clip's first frame is given."""
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
-    trained = distill.roll(student, cond, z, noises, 2, None, cfg)
+    free = step.first_given(z, torch.tensor([False, True]))
+    trained = distill.roll(student, cond, z, noises, 2, free, cfg)
     sampling = dict(sampler="rollout", times=cfg.times, guidance=1.0, tile=CHUNKS["tile"])
     with torch.no_grad():
-        sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, see=student.see)
+        sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, free, student.see)
     assert torch.equal(trained, sampled)
     assert trained.requires_grad
+    assert [torch.equal(x0, e) for x0, e in zip(trained[:, :, 0], z[:, :, 0])] == [False, True]
 
 
 @pytest.mark.parametrize("exit", range(3))
@@ -1225,6 +1228,14 @@ def test_the_student_starts_from_its_own_weights_and_the_critic_from_the_teacher
 def test_beside_a_teacher_that_is_no_run_the_student_still_says_how_it_attends(causal):
     cfg = distill.inherit(distill.Config(teacher="elsewhere", model="tiny", student=causal))
     assert (cfg.window, cfg.tile) == ((-9, 1, 1), (2, 99, 99))
+
+
+def test_a_student_of_other_latents_than_the_teachers_is_refused(data, teacher, causal, tmp_path, capsys):
+    other = copied(Path(causal), tmp_path / "other")
+    rewrite(ckpt.latest(other), lambda manifest: manifest["meta"]["sampling"]["std"].__setitem__(3, 2.0))
+    said = refused(distill.main, config(data, teacher, tmp_path / "run", student=str(other)), capsys)
+    assert re.search("other was trained on latents normalised otherwise .* their std is another", said)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("wrong, said", [

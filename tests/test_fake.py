@@ -28,6 +28,7 @@ from model import Cond
 GPU = torch.device("meta")
 SHAPE = (24, 5, 8, 8)
 SPARSE = dict(window=(1, 1, 1), tile=(2, 2, 2), dense_ends=1)
+CAUSAL = dict(window=(-9, 1, 1), tile=(2, 99, 99), first_frame=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,8 @@ def latents(folder, cfg):
         return reading
 
     with unset_fake_temporarily():
-        source = Latents(folder, seed=0, batch=4, micro_batch=cfg.micro_batch, val=2, device=GPU)
+        chunk = model.chunk_of(cfg.window, cfg.tile)
+        source = Latents(folder, seed=0, batch=4, micro_batch=cfg.micro_batch, val=2, chunk=chunk, device=GPU)
     for name in ("at", "sample", "text"):
         setattr(source, name, outside(getattr(source, name)))
     return source
@@ -114,6 +116,7 @@ def logged():
     SPARSE | dict(remat=True, window_steps=4),
     SPARSE | dict(t="logit_normal", micro_batch=2),
     dict(lora_rank=4, init="x"),
+    CAUSAL | dict(clean_prefix=0.5),
 ], ids=str)
 def test_a_training_step_its_average_and_a_copy_for_saving_stay_on_the_gpu(folder, gpu, flags):
     cfg = train.resolve(train.Config(batch=4, optimizer="adamw", **flags))
@@ -149,7 +152,7 @@ def test_figures_of_a_line_are_computed_from_what_is_on_the_gpu(folder, gpu, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [dict(), SPARSE], ids=str)
+@pytest.mark.parametrize("flags", [dict(), SPARSE, CAUSAL], ids=str)
 def test_validation_forwards_and_samples_on_the_gpu(folder, gpu, monkeypatch, flags):
     written = []
     monkeypatch.setattr(train, "STRATA", 3)
@@ -161,7 +164,8 @@ def test_validation_forwards_and_samples_on_the_gpu(folder, gpu, monkeypatch, fl
         source = latents(folder, cfg)
         assert "val_loss" in train.validate(net, 1, source, cfg, gpu)
         train.show(net, 1, source, cfg, gpu, logged())
-    assert written[0].shape == (3, *SHAPE)
+    rows = 2 if cfg.first_frame else 1
+    assert written[0].shape == (3 * rows, *SHAPE)
     assert written[0].device.type == "cpu"
 
 
@@ -185,12 +189,13 @@ def distilling(cfg, world):
 
 def distill_config(monkeypatch, **flags):
     monkeypatch.setattr(distill, "inherit", lambda cfg: cfg)
-    cfg = distill.resolve(distill.Config(model="tiny", first_frame=0.0, pairs=0, batch=4, out="nowhere", **flags))
+    given = dict(model="tiny", first_frame=0.0, pairs=0, batch=4, out="nowhere")
+    cfg = distill.resolve(distill.Config(**given | flags))
     return cfg
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [dict(), SPARSE | dict(remat=True, guidance=1.0), dict(lora_rank=4)], ids=str)
+@pytest.mark.parametrize("flags", [dict(), SPARSE | dict(remat=True, guidance=1.0), dict(lora_rank=4), CAUSAL], ids=str)
 def test_a_students_and_a_critics_update_stay_on_the_gpu(folder, gpu, monkeypatch, flags):
     cfg = distill_config(monkeypatch, **flags)
     with fake():

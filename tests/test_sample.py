@@ -749,8 +749,12 @@ def test_an_image_is_the_first_chunk_of_one_frame_untrained_and_of_more_after_tr
         decoded, _ = by_chunks(run_folder, tmp_path / f"{name}_out", image=image)
         assert begins_with((decoded[0][0] - 0.1) / 0.2, RED)
         assert not torch.equal(clip_of(decoded, 0)[:, 1], clip_of(decoded, 1)[:, 1])
-    said = refused(sample.main, sample.Config(ckpt=causal, prompts=PROMPTS[:1], image=image), capsys)
-    assert "was not trained with first frames" in said
+    longer, _ = by_chunks(run_folder, tmp_path / "longer", image=image, frames=33)
+    assert clip_of(longer, 0).shape[1] == 9
+    assert begins_with((longer[0][0] - 0.1) / 0.2, RED)
+    for path, said in ((causal, "was not trained with first frames"), (run_folder, "more frames than one")):
+        cfg = sample.Config(ckpt=path, prompts=PROMPTS[:1], image=image, frames=1)
+        assert said in refused(sample.main, cfg, capsys)
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -617,34 +617,33 @@ def test_given_chunks_are_seen_kept_as_they_are_and_take_no_noise():
     log, asked = [], []
 
     def draw(cond, none, free, z):
-        assert none is free is None
-        asked.append((len(cond), z))
+        assert none is None
+        asked.append((len(cond), free[0].tolist()))
         return z
 
-    x0 = stepwise(draw, past_and(log), ([], None), 2, z, given=[first])
+    free = torch.ones(2, 5)
+    free[:, 3:] = 0
+    x0 = stepwise(draw, past_and(log), ([], None), 2, z, free=free, given=[first])
     assert torch.equal(x0, torch.cat([first, z[:, :, 1:]], 2))
-    assert [n for n, _ in asked] == [1, 2]
+    assert asked == [(1, [1, 1]), (2, [0, 0])]
     assert torch.equal(log[0][1], first)
-
-
-def chunks_of(sampling):
-    """What `sample` gives chunk by chunk with a net whose v is its condition, which grows by 1 for each chunk seen."""
-    noises = [randn(4, 3, 5, 2, 2, seed=k) for k in range(4)]
-    return sample(lambda x, t, cond: cond + 0 * x, noises.__getitem__, torch.tensor(0.0), torch.tensor(0.0), sampling,
-                  see=lambda cond, x0: cond + 1), noises
 
 
 @pytest.mark.parametrize("sampling", [
     {"sampler": "euler", "steps": 3, "shift": 1.0, "guidance": 2.0, "tile": [2, 9, 9]},
     {"sampler": "rollout", "times": [1.0, 0.5], "guidance": 1.0, "tile": [2, 9, 9]}], ids=("many", "few"))
 def test_sample_makes_each_chunk_by_its_own_sampler_and_guides_it_by_what_each_condition_saw(sampling):
-    x0, noises = chunks_of(sampling)
+    """The net's v is its condition, which grows by 1 for each chunk seen; where nobody asks for null, it sees none."""
+    noises, seen = [randn(4, 3, 5, 2, 2, seed=k) for k in range(4)], []
+    x0 = sample(lambda x, t, cond: cond + 0 * x, noises.__getitem__, torch.tensor(0.0), torch.tensor(0.0), sampling,
+                see=lambda cond, x0: seen.append(x0) or cond + 1)
     for i, part in enumerate(x0.split(2, 2)):
         z, e = (noise.split(2, 2)[i] for noise in noises[:2])
         want = z - i
         if sampling["sampler"] == "rollout":
             want = add_noise(want, e, torch.full((4,), 0.5)) - 0.5 * i
         torch.testing.assert_close(part, want)
+    assert len(seen) == 2 * sampling["guidance"]
 
 
 def test_a_first_frame_given_to_a_chunk_stays_to_the_bit_and_its_net_is_asked_at_0_there():

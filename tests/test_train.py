@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,12 @@ from safetensors.torch import save_file
 import ckpt
 import codec
 import export
+import parallel
 import prepare
 import sample
 import step
 import train
-from data import Latents, stream
+from data import Latents, noise, stream
 from helpers import (V1_PATH, as_version_1, cheaply, close, copied, full_disk, log_of, meta, nan_at, out_of_memory,
                      ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, spied, started, state,
                      wait_until)
@@ -143,6 +145,7 @@ def test_a_first_frame_and_a_clean_prefix_go_together(data):
     alone, _, _ = asked_of(train.Config(shift=2.0, clean_prefix=0.5, **CAUSAL), data)
     assert torch.equal(t[:, 0] == 0, (micro.prefix < 0.5) | (micro.give < 0.5))
     assert torch.equal(t[:, 1:], alone[:, 1:])
+    assert not torch.equal(micro.prefix, micro.give)
 
 
 @pytest.mark.slow
@@ -164,7 +167,8 @@ def test_a_causal_run_stopped_and_resumed_and_one_on_two_ranks_are_the_uninterru
     (dict(dense_ends=1, **CAUSAL), "--dense_ends=1: dense blocks see the future"),
     (dict(window_steps=3, **CAUSAL), "--window_steps=3: a causal window, -9 along frames, cannot shrink"),
     (dict(clean_prefix=0.5), "--clean_prefix=0.5 is a share"),
-    (dict(clean_prefix=1.5, **CAUSAL), "--clean_prefix=1.5 is a share")])
+    (dict(clean_prefix=1.5, **CAUSAL), "--clean_prefix=1.5 is a share"),
+    (dict(clean_prefix=0.5, window=(-9, 1, 1), tile=(5, 99, 99)), "no clip of .* is longer than a chunk, 5 frames")])
 def test_what_a_causal_run_cannot_be_is_refused(data, tmp_path, capsys, wrong, said):
     assert re.search(said, refused(train.main, config(data, tmp_path / "run", **wrong), capsys))
 
@@ -596,6 +600,18 @@ def test_a_run_with_first_frames_says_so_and_shows_both_ways(given):
     rows = [told["rows"] for told in shown.values()]
     assert rows == [["text alone", "first frame given"]] * 2
     assert all(len(told["captions"]) == 2 for told in shown.values())
+
+
+def test_videos_begin_with_the_frames_of_the_clips_whose_captions_they_have(mixed, monkeypatch):
+    monkeypatch.setattr(train, "sample", lambda net, draw, *rest: draw(0))
+    monkeypatch.setattr(train.codec, "write_clips", lambda stem, x0, *rest, **more: made.append(x0))
+    made, latents = [], Latents(mixed, seed=0, batch=4, val=3)
+    cfg = train.resolve(config(mixed, "nowhere", first_frame=0.5))
+    world = parallel.imagine(1)._replace(device=torch.device("cpu"))
+    train.show(blank("tiny"), 1, latents, cfg, world, SimpleNamespace(file=lambda *of: "nowhere", say=print))
+    ids = latents.for_videos(2)
+    x0, z = latents.sample(ids)[0], noise(0, "sample", 0, range(2), latents.shape_of(ids[0]))
+    assert torch.equal(made[0], torch.cat([z, torch.cat([x0[:, :, :1], z[:, :, 1:]], 2)]))
 
 
 def test_first_frames_are_given_alike_in_batches_of_any_size(data, tmp_path):

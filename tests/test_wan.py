@@ -623,6 +623,41 @@ def test_images_that_do_not_fit_are_named(root, flags, said, wan, films, data, s
     check_refused(root, given | dict(out=str(tmp_path / "run")), said, places, capsys)
 
 
+# ---- causal ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_causal_model_and_its_student_go_from_weights_to_clips_longer_than_trained(
+        wan, prepared, trained, tmp_path, monkeypatch):
+    """Chunks of 2 latent frames, of which the first is a picture and 4 of them, the last may be 4 pictures alone."""
+    set_, out, few = prepared("longer", frames=9), str(tmp_path / "causal"), str(tmp_path / "few")
+    run(train.main, train.Config(model="small", data=(set_,), init=wan, out=out, vae=wan, samples=1, clean_prefix=0.5,
+                                 window=(-9, 1, 1), tile=(2, 99, 99)))
+    run(distill.main, distill.Config(teacher=trained, student=out, data=set_, out=few, vae=wan, student_every=1,
+                                     samples=1))
+    export.main(export.Config(ckpt=few, out=str(tmp_path / "export")))
+    made = spied(monkeypatch, step, "at_once", lambda x0, *rest, **more: x0)
+    films, whole = [], codec.load("wan", vae=wan)
+    for path in (out, few, str(tmp_path / "export")):
+        run(sample.main, sample.Config(ckpt=path, vae=wan, text=wan, prompts=PROMPTS[:1], frames=17, sink=1, window=2,
+                                       out=str(tmp_path / "s")))
+        assert [x0.shape[2] for x0 in made] == [2, 2, 1]
+        z, = torch.cat(made, 2)
+        mean, std = codec.moments(whole.spec)
+        size = tuple(8 * n for n in z.shape[2:])
+        (film, _), = read_video(next((tmp_path / "s").glob("*.mp4")), sizes=[size], frames=17, fps=8)
+        differs = np.abs(film.astype(float) - whole.decode(z * std + mean)).mean((1, 2, 3))
+        assert differs.max() < 8
+        films.append(z)
+        made.clear()
+    assert torch.equal(films[1], films[2])
+    assert not near(films[0], films[1], 1e-2)
+    monkeypatch.setattr(codec, "LARGE", 700)
+    with pytest.raises(SystemExit):
+        run(sample.main, sample.Config(ckpt=few, vae=wan, text=wan, prompts=PROMPTS, out=str(tmp_path / "t")))
+    assert not (tmp_path / "t").exists()
+
+
 # ---- two experts ----------------------------------------------------------------------------------------------------
 
 
