@@ -54,6 +54,7 @@ def serve(server, caption, read, videos, fps):
     server.make = partial(ThreadPoolExecutor(1).submit, copy_context().run, next)
     with suppress(KeyboardInterrupt):
         server.serve_forever()
+    server.streams.clear()
     server.server_close()
 
 
@@ -110,7 +111,7 @@ class Viewer(BaseHTTPRequestHandler):
         self.answer(f"from now on: {html.escape(caption)}")
 
     def stream(self):
-        """Sends picture after picture, each when it is due, until nobody takes them."""
+        """Sends picture after picture, each when it is due, until nobody takes them or the server ends."""
         server = self.server
         now = server.streams[self.path] = {"read": server.read(server.caption)}
         videos = server.videos(int(self.path[1:]), now)
@@ -118,7 +119,7 @@ class Viewer(BaseHTTPRequestHandler):
         try:
             self.begin("multipart/x-mixed-replace; boundary=next")
             self.wfile.write(b"--next\r\n")
-            while True:
+            while server.streams.get(self.path) is now:
                 video = coming.result()
                 coming = server.make(videos)
                 for picture in video:
@@ -128,7 +129,8 @@ class Viewer(BaseHTTPRequestHandler):
                     self.wfile.write(b"Content-Type: image/png\r\n\r\n" + png(picture) + b"\r\n--next\r\n")
         finally:
             coming.cancel()
-            server.streams.pop(self.path, None)
+            if server.streams.get(self.path) is now:    # no other has begun in its place
+                del server.streams[self.path]
 
     def answer(self, body):
         self.begin("text/html; charset=utf-8")
