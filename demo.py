@@ -30,7 +30,7 @@ class Config:
     weights: Literal["ema", "net"] = "ema"              # ema: averaged weights, net: those of the last update
     prompt: str = "a red circle moving left"            # caption until another one is typed
     window: int | None = None                           # chunks seen, its own among them; None: as trained
-    sink: int = 0                                       # first chunks that are seen always, beside these
+    sink: int = 1                                       # first chunks that are seen always; 0: what is shown may leave
     seed: int = 0                                       # random seed; page i gets the same noise in every run
     fps: float | None = None                            # frames a second at most; None: the checkpoint's own
     port: int = 8000                                    # port of the page on 127.0.0.1; 0: any that is free

@@ -19,11 +19,11 @@ from PIL import Image
 
 HEADERS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; img-src 'self'; frame-src 'self'; style-src 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; frame-src 'self'; style-src 'unsafe-inline'; "
                                "form-action 'self'; base-uri 'none'; frame-ancestors 'self'",
     "X-Content-Type-Options": "nosniff",
 }
-HEAD = """<!doctype html><meta charset="utf-8"><title>nanovideo</title>
+HEAD = """<!doctype html><meta charset="utf-8"><title>nanovideo</title><link rel="icon" href="data:,">
 <style>:root { color-scheme: dark; font: 16px sans-serif } img { height: 75vh; image-rendering: pixelated }</style>
 """
 PAGE = """<form action="{path}" method="post" target="answer">

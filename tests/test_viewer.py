@@ -1,8 +1,10 @@
 """viewer.py: pictures on a page that this machine alone sees, until they are not wanted any more."""
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -201,6 +203,21 @@ def test_a_page_that_is_closed_ends_its_work_in_silence(server, videos, capfd):
     assert len(videos.made) <= made + 1
     assert typed(server, "red")[0] == 404
     assert capfd.readouterr().err == ""
+
+
+def test_a_browser_shows_the_pictures_and_has_nothing_to_complain_of(tmp_path):
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with serving(Videos(), caption="a" * 200, fps=20) as server:
+        seen = subprocess.run(
+            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+             "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=800,600",
+             f"--screenshot={tmp_path / 'shot.png'}", f"http://localhost:{server.server_port}/"],
+            capture_output=True, text=True, timeout=60)
+    shot = np.array(Image.open(tmp_path / "shot.png"))
+    assert (shot[..., 0] == 200).sum() > 100 * 100      # 3 x 5 pixels, enlarged
+    assert "CONSOLE" not in seen.stderr
 
 
 # ---- who may ask, and what ------------------------------------------------------------------------------------------
