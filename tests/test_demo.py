@@ -70,6 +70,7 @@ def test_a_stream_is_the_video_that_sample_makes_to_the_bit(causal, sampler):
     assert np.array_equal(shown(config(causal[sampler])), video)
 
 
+@pytest.mark.slow
 def test_flags_and_pages_do_what_flags_and_numbers_of_videos_do_in_sample(causal):
     usual = {}
     for flags in (dict(), dict(window=2), dict(sink=1, window=2), dict(weights="net")):
