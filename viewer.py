@@ -128,7 +128,6 @@ class Viewer(BaseHTTPRequestHandler):
                     # the boundary at once, without which browsers wait to show a picture
                     self.wfile.write(b"Content-Type: image/png\r\n\r\n" + png(picture) + b"\r\n--next\r\n")
         finally:
-            coming.cancel()
             if server.streams.get(self.path) is now:    # no other has begun in its place
                 del server.streams[self.path]
 
