@@ -32,7 +32,7 @@ import flags
 import parallel
 import step
 from data import long_noise, padded, stream
-from model import Cond, bind, blank, chunk_of, chunked
+from model import Cond, bind, blank, causal_window, chunk_of, chunked
 from shapes import CAPTIONS, clip, direction_alone, features, judge, judge_late, moves
 
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
@@ -207,17 +207,14 @@ def longer(system, cfg):
     if chunk is None:
         raise ValueError(f"{told}: {system.saved.origin} is not causal, it makes a clip at once")
     usual, stride = sampling["shapes"][0][1], sampling["codec"]["stride"][0]
-    frames, window = cfg.frames, cfg.window
+    frames = cfg.frames
     if frames is None:
         frames = (usual - 1) * stride + 1
-    if window is None:
-        window = min(-sampling["window"][0], math.ceil(usual / chunk))
     made = (frames - 1) // stride + 1       # latent frames
-    if (frames - 1) % stride or made < usual or window < 1 or cfg.sink < 0:
-        raise ValueError(f"{told}: frames are 1 + a multiple of {stride}, {usual} latent ones at "
-                         "least; a chunk sees 1 or more, its own; a sink is of 0 or more")
+    if (frames - 1) % stride or made < usual:
+        raise ValueError(f"{told}: frames are 1 + a multiple of {stride}, {usual} latent ones at least")
     asked = dict(
-        window=[-window, *sampling["window"][1:]],
+        window=causal_window(sampling, cfg.window, cfg.sink),
         sink=cfg.sink,
         frames=made,
     )

@@ -543,6 +543,17 @@ def chunk_of(window, tile):
     return tile[0] if window is not None and window[0] < 0 else None
 
 
+def causal_window(sampling, seen=None, sink=0):
+    """A causal pattern's window with which a chunk sees so many, its own among them, beside a sink; None: as many as
+    the clips trained on have, whose past the net knows. ValueError for numbers that cannot be."""
+    window = sampling["window"]
+    if seen is None:
+        seen = min(-window[0], math.ceil(sampling["shapes"][0][1] / sampling["tile"][0]))
+    if seen < 1 or sink < 0:
+        raise ValueError(f"--window={seen} --sink={sink}: a chunk sees 1 or more, its own, and a sink of 0 or more")
+    return [-seen, *window[1:]]
+
+
 def caches(config, shape, window, tile, sp=1):
     """Whether a cache serves a causal pattern: all of a chunk of latents (…, F, H, W) is seen, by one rank."""
     _, h, w = token_grid(config, shape)

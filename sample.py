@@ -27,8 +27,8 @@ import flags
 import parallel
 import step
 from data import long_noise, padded
-from model import (MODELS, NO_CACHE, USUAL, Pair, bind, blank, caches, chunk_of, chunked, cond_of, lengths, models_of,
-                   shapes_of, token_grid)
+from model import (MODELS, NO_CACHE, USUAL, Pair, bind, blank, caches, causal_window, chunk_of, chunked, cond_of,
+                   lengths, models_of, shapes_of, token_grid)
 
 
 @dataclass(frozen=True)
@@ -377,23 +377,17 @@ def chosen(sampling, cfg):
         raise ValueError(f"--guidance {' '.join(map(str, scales))}: {sampling['model']} is one net, it takes one scale")
     if cfg.negative and all(scale == 1 for scale in scales):
         raise ValueError("--negative does nothing without guidance")
-    return sampling | {"window": causal_window(sampling, cfg)}
+    return sampling | {"window": window_of(sampling, cfg)}
 
 
-def causal_window(sampling, cfg):
-    """The pattern's window, of a causal one no longer than the clips it was trained on, whose past it knows."""
-    window, chunk = sampling["window"], chunk_of(sampling["window"], sampling["tile"])
-    if chunk is None:
-        if (cfg.frames, cfg.window, cfg.sink) != (None, None, 0):
-            raise ValueError(f"--frames={cfg.frames} --window={cfg.window} --sink={cfg.sink}: {cfg.ckpt} is not "
-                             "causal, it makes a clip at once; --size has its frames")
-        return window
-    seen = cfg.window
-    if seen is None:
-        seen = min(-window[0], math.ceil(sampling["shapes"][0][1] / chunk))
-    if seen < 1 or cfg.sink < 0:
-        raise ValueError(f"--window={seen} --sink={cfg.sink}: a chunk sees 1 or more, its own, and a sink of 0 or more")
-    return [-seen, *window[1:]]
+def window_of(sampling, cfg):
+    """The pattern's window, of a causal one as the flags say."""
+    if chunk_of(sampling["window"], sampling["tile"]):
+        return causal_window(sampling, cfg.window, cfg.sink)
+    if (cfg.frames, cfg.window, cfg.sink) != (None, None, 0):
+        raise ValueError(f"--frames={cfg.frames} --window={cfg.window} --sink={cfg.sink}: {cfg.ckpt} is not causal, it "
+                         "makes a clip at once; --size has its frames")
+    return sampling["window"]
 
 
 def latent_shape(sampling, cfg):

@@ -7,8 +7,8 @@ import pytest
 
 from conftest import ROOT
 
-LEAVES = {"step", "data", "codec", "films", "shapes", "ckpt", "log", "parallel", "flags", "signs"}
-STAGES = ("prepare", "train", "distill", "sample", "export", "evaluate", "bench")
+LEAVES = {"step", "data", "codec", "films", "shapes", "ckpt", "log", "parallel", "flags", "signs", "viewer"}
+STAGES = ("prepare", "train", "distill", "sample", "export", "evaluate", "bench", "demo")
 IMPORTS = {  # every file and what it may import of ours: a new file takes its place here
     "attention": set(),
     **dict.fromkeys(LEAVES, set()),
