@@ -1,6 +1,7 @@
-"""Makes the pictures of README from the default runs: `python assets/make.py`, after train.py and distill.py.
+"""Makes the pictures of README from its own runs: `python assets/make.py`, after train.py and distill.py.
 
     clips.webp      eight captioned clips of out/train
+    long.webp       clips of twice as many frames, by the causal student out/stream
     steps.webp      the same prompts by the teacher (50 network calls), undistilled in 4 steps, by the student in 4
     curves.png      of out/train
 """
@@ -17,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 import ckpt
 import codec
 import parallel
-from data import noise, padded
-from model import Cond, bind, blank
-from step import sample
+from data import long_noise, padded
+from model import Cond, bind, blank, causal_window, chunk_of, chunked
+from step import noises_of, sample
 
 CAPTIONS = ["a red circle moving left", "a blue square moving up", "a green triangle moving right",
             "a yellow circle moving down", "a purple square moving left", "a cyan triangle moving up",
@@ -28,8 +29,8 @@ ZOOM, LABEL, GAP, APART = 4, 20, 8, 28      # screen pixels: of a clip's, of a c
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def clips(folder, captions, world, sampling=None):
-    """Clips (n, F, H, W, 3) uint8 of a run's newest checkpoint, by its own sampler or another."""
+def clips(folder, captions, world, sampling=None, times=1):
+    """Clips (n, F, H, W, 3) uint8 of a run's newest checkpoint, by its own sampler or another; times: how long."""
     saved = ckpt.stored(ROOT / folder, ["ema", "null"])
     sampling = sampling or saved.sampling
     coder = codec.load(sampling["codec"])
@@ -37,11 +38,21 @@ def clips(folder, captions, world, sampling=None):
     parallel.prepare(net, world, trainable=False)
     ckpt.fill(parallel.local_rows(net), ckpt.model_of(saved, "ema"))
     shape = tuple(sampling["shapes"][0])
-    net = bind(net, shape, world, sampling["window"], sampling["tile"], sampling["dense_ends"])
+    pattern, see = (sampling["window"], sampling["tile"]), None
+    if chunk_of(*pattern):
+        net = chunked(net, shape, world, causal_window(sampling), pattern[1])
+        see = net.see
+    else:
+        net = bind(net, shape, world, *pattern, sampling["dense_ends"])
     text = padded(coder.embed(captions), sampling["text"])
     uncond = Cond(saved.tensor("null").expand_as(text))
+    frames, count, places = times * (shape[1] - 1) + 1, noises_of(sampling), range(len(captions))
+
+    def draw(k):
+        return long_noise(0, "sample", k, count, places, shape, 0, frames)
+
     with torch.no_grad():
-        x0 = sample(net, lambda k: noise(0, "sample", k, range(len(captions)), shape), Cond(text), uncond, sampling)
+        x0 = sample(net, draw, Cond(text), uncond, sampling, see=see)
     mean, std = codec.moments(sampling)
     return np.stack([coder.decode(z * std + mean) for z in x0])
 
@@ -75,6 +86,9 @@ def main():
     teacher = clips("out/train", CAPTIONS, world)
     pairs = list(zip(teacher, CAPTIONS))
     animate(here / "clips.webp", [pairs[:4], pairs[4:]], 4)
+
+    long = clips("out/stream", CAPTIONS[:4], world, times=2)
+    animate(here / "long.webp", [list(zip(long, CAPTIONS))], 4)
 
     student = ckpt.stored(ROOT / "out/distill", ["null"]).sampling
     few = clips("out/train", CAPTIONS[:4], world, student)
