@@ -152,20 +152,20 @@ def test_figures_of_a_line_are_computed_from_what_is_on_the_gpu(folder, gpu, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [dict(), SPARSE, CAUSAL], ids=str)
+@pytest.mark.parametrize("flags", [dict(), SPARSE, CAUSAL | dict(samples=1)], ids=str)
 def test_validation_forwards_and_samples_on_the_gpu(folder, gpu, monkeypatch, flags):
     written = []
     monkeypatch.setattr(train, "STRATA", 3)
     monkeypatch.setitem(train.DEFAULTS["tiny"], "sample_steps", 2)
     monkeypatch.setattr(train.codec, "write_clips", lambda stem, x0, *args, **more: written.append(x0))
-    cfg = train.resolve(train.Config(batch=4, samples=3, micro_batch=2, **flags))
+    cfg = train.resolve(train.Config(**dict(batch=4, samples=3, micro_batch=2) | flags))
     with fake(), torch.no_grad():
         net = net_of(cfg, {})
         source = latents(folder, cfg)
         assert "val_loss" in train.validate(net, 1, source, cfg, gpu)
         train.show(net, 1, source, cfg, gpu, logged())
     rows = 2 if cfg.first_frame else 1
-    assert written[0].shape == (3 * rows, *SHAPE)
+    assert written[0].shape == (cfg.samples * rows, *SHAPE)
     assert written[0].device.type == "cpu"
 
 
