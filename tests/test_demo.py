@@ -151,6 +151,13 @@ def test_any_number_of_chunks_takes_the_memory_of_ten(tmp_path, monkeypatch, chu
 
 # ---- the door -------------------------------------------------------------------------------------------------------
 
+def denied(cfg, capsys):
+    """What demo.main says that refuses; it does not serve."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(viewer, "serve", lambda server, *_: server.server_close())
+        return refused(demo.main, cfg, capsys)
+
+
 @pytest.mark.parametrize("flags, said", [
     (dict(fps=0.0), "--fps=0.0 is not above 0"),
     (dict(fps=-1.0), "--fps=-1.0 is not above 0"),
@@ -162,26 +169,26 @@ def test_any_number_of_chunks_takes_the_memory_of_ten(tmp_path, monkeypatch, chu
     (dict(vae="WAN"), "the dct codec has no weights"),
     (dict(ckpt="nowhere"), "nowhere")], ids=str)
 def test_what_cannot_be_is_refused_in_one_line(causal, capsys, flags, said):
-    assert said in refused(demo.main, config(causal["student"], **flags), capsys)
+    assert said in denied(config(causal["student"], **flags), capsys)
 
 
 def test_a_port_in_use_is_refused(causal, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert f"--port={port}: " in refused(demo.main, config(causal["student"], port=port), capsys)
+        assert f"--port={port}: " in denied(config(causal["student"], port=port), capsys)
 
 
 @pytest.mark.parametrize("window", [None, [3, 3, 3]])
 def test_a_checkpoint_that_is_not_causal_is_refused(tmp_path, capsys, window):
     path = saved(tmp_path / "run", STUDENT | {"window": window})
-    assert f"{path} is not causal, it makes a clip at once" in refused(demo.main, config(path), capsys)
+    assert f"{path} is not causal, it makes a clip at once" in denied(config(path), capsys)
 
 
 def test_a_sink_without_a_cache_and_wan_without_its_vae_are_refused(tmp_path, capsys):
     sliding = saved(tmp_path / "sliding", STUDENT | CAUSAL | {"tile": [2, 2, 2]})
-    assert "--sink=1 needs the cache" in refused(demo.main, config(sliding, sink=1), capsys)
+    assert "--sink=1 needs the cache" in denied(config(sliding, sink=1), capsys)
     wan = saved(tmp_path / "wan", STUDENT | CAUSAL | {"codec": {"name": "wan", "stride": [4, 8, 8], "channels": 24}})
-    assert "--vae=PATH is wanted" in refused(demo.main, config(wan), capsys)
+    assert "--vae=PATH is wanted" in denied(config(wan), capsys)
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
