@@ -632,8 +632,8 @@ def make_pairs(nets, data, origin, cfg, world):
     if parallel.agree(finished_with(folder, spec), world):
         return folder
     if causal(cfg) and origin.step:
-        raise ValueError(f"{folder} does not hold the pairs, which {cfg.student} made before step 0: copy them from the "
-                         "run that this one goes on from")
+        raise ValueError(f"{folder} does not hold the pairs, which {cfg.student} made before step 0: copy them from "
+                         "the run that this one goes on from")
     with ckpt.together(agree, folder):
         writer = Writer(folder, spec, world.rank)
     drawn = [pair_prompt(data, cfg, number) for number in range(cfg.pairs)]
