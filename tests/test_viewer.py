@@ -259,8 +259,8 @@ def test_what_is_not_to_be_asked_is_refused(server, status, method, path, header
 
 def test_what_is_shown_is_escaped_and_no_page_runs_scripts_or_stands_in_anothers_frame():
     with serving(Videos(), caption=EVIL) as server, looking(server):
-        answers = [asked(server, "/")]
-        answers += [typed(server, caption) for caption in (EVIL, "never" + EVIL, "never%0d%0aX:1")]
+        answers = [asked(server, "/"),
+                   *(typed(server, said) for said in (EVIL, "never" + EVIL, "never%0d%0aX:1"))]
     assert [status for status, _, _ in answers] == [200, 200, 400, 400]
     for _, headers, text in answers:
         assert "<script" not in text
