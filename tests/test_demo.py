@@ -200,8 +200,10 @@ def test_the_page_shows_the_stream_until_ctrl_c(causal, capfd, monkeypatch):
 
     def look(server):
         with looking(server) as picture:
-            seen.extend(picture() for _ in usual)
-            os.kill(os.getpid(), signal.SIGINT)
+            try:
+                seen.extend(picture() for _ in usual)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(EOFError):
                 for _ in range(2000):
                     picture()
