@@ -1,7 +1,10 @@
 """Puts the repository's root on the path, so that tests import the flat files by name."""
 import os
+import signal
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,3 +20,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW & set(item.fixturenames):
             item.add_marker("slow")
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, also where the shell that began the tests has it ignored, as it does for `… &`."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)

@@ -193,7 +193,7 @@ def test_a_sink_without_a_cache_and_wan_without_its_vae_are_refused(tmp_path, ca
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
-def test_the_page_shows_the_stream_until_ctrl_c(causal, capfd, monkeypatch):
+def test_the_page_shows_the_stream_until_ctrl_c(ctrl_c, causal, capfd, monkeypatch):
     usual = shown(config(causal["student"]), chunks=2)
     capfd.readouterr()
     seen, serve = [], viewer.serve

@@ -287,7 +287,7 @@ def test_it_is_bound_to_this_machine_alone_and_refuses_a_port_that_cannot_be_had
             viewer.opened(port)
 
 
-def test_ctrl_c_ends_it_and_frees_the_port_while_somebody_looks(capfd):
+def test_ctrl_c_ends_it_and_frees_the_port_while_somebody_looks(ctrl_c, capfd):
     videos, server = Videos(), viewer.opened(0)
 
     def look():
