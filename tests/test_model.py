@@ -517,7 +517,7 @@ def test_blocks_compile_into_one_graph_per_length_of_the_past(frames, window, ti
     with torch.no_grad():
         want = in_turn(causal, x, t, cond, tile)
         for block in net.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+            block.compile(fullgraph=True, dynamic=False, backend="eager")
         assert error(in_turn(causal, x, t, cond, tile), want) < 1e-6
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= lengths(SMALL, x.shape, (window, 1, 1), (tile, 99, 99), sink)
@@ -627,11 +627,11 @@ def test_adapters_are_on_the_images_keys_and_values_too():
         f"blocks.{i}.cross_attn.{part}_img" for i in range(SMALL.blocks) for part in "kv"}
 
 
-@pytest.mark.parametrize("name", ["tiny", "wan-1.3b"])
-def test_a_model_is_known_by_its_parameters(name):
-    shapes = shapes_of(name)
-    assert models_of(shapes) == [name]
-    assert models_of(shapes | {"more": (1,)}) == []
+def test_a_model_is_known_by_its_parameters(monkeypatch):
+    monkeypatch.setattr("model.shapes_of", cache(shapes_of))        # builds every model, a second in all
+    for name in ("tiny", "wan-1.3b"):
+        assert models_of(shapes_of(name)) == [name]
+        assert models_of(shapes_of(name) | {"more": (1,)}) == []
 
 
 def test_each_adapter_is_the_merged_model_and_learns_alone():

@@ -26,7 +26,7 @@ import sample
 import step
 from conftest import ROOT
 from data import noise, padded
-from helpers import kept_in, refused, run, shapes_dataset, spied
+from helpers import cheaply, kept_in, refused, run, shapes_dataset, spied
 from model import MODELS, Chunked, Cond, blank, chunked, token_grid
 
 PROMPTS = ("a red circle moving left", "a blue zeppelin", "a green square moving up")
@@ -38,6 +38,16 @@ SAMPLING = {
     "tile": [4, 4, 8], "dense_ends": 0, "sampler": "euler", "steps": 2, "shift": 1.0, "guidance": 2.0}
 STUDENT = {name: value for name, value in SAMPLING.items() if name != "steps"} | {
     "sampler": "rollout", "times": [1.0, 0.75, 0.5], "guidance": 1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap():
+    """Runs take a third of the time: a narrower net, pictures as large as they are, sheets of bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        cheaply(patch)
+        patch.setattr("codec.grid", lambda pictures, *columns: pictures[0])
+        patch.setattr("codec.contact_sheet", lambda path, clips, captions: path.write_bytes(b"".join(map(bytes, clips))))
+        yield
 
 
 def saved(out, sampling):
@@ -312,7 +322,7 @@ def test_weights_without_a_null_text_are_guided_away_from_the_empty_prompt(expor
 
 def test_an_adapter_is_added_at_its_scale_times_the_one_asked_for(teacher, exported, tmp_path, asked):
     rng = torch.Generator().manual_seed(9)
-    A, B = torch.randn(2, 128, generator=rng) / 9, torch.randn(128, 2, generator=rng) / 9
+    A, B = torch.randn(2, 48, generator=rng) / 9, torch.randn(48, 2, generator=rng) / 9
     stem = "lora_unet_blocks_0_self_attn_q"
     save_file({f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(1.0)},
               tmp_path / "x.safetensors")
@@ -327,7 +337,7 @@ def test_an_adapter_is_added_at_its_scale_times_the_one_asked_for(teacher, expor
 def adapter_run(out, base, sampling):
     """A run's folder with one checkpoint of an adapter alone, over the weights at base."""
     rng, role = torch.Generator().manual_seed(9), {}
-    for factor, shape in (("A", (2, 128)), ("B", (128, 2))):
+    for factor, shape in (("A", (2, 48)), ("B", (48, 2))):
         x = torch.randn(shape, generator=rng) / 9
         role[f"blocks.0.self_attn.q.lora.main.{factor}"] = parallel.Part(x, 0, shape)
     null = torch.randn(8, 64, generator=rng)
@@ -387,7 +397,7 @@ def test_weights_that_cannot_be_sampled_are_refused_in_a_line(exported, bare, tm
 def test_an_adapter_alone_a_dataset_and_a_damaged_description_are_refused_by_their_cause(
         exported, tmp_path, capsys):
     out = config("", tmp_path / "s")
-    save_file({"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 128), "blocks.0.ffn.0.lora_B.weight": torch.ones(512, 2)},
+    save_file({"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 48), "blocks.0.ffn.0.lora_B.weight": torch.ones(96, 2)},
               tmp_path / "x.safetensors")
     message = refused(sample.main, replace(out, ckpt=str(tmp_path / "x.safetensors"), model="tiny"), capsys)
     assert "is a LoRA file, not a model" in message
@@ -593,7 +603,11 @@ def test_an_image_that_cannot_begin_a_video_is_refused_in_a_line(teacher, framed
     assert not (tmp_path / "s").exists()
 
 
-def test_a_t_per_frame_takes_more_memory_and_fewer_videos_are_sampled_at_once():
+TINY = MODELS["tiny"]       # as wide as it is, before `cheap`
+
+
+def test_a_t_per_frame_takes_more_memory_and_fewer_videos_are_sampled_at_once(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
     net, shape = blank("tiny").to(torch.bfloat16), (24, 5, 8, 8)
     for island in net.islands():
         island.float()
@@ -611,11 +625,12 @@ AT_ONCE = [("tiny", (24, 5, 8, 8), 8), ("wan-1.3b", (16, 21, 60, 104), 3),
 
 
 @pytest.mark.parametrize("name, shape, videos", AT_ONCE)
-def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(name, shape, videos):
+def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(monkeypatch, name, shape, videos):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
     config = MODELS[name]
     assert sample.batch_size(config, shape, SAMPLING) == videos
+    monkeypatch.setitem(MODELS, name, replace(config, blocks=2))        # without gradient, a block leaves nothing behind
     net = blank(name)
-    net.blocks = net.blocks[:2]                 # without gradient, a block leaves nothing behind
     net.to(torch.bfloat16)
     for island in net.islands():
         island.float()
