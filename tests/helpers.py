@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import tempfile
 import time
 import zlib
@@ -64,13 +63,18 @@ def cheaply(patch):
     patch.setattr("codec.write_video", write_first)
 
 
+def store():
+    """What ranks meet at, as torchrun's: it holds its port from the start, so that nobody else can take it."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 @contextmanager
 def started(n, main, cfg):
     """n ranks of main(cfg), cheap ones, in processes forked from one with everything imported -> them, their output."""
     multiprocessing.set_forkserver_preload(IMPORTED)        # before the first is started
-    with tempfile.NamedTemporaryFile("r") as printed, socket.create_server(("127.0.0.1", 0)) as server:
-        given = n, server.getsockname()[1], printed.name, main, cfg
-        server.close()
+    with tempfile.NamedTemporaryFile("r") as printed:
+        server = store()
+        given = n, server.port, printed.name, main, cfg
         group = multiprocessing.start_processes(rank_of, given, n, join=False, start_method="forkserver")
         try:
             yield group, printed
@@ -92,7 +96,7 @@ def rank_of(rank, n, port, printed, main, cfg):
     cheaply(pytest.MonkeyPatch())
     os.dup2(os.open(printed, os.O_WRONLY | os.O_APPEND), 1)
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{n}", "LOCAL_WORLD_SIZE": f"{n}",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
     main(cfg)
     parallel.leave()

@@ -281,6 +281,7 @@ def double_and_sin(q, k, v, metadata):
     return attention(q * 2, k, v, metadata).sin()
 
 
+@pytest.mark.slow
 def test_compile_keeps_it_whole():
     metadata = build_metadata((3, 5, 7), (2, 2, 3), (1, 3, 1))
     causal = build_metadata((3, 5, 7), (1, 2, 9), (-2, 3, 1))

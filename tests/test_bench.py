@@ -214,7 +214,7 @@ def test_a_part_stops_at_nothing_and_reports_the_first_traceback(tmp_path, monke
     (tmp_path / "bad.py").write_text("print('begun')\nraise RuntimeError('the first')")
     (tmp_path / "good.py").write_text("import json, sys\nopen(sys.argv[1][6:], 'w').write(json.dumps({'ms': 7}))")
     (tmp_path / "long.py").write_text("import time\nprint('so far', flush=True)\ntime.sleep(600)")
-    part = gpu.run(["bad.py", "good.py --out=good.json", "long.py", "good.py --out=late.json"], 10)
+    part = gpu.run(["bad.py", "good.py --out=good.json", "long.py", "good.py --out=late.json"], 5)
     bad, good, long, late = part["commands"]
     assert part["state"] == "failed"
     assert bad["code"] == 1

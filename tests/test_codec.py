@@ -550,6 +550,7 @@ def test_a_missing_package_is_named_with_the_file_that_installs_it(pipeline, mon
         codec.load("wan", **{flag: pipeline})
 
 
+@pytest.mark.slow
 def test_the_dct_codec_needs_none_of_wans_packages():
     code = "import sys, codec; codec.load('dct').embed(['a']); print([m for m in sys.modules if m in sys.argv])"
     words = ["diffusers", "transformers", "huggingface_hub", "ftfy", "matplotlib"]

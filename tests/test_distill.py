@@ -312,6 +312,7 @@ def test_a_run_with_pairs_logs_both_stages_and_validates_in_both(paired):
     assert (lines[3]["student_updates"], lines[7]["student_updates"]) == (3, 2)
 
 
+@pytest.mark.slow
 def test_after_the_pairs_all_but_the_average_begins_anew(data, teacher, paired, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(paired / "pairs", out / "pairs")
@@ -494,6 +495,7 @@ def test_a_teacher_is_known_by_its_content_and_no_student_is_one(data, teacher, 
     assert "itself a few-step student" in refused(distill.main, student, capsys)
 
 
+@pytest.mark.slow
 def test_an_exported_teacher_attends_as_it_was_trained_and_so_does_its_student(data, tmp_path):
     run(train.main, train.Config(data=(data,), out=str(tmp_path / "t"), steps=1, batch=4, window=(1, 1, 1),
                                  tile=(1, 2, 2), **QUIET))
@@ -770,6 +772,7 @@ def framed(data, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_student_and_scores_get_first_frames_of_the_prompts_own_clips(data, framed, tmp_path, monkeypatch):
     other = shapes_dataset(tmp_path / "data", clips=20)     # whose mean and std are not the teacher's
     cfg = config(other, framed, tmp_path / "run", steps=4, val_every=0, samples=1)

@@ -227,6 +227,7 @@ def test_validation_of_a_student_shows_all_three_nets_from_the_gpu(folder, gpu, 
 # ---- samplers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [
     dict(sampler="euler", steps=3, shift=2.0, guidance=3.0),
     dict(sampler="euler", steps=3, shift=2.0, guidance=1.0),

@@ -2,6 +2,7 @@
 import ast
 import tokenize
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -22,10 +23,16 @@ ROOTS = [path for path in FILES if "class Config" in path.read_text()]
 LONGEST = {"train": 65, "distill": 90}    # lines of main, and of any other function there
 
 
+@cache
+def tree(path):
+    """A file's syntax tree."""
+    return ast.parse(path.read_text())
+
+
 def imported(path):
     """Names of all modules that a file imports, at its top or in a function."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -35,7 +42,7 @@ def imported(path):
 
 def fields(path):
     """{name: line} of the fields of a root's Config."""
-    classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
     config = next(node for node in classes if node.name == "Config")
     return {node.target.id: node.end_lineno for node in config.body if isinstance(node, ast.AnnAssign)}
 
@@ -50,8 +57,8 @@ def test_a_file_imports_only_what_the_table_allows(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_only_parallel_says_torch_distributed(path):
     said = {name for name in imported(path) if name.startswith("torch.distributed")}
-    said |= {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text()))
-             if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"}
+    said |= {ast.unparse(node) for node in ast.walk(tree(path))
+             if isinstance(node, ast.Attribute) and node.attr == "distributed"} & {"torch.distributed"}
     assert bool(said) == (path.stem == "parallel"), said
 
 
@@ -59,7 +66,7 @@ def test_only_parallel_says_torch_distributed(path):
 def test_every_flag_is_read_by_its_root_or_by_what_it_hands_its_flags_to(path):
     read = set()
     for file in (path, *(ROOT / f"{name}.py" for name in {"flags", "plan"} & imported(path))):
-        read |= {node.attr for node in ast.walk(ast.parse(file.read_text()))
+        read |= {node.attr for node in ast.walk(tree(file))
                  if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cfg"}
     assert not fields(path).keys() - read
 
@@ -73,7 +80,7 @@ def test_every_flag_has_a_comment_which_is_its_help(path):
 
 @pytest.mark.parametrize("root", LONGEST)
 def test_no_function_of_a_story_is_longer_than_its_page(root):
-    functions = [node for node in ast.walk(ast.parse((ROOT / f"{root}.py").read_text()))
+    functions = [node for node in ast.walk(tree(ROOT / f"{root}.py"))
                  if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert "main" in lengths
@@ -83,7 +90,7 @@ def test_no_function_of_a_story_is_longer_than_its_page(root):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_name_of_a_module_is_defined_twice(path):
     """A merge that keeps both sides of a change leaves two of one name, imported or not, of which the first is dead."""
-    body = ast.parse(path.read_text()).body
+    body = tree(path).body
     names = Counter(node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
     for node in body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -401,6 +401,7 @@ def test_the_page_is_replaced_at_once(tmp_path, monkeypatch):
     assert (tmp_path / "index.html").read_bytes() == page
 
 
+@pytest.mark.slow
 def test_a_browser_plays_the_page_from_disk(tmp_path):
     chromium = shutil.which("chromium")
     if not chromium:
@@ -426,6 +427,7 @@ def test_a_browser_plays_the_page_from_disk(tmp_path):
 
 # ---- wandb ----------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_wandb_offline_records_and_its_id_goes_on(tmp_path):
     pytest.importorskip("wandb")
     log = Log(tmp_path, {"lr": 1e-3}, steps=20, wandb="offline")

@@ -3,6 +3,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing import util
 from pathlib import Path
 from unittest import mock
@@ -19,7 +19,7 @@ from torch import multiprocessing, nn
 import parallel
 from attention import attention, build_metadata
 from conftest import ROOT
-from helpers import IMPORTED, ranks, started, wait_until
+from helpers import IMPORTED, ranks, started, store, wait_until
 from model import LOCAL, Cond, DiT, ModelConfig, Seq, add_lora
 from step import adamw, muon
 
@@ -236,7 +236,7 @@ def walk(rank, folder, ports):
         size, shard, sp = mesh
         if rank < size:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
             torch.save(report(parallel.init("cpu", shard, sp), mesh), folder / f"{mesh} {rank}")
             parallel.close()
 
@@ -245,9 +245,8 @@ def walk(rank, folder, ports):
 def ran(tmp_path_factory):
     """{mesh: [report of each rank]}"""
     folder = tmp_path_factory.mktemp("ranks")
-    with ExitStack() as stack:
-        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [ALONE, *MESHES]]
-        ports = [server.getsockname()[1] for server in servers]
+    servers = [store() for _ in [ALONE, *MESHES]]
+    ports = [server.port for server in servers]
     multiprocessing.set_forkserver_preload(IMPORTED)
     multiprocessing.start_processes(walk, (folder, ports), nprocs=4, start_method="forkserver")
     return {mesh: [torch.load(folder / f"{mesh} {rank}", weights_only=False) for rank in range(mesh[0])]

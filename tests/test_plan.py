@@ -92,6 +92,7 @@ def test_activations_are_what_a_real_forward_and_backward_allocate(precision, re
     assert 0.99 < real / most < 1.2      # kernels on CPU take a little inside
 
 
+@pytest.mark.slow
 def test_more_blocks_are_counted_from_two_of_them():
     net = blank()
     kept, most = activations(Bound(net), SHAPE, TEXT, "fp32")
@@ -104,6 +105,7 @@ def test_more_blocks_are_counted_from_two_of_them():
     assert most_more - most == most - most_one
 
 
+@pytest.mark.slow
 def test_tokens_split_over_ranks_take_their_share():
     length = 3 * 2 * 3
     split = Seq(*parallel.ulysses(attention, length, parallel.imagine(2, sp=2)))
@@ -168,6 +170,7 @@ def weighed(main, size=1, *, shard=1, shapes=((24, 5, 8, 8),), length=8, **flags
     return plan.weigh(cfg, parallel.imagine(size, shard, cfg.sp), lora, shapes, length, **takes)
 
 
+@pytest.mark.slow
 def test_a_t_per_frame_is_weighed_where_first_frames_are_given():
     shape = (24, 5, 8, 8)
     alone, given = (weighed(train.main, shapes=[shape], first_frame=share) for share in (0.0, 0.5))
@@ -247,6 +250,7 @@ def test_pairs_take_disk_and_an_anchor_holds_the_activations_of_two_forwards():
                                                             [(24, 5, 8, 8)], 8)
 
 
+@pytest.mark.slow
 def test_activations_and_the_vae_pass_one_at_a_time():
     shapes = [(16, 3, 8, 8), (16, 5, 16, 8)]
     weight = weighed(train.main, model="wan-1.3b", shapes=shapes, batch=4, vae="x")

@@ -937,6 +937,7 @@ def test_prompts_of_any_editor_are_read_line_by_line(tmp_path):
 
 # ---- wan ------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_wan_weights_encode_films_and_give_their_own_mean_and_std(pipeline, folder, tmp_path):
     folder = folder / "below"
     latents = run(videos=folder, codec="wan", vae=pipeline, text=pipeline, sizes=("64x64",), frames=5, dtype="fp32",

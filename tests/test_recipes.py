@@ -106,6 +106,7 @@ def launches_of_readme():
 REAL_WORK = [("train.py", "--model=wan-1.3b"), ("distill.py", "--teacher=out/wan")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, flag", REAL_WORK, ids=[script for script, _ in REAL_WORK])
 def test_readmes_lines_for_real_work_fit_eight_gpus_of_80_gb(script, flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)     # here are no data, no weights and no runs

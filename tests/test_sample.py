@@ -46,7 +46,8 @@ def cheap():
     with pytest.MonkeyPatch.context() as patch:
         cheaply(patch)
         patch.setattr("codec.grid", lambda pictures, *columns: pictures[0])
-        patch.setattr("codec.contact_sheet", lambda path, clips, captions: path.write_bytes(b"".join(map(bytes, clips))))
+        patch.setattr("codec.contact_sheet", lambda path, clips, captions:
+                      path.write_bytes(b"".join(map(bytes, clips))))
         yield
 
 
@@ -629,7 +630,7 @@ def test_as_many_videos_are_sampled_at_once_as_8_gb_hold(monkeypatch, name, shap
     monkeypatch.setitem(MODELS, "tiny", TINY)
     config = MODELS[name]
     assert sample.batch_size(config, shape, SAMPLING) == videos
-    monkeypatch.setitem(MODELS, name, replace(config, blocks=2))        # without gradient, a block leaves nothing behind
+    monkeypatch.setitem(MODELS, name, replace(config, blocks=2))    # without gradient, a block leaves nothing behind
     net = blank(name)
     net.to(torch.bfloat16)
     for island in net.islands():

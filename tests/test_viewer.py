@@ -206,6 +206,7 @@ def test_a_page_that_is_closed_ends_its_work_in_silence(server, videos, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_browser_shows_the_pictures_and_has_nothing_to_complain_of(tmp_path):
     chromium = shutil.which("chromium")
     if not chromium:

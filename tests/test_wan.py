@@ -28,6 +28,8 @@ from helpers import kept_in, no_curves, ranks, run, spied, state
 from model import MODELS, DiT, ModelConfig, Pair, cond_of
 from test_codec import pipeline  # noqa: F401
 
+pytestmark = pytest.mark.slow     # all of it: imports and pipelines take most of the time
+
 SMALL = ModelConfig(dim=48, blocks=2, heads=4, ffn=80, channels=4, text_dim=32, freq_dim=32)
 KINDS = {   # of Wan, small: text to video; image to video of 2.1, by CLIP too, and of 2.2; experts
     "small": SMALL,
@@ -246,7 +248,6 @@ def test_a_model_of_first_frames_begins_with_an_image_as_diffusers_pipeline_does
     assert not near(alone[:, :, 1:], mine.latents[:, :, 1:], 1e-2)
 
 
-@pytest.mark.slow
 def test_a_student_of_it_is_sampled_alike_by_diffusers_stochastic_sampler(wan, data, trained, tmp_path):
     out = tmp_path / "run"
     run(distill.main, distill.Config(teacher=trained, data=data, out=str(out), vae=wan, student_every=1, samples=1))
@@ -259,7 +260,6 @@ def test_a_student_of_it_is_sampled_alike_by_diffusers_stochastic_sampler(wan, d
     assert not near(undistilled, mine.latents, 1e-2)
 
 
-@pytest.mark.slow
 def test_an_adapter_trained_on_the_pipeline_is_loaded_onto_it_by_diffusers(wan, data, tmp_path):
     pytest.importorskip("peft")
     out = str(tmp_path / "run")
@@ -274,7 +274,6 @@ def test_an_adapter_trained_on_the_pipeline_is_loaded_onto_it_by_diffusers(wan, 
     assert not near(base, mine.latents, 1e-3)
 
 
-@pytest.mark.slow
 def test_prompts_and_the_pipeline_alone_make_a_student_that_is_an_adapter_of_it(wan, tmp_path):
     pytest.importorskip("peft")
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
@@ -291,7 +290,6 @@ def test_prompts_and_the_pipeline_alone_make_a_student_that_is_an_adapter_of_it(
     assert not near(base, mine.latents, 1e-3)
 
 
-@pytest.mark.slow
 def test_the_pipeline_is_sampled_as_it_comes_with_an_adapter_of_diffusers_on_top(wan, tmp_path, monkeypatch):
     from diffusers.training_utils import _collate_lora_metadata
     peft = pytest.importorskip("peft")
@@ -523,7 +521,6 @@ def test_a_model_that_is_shown_an_image_and_clips_tokens_is_sampled_alike_by_dif
     assert not near(black, mine.latents, 1e-2)
 
 
-@pytest.mark.slow
 def test_a_student_of_it_is_shown_the_image_too(wan, clip, shown, trained_clip, frame, tmp_path):
     path, picture = frame
     out = str(tmp_path / "run")
@@ -626,7 +623,6 @@ def test_images_that_do_not_fit_are_named(root, flags, said, wan, films, data, s
 # ---- causal ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_causal_model_and_its_student_go_from_weights_to_clips_longer_than_trained(
         wan, prepared, trained, tmp_path, monkeypatch):
     """Chunks of 2 latent frames, of which the first is a picture and 4 of them, the last may be 4 pictures alone."""
@@ -729,7 +725,6 @@ def test_two_experts_are_sampled_alike_by_diffusers(kind, wan, both, experts, fr
     assert torch.equal(whole.latents, mine.latents)
 
 
-@pytest.mark.slow
 def test_adapters_of_two_experts_are_loaded_onto_them_by_diffusers(wan, pair, experts, tmp_path):
     pytest.importorskip("peft")
     high, low = experts("small-pair", lora_rank=3, lora_alpha=4.0)
@@ -778,7 +773,6 @@ def students(pair, data, tmp_path_factory):
     return out, seen
 
 
-@pytest.mark.slow
 def test_an_experts_student_ends_its_rollouts_at_its_own_times_and_its_scores_are_in_its_range(students):
     out, seen = students
     for expert, exits in (("high", [0, 1]), ("low", [2, 3])):
@@ -791,7 +785,6 @@ def test_an_experts_student_ends_its_rollouts_at_its_own_times_and_its_scores_ar
     assert not high_nets        # no net at all is asked below the boundary
 
 
-@pytest.mark.slow
 def test_the_high_student_begins_the_rollouts_of_the_low_one_and_does_not_change(students):
     out, seen = students
     pairs = [net for _, net in seen["low"]["exits"]]
@@ -803,7 +796,6 @@ def test_the_high_student_begins_the_rollouts_of_the_low_one_and_does_not_change
     assert asked == {id(pairs[0].high.net)}     # neither teacher nor critic nor the low student
 
 
-@pytest.mark.slow
 def test_two_students_make_a_pair_that_diffusers_samples_alike(students, wan, tmp_path):
     out, _ = students
     mine = ours(str(out / "high"), wan, tmp_path / "s", other=str(out / "low"))
@@ -855,7 +847,6 @@ def test_experts_that_do_not_fit_are_named(root, flags, said, wan, pair, both, t
     check_refused(root, given, said, places, capsys)
 
 
-@pytest.mark.slow
 def test_a_low_student_of_other_times_than_the_high_ones_is_refused(students, pair, data, tmp_path, capsys):
     out, _ = students
     with pytest.raises(SystemExit):
@@ -865,7 +856,6 @@ def test_a_low_student_of_other_times_than_the_high_ones_is_refused(students, pa
     assert re.search("is of model, boundary and times small-pair 0.875 1.0 .*; this run is of", capsys.readouterr().err)
 
 
-@pytest.mark.slow
 def test_two_ranks_that_share_the_weights_distil_an_expert_as_one_does(students, pair, data, tmp_path):
     """Each rank has another sample, hence another t: a net that was chosen by it would be gathered from two."""
     out, _ = students
