@@ -130,7 +130,7 @@ def test_a_new_caption_is_that_of_the_next_chunk_and_the_past_stays_as_it_was_se
     assert [np.array_equal(a, b) for a, b in zip((first, second, third), usual)] == [True, False, False]
 
 
-@pytest.mark.parametrize("chunks", [20, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chunks", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_any_number_of_chunks_takes_the_memory_of_ten(tmp_path, monkeypatch, chunks):
     small = replace(model.MODELS["tiny"], dim=24, blocks=1, heads=2, ffn=24)
     monkeypatch.setitem(model.MODELS, "tiny", small)
