@@ -568,7 +568,7 @@ def bench_step(cfg):
                   remat=cfg.model != "tiny" if cfg.remat is None else cfg.remat)
     if MODELS[cfg.model].image:
         raise ValueError(f"--model={cfg.model} is shown images, of which bench.py has none: wan-14b is as large")
-    fits(cfg.model, cfg.shape[0], MODELS[cfg.model].text_dim, [cfg.shape], 1, cfg.window, cfg.tile)
+    fits(cfg.model, MODELS[cfg.model].text_dim, [cfg.shape], {}, 1, cfg.window, cfg.tile)
     world = parallel.init(cfg.device, precision=cfg.precision, compile=cfg.compile)
     cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch, precision=world.precision,
                   compile=world.compile)

@@ -330,8 +330,7 @@ class Folder:
             if zlib.crc32(raw(stored)) != self.crc[id, part]:
                 file = self.path / source.files[source.find(row)[0]]
                 raise ValueError(f"{file}: sample {id} is not what was written (its checksum differs). "
-                                 f"Copy the file again, or delete {self.path} and run "
-                                 "the same prepare.py command")
+                                 f"Copy the file again, or delete {self.path} and run the command that made it")
             self.checked[id, part] = True
 
     def will_need(self, id):
@@ -708,7 +707,7 @@ def listed(manifest, name):
     return next((file for file in manifest["files"] if re.sub(r"\.\d+", "", file) == name), None)
 
 
-ANEW = "Copy it again, or run the same prepare.py command again, which writes it anew"
+ANEW = "Copy it again, or run the command that made it again, which writes it anew"
 
 
 def check_crc32(path, name, manifest):

@@ -16,6 +16,7 @@ Imports model, plan and every leaf but shapes.
 B batch · C F H W latent channels, frames, rows, columns · S text tokens · E text width · K student steps
 """
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -30,10 +31,11 @@ import codec
 import flags
 import parallel
 import plan
-from data import DTYPES, Ahead, Latents, holds_latents, noise, read_manifest, send, stratified, stream
+from data import (DTYPES, Ahead, Latents, check_crc32, holds_latents, listed, noise, read_manifest, send, stratified,
+                  stream)
 from log import Clock, Log, check_wandb, holds, told
 from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, check_causal, check_expert,
-                   check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of, shapes_of, shown)
+                   check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of, shapes_of)
 from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
                   is_high, lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average,
@@ -632,8 +634,8 @@ def make_pairs(nets, data, origin, cfg, world):
     if parallel.agree(finished_with(folder, spec), world):
         return folder
     if causal(cfg) and origin.step:
-        raise ValueError(f"{folder} does not hold the pairs, which {cfg.student} made before step 0: copy them from "
-                         "the run that this one goes on from")
+        raise ValueError(f"{folder} does not hold the pairs whole, which {cfg.student} made before step 0: copy them "
+                         "from where they are, or --out= starts another run")
     with ckpt.together(agree, folder):
         writer = Writer(folder, spec, world.rank)
     drawn = [pair_prompt(data, cfg, number) for number in range(cfg.pairs)]
@@ -710,8 +712,12 @@ def to_make(cfg):
 
 
 def finished_with(folder, spec):
-    """Whether a folder holds a whole dataset of these settings."""
-    return (folder / "manifest.json").exists() and read_manifest(folder)["codec"] == spec["codec"]
+    """Whether a folder holds a whole dataset of these settings; a Writer mends what it can of a damaged one."""
+    with suppress(FileNotFoundError, ValueError):
+        manifest = read_manifest(folder)
+        check_crc32(folder, listed(manifest, "captions.jsonl"), manifest)
+        return manifest["codec"] == spec["codec"]
+    return False
 
 
 def ode_times(cfg):
@@ -920,12 +926,14 @@ def inherit(cfg):
         begins = ckpt.sampling_of(cfg.student)
     if sampling is None and cfg.model is None:
         raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
+    for path, its in ((cfg.teacher, sampling), (f"--student={cfg.student}", begins)):
+        if its and "times" in its:
+            raise ValueError(f"{path} is itself a few-step student: a teacher, and what a student starts from, predict "
+                             "velocities at all t")
     known = {"first_frame": 0.0}
     if sampling is not None:
         if cfg.model not in (None, sampling["model"]):
             raise ValueError(f"--model={cfg.model}, but {cfg.teacher} is {sampling['model']}")
-        if "times" in sampling:
-            raise ValueError(f"{cfg.teacher} is itself a few-step student: a teacher predicts velocities at all t")
         # of old checkpoints: they lack both
         known = {"first_frame": sampling.get("first_frame", 0.0), "expert": sampling.get("expert")}
         if cfg.first_frame and not known["first_frame"]:
@@ -947,8 +955,7 @@ def samplings(cfg, data, weights):
     """The sampling blocks of teacher and student; ValueError unless dataset, teacher and model fit each other."""
     made = data.manifest
     width = made["text"]["width"]
-    fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
-    shown(cfg.model, data.extra_shapes())
+    fits(cfg.model, width, data.shapes, data.extra_shapes(), cfg.sp, cfg.window, cfg.tile)
     if cfg.first_frame and (not holds_latents(made) or all(shape[1] == 1 for shape in data.shapes)):
         held = "stills" if holds_latents(made) else "prompts"
         raise ValueError(f"--first_frame={cfg.first_frame} takes first frames of clips, and {cfg.data} holds {held} "

@@ -32,7 +32,7 @@ import flags
 import parallel
 import step
 from data import long_noise, padded, stream
-from model import Cond, bind, blank, causal_window, chunk_of, chunked
+from model import Cond, bind, blank, causal_window, check_begun, chunk_of, chunked
 from shapes import CAPTIONS, clip, direction_alone, features, judge, judge_late, moves
 
 REAL_SETS = 4           # real sets that each system is compared with; against each other they give a figure's floor
@@ -81,6 +81,8 @@ def main(cfg):
                 raise ValueError(f"--first_frame: {cfg.ckpt} was trained on stills")
             if cfg.frames:
                 raise ValueError(f"--first_frame begins clips as long as real ones, --frames={cfg.frames} does not")
+            for system in systems:
+                check_begun(system.sampling, "--first_frame", system.saved.origin)
             systems = [begun for system in systems for begun in (system, *from_frames(system))]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises

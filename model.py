@@ -622,6 +622,13 @@ def check_first_frame(name, share):
                          "all frames")
 
 
+def check_begun(sampling, asked, path):
+    """ValueError where clips of the weights at `path`, sampled so, cannot begin with a given frame."""
+    alone = chunk_of(sampling["window"], sampling["tile"]) == 1     # then a first frame is a chunk as others are
+    if not sampling.get("first_frame") and not alone:               # old checkpoints do not say
+        raise ValueError(f"{asked}: {path} was not trained with first frames, as train.py --first_frame=.5 does")
+
+
 def check_causal(name, window, dense_ends):
     """ValueError where a window is causal and cannot be: of a model that is shown an image, or has two experts, or
     beside dense blocks."""
@@ -639,36 +646,33 @@ def check_causal(name, window, dense_ends):
                          "frames is above 0")
 
 
-def fits(name, channels, text_width, shapes, sp=1, window=None, tile=(4, 4, 8)):
-    """ValueError unless the model called `name` takes latents of these shapes (C, F, H, W) and texts of this width."""
-    config = MODELS[name]
+def fits(name, text_width, shapes, extras, sp=1, window=None, tile=(4, 4, 8)):
+    """ValueError unless the model called `name` takes a dataset's texts of this width and latents of these shapes
+    (C, F, H, W), and is shown just its extra tensors {name: shape, None = none}."""
+    config, channels = MODELS[name], shapes[0][0]
+    images = any(extras.get(image) for image in IMAGES)
+    clip = extras["clip"][-1] if extras.get("clip") else 0
+    taken = {other: (c.channels, c.text_dim, c.image > 0, c.clip_dim) for other, c in MODELS.items()}
+    fitting = [other for other in MODELS if taken[other] == (channels, text_width, images, clip)]
+    would = f"{fitting or 'no model'} would fit"
     if (channels, text_width) != (config.channels, config.text_dim):
-        fitting = [other for other, c in MODELS.items() if (c.channels, c.text_dim) == (channels, text_width)]
         raise ValueError(f"the dataset has {channels} channels and text of width {text_width}; --model={name} takes "
-                         f"{config.channels} and {config.text_dim}; {fitting or 'no model'} would fit")
+                         f"{config.channels} and {config.text_dim}; {would}")
+    if config.image and not images:
+        raise ValueError(f"--model={name} begins with an image, and the dataset has none: prepare.py --image stores "
+                         f"them beside the latents; without them {would}")
+    if images and not config.image:
+        raise ValueError(f"the dataset has images beside its latents (prepare.py --image), and --model={name} is shown "
+                         f"none; {would}, and {name} takes what prepare.py stores without --image")
+    if clip != config.clip_dim:
+        raise ValueError(f"the dataset has CLIP's tokens of width {clip} (0: none; prepare.py --clip stores them), "
+                         f"--model={name} takes {config.clip_dim}; {would}")
     if config.heads % sp:
         raise ValueError(f"--sp={sp} does not divide the {config.heads} heads of --model={name}")
     for shape in shapes:
         tokens = token_grid(config, shape)
         if window is not None:
             build_metadata(tokens, tile, window)
-
-
-def shown(name, extras):
-    """ValueError unless a dataset's extra tensors {name: shape} are what the model called `name` is shown."""
-    config = MODELS[name]
-    images = sorted(IMAGES.keys() & extras.keys())
-    if config.image and not images:
-        raise ValueError(f"--model={name} begins with an image, and the dataset has none: prepare.py --image stores "
-                         "them beside the latents")
-    if images and not config.image:
-        fitting = [other for other, c in MODELS.items() if c.image and c.channels == config.channels]
-        raise ValueError(f"the dataset has images beside its latents (prepare.py --image), and --model={name} is shown "
-                         f"none; {fitting or 'no model'} would fit")
-    width = extras["clip"][-1] if "clip" in extras else 0
-    if width != config.clip_dim:
-        raise ValueError(f"the dataset has CLIP's tokens of width {width} (0: none; prepare.py --clip stores them), "
-                         f"--model={name} takes {config.clip_dim}")
 
 
 def initial(name, shape, rng):

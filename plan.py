@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import parallel
 from data import micro_size, read_manifest
-from model import MODELS, USUAL, Cond, bind, blank, chunk_of, fits, shown, token_grid
+from model import MODELS, USUAL, Cond, bind, blank, chunk_of, fits, token_grid
 
 # {latent channels: (GB of the VAE's weights, GB of decoding one clip, per latent row and column)}. Decoding holds about
 # 14 maps of 4 frames of the decoder's last and widest stage (96 channels) in fp32, the caches of its convolutions among
@@ -63,6 +63,7 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False, graphs=1, 
     world = parallel.imagine(ranks, cfg.shard, cfg.sp, precision)
     shape, length = USUAL[cfg.model]
     shapes, width = [shape], MODELS[cfg.model].text_dim
+    extras = MODELS[cfg.model].conditions(shape)
     paths = cfg.data
     if isinstance(paths, str):
         paths = [paths]
@@ -71,8 +72,8 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False, graphs=1, 
         shapes = [tuple(bucket["shape"]) for manifest in manifests for bucket in manifest["buckets"]]
         text = manifests[0]["text"]
         length, width = text["length"], text["width"]
-        shown(cfg.model, {name: about["shape"] for name, about in manifests[0]["buckets"][0].get("extras", {}).items()})
-    fits(cfg.model, shapes[0][0], width, shapes, cfg.sp, cfg.window, cfg.tile)
+        extras = {name: about["shape"] for name, about in manifests[0]["buckets"][0].get("extras", {}).items()}
+    fits(cfg.model, width, shapes, extras, cfg.sp, cfg.window, cfg.tile)
     weight = weigh(cfg, world, lora, shapes, length, optimizer=optimizer, learners=learners, teacher=teacher,
                    graphs=graphs, pairs=pairs)
 

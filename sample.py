@@ -27,8 +27,8 @@ import flags
 import parallel
 import step
 from data import long_noise, padded
-from model import (MODELS, NO_CACHE, USUAL, Pair, bind, blank, caches, causal_window, chunk_of, chunked, cond_of,
-                   lengths, models_of, shapes_of, token_grid)
+from model import (MODELS, NO_CACHE, USUAL, Pair, bind, blank, caches, causal_window, check_begun, chunk_of, chunked,
+                   cond_of, lengths, models_of, shapes_of, token_grid)
 
 
 @dataclass(frozen=True)
@@ -422,10 +422,8 @@ def latent_shapes(images, sampling, cfg):
                          "--image=PATH names it")
     if not cfg.image:
         return [usual] * len(images)
-    alone = chunk_of(sampling["window"], sampling["tile"]) == 1     # then a first frame is a chunk as others are
-    if not is_shown and not sampling.get("first_frame") and not alone:      # old checkpoints do not say
-        raise ValueError(f"--image={cfg.image}: {cfg.ckpt} was not trained with first frames, as train.py "
-                         "--first_frame=.5 does")
+    if not is_shown:
+        check_begun(sampling, f"--image={cfg.image}", cfg.ckpt)
     choice = {}
     for C, F, H, W in [usual] if cfg.size else sampling["shapes"]:
         frames = usual[1] if cfg.frames and F > 1 else F

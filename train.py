@@ -25,7 +25,7 @@ import plan
 from data import Latents, holds_latents, noise, send, stream
 from log import Clock, Log, check_wandb, holds, told
 from model import (MODELS, Pair, bind, blank, check_causal, check_expert, check_first_frame, chunk_of, chunked, cond_of,
-                   fits, initial, lengths, models_of, shapes_of, shown, token_grid)
+                   fits, initial, lengths, models_of, shapes_of, token_grid)
 from step import (BINS, Learner, adamw, averaged, copies, first_given, flow_loss, lr_at, muon, numbers, place,
                   sample, sample_t, start_average, train_step)
 
@@ -363,8 +363,7 @@ def begin(cfg):
         raise ValueError(f"--clean_prefix={cfg.clean_prefix}: no clip of {' '.join(cfg.data)} is longer than a chunk, "
                          f"{cfg.tile[0]} frames, so that all of it would stay clean")
     width = data.manifest["text"]["width"]
-    fits(cfg.model, data.shapes[0][0], width, data.shapes, cfg.sp, cfg.window, cfg.tile)
-    shown(cfg.model, data.extra_shapes())
+    fits(cfg.model, width, data.shapes, data.extra_shapes(), cfg.sp, cfg.window, cfg.tile)
     codec.load(data.manifest["codec"], vae=cfg.vae if world.main else None)     # a wrong --vae fails here
     check_wandb(cfg.wandb if world.main else "off")
     told(cfg.out)       # damaged, it fails here

@@ -653,7 +653,7 @@ def test_a_flipped_bit_in_a_sample_is_found_when_it_is_read(tmp_path, name, at):
                                                 < latents.folders[0].text_off[id, :2].sum() * 16)
     for step in range(60):
         if bad in latents.batch_ids(step)[1]:
-            with pytest.raises(ValueError, match=rf"{name}: sample {bad} is not what was written.*prepare.py"):
+            with pytest.raises(ValueError, match=rf"{name}: sample {bad} is not what was written.*that made it"):
                 latents.at(step)
             break
         latents.at(step)        # the sample before the bad one is given out, though the next is read meanwhile

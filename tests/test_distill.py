@@ -284,6 +284,39 @@ def test_pairs_that_were_killed_go_on_and_are_those_of_one_run(data, tmp_path, m
     assert "to be made" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "crc.npy", "captions.jsonl"])
+def test_pairs_whose_small_files_are_damaged_are_mended_by_the_same_command(data, tmp_path, capsys, name):
+    latents, cfg, origin, world = to_learn_from(data, tmp_path, pairs=8)
+    before = distill.pairs_of(told_by_text, latents, origin, cfg, world)(0)
+    file = tmp_path / "pairs" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20] + b"?" + whole[-19:])
+    (after,) = distill.pairs_of(told_by_text, latents, origin, cfg, world)(0)
+    assert "0 of 8 pairs of the teacher to be made" in capsys.readouterr().out
+    assert file.read_bytes() == whole
+    assert all(map(torch.equal, before[0], after))
+
+
+def test_pairs_whose_clips_are_damaged_are_to_be_deleted_and_made_again(data, tmp_path, capsys):
+    latents, cfg, origin, world = to_learn_from(data, tmp_path, pairs=8)
+    before = distill.pairs_of(told_by_text, latents, origin, cfg, world)(0)
+    (file,) = (tmp_path / "pairs").glob("[0-9]*.bin")
+    whole = file.read_bytes()
+    file.unlink()       # others have it mapped
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(ValueError, match=f"or delete {tmp_path}/pairs and run the command that made it$"):
+        distill.pairs_of(told_by_text, latents, origin, cfg, world)(0)
+    file.unlink()
+    file.write_bytes(whole[:-1])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        distill.pairs_of(told_by_text, latents, origin, cfg, world)
+    assert f"delete {tmp_path}/pairs and run the same command again\n" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "pairs")
+    (after,) = distill.pairs_of(told_by_text, latents, origin, cfg, world)(0)
+    assert all(map(torch.equal, before[0], after))
+
+
 def test_pairs_of_another_teacher_are_refused_in_a_line(data, tmp_path, capsys):
     latents, cfg, origin, world = to_learn_from(data, tmp_path)
     distill.pairs_of(told_by_text, latents, origin, cfg, world)
@@ -1231,6 +1264,12 @@ def test_the_student_starts_from_its_own_weights_and_the_critic_from_the_teacher
 def test_beside_a_teacher_that_is_no_run_the_student_still_says_how_it_attends(causal):
     cfg = distill.inherit(distill.Config(teacher="elsewhere", model="tiny", student=causal))
     assert (cfg.window, cfg.tile) == ((-9, 1, 1), (2, 99, 99))
+
+
+def test_a_student_that_starts_from_a_few_step_student_is_refused(data, teacher, distilled, tmp_path, capsys):
+    said = refused(distill.main, config(data, teacher, tmp_path / "run", student=str(distilled)), capsys)
+    assert f"--student={distilled} is itself a few-step student: a teacher, and what a student starts from" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_student_of_other_latents_than_the_teachers_is_refused(data, teacher, causal, tmp_path, capsys):

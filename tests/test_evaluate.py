@@ -21,7 +21,7 @@ import train
 from data import noise
 from evaluate import (Clips, distances, energy, figures, interval, mcnemar, paired, recall, variety, vendi,
                       verdict)
-from helpers import cheaply, ranks, run
+from helpers import cheaply, copied, ranks, refused, rewrite, run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -144,7 +144,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     data, teacher, student = (str(folder / name) for name in ("data", "teacher", "student"))
     run(prepare.main, prepare.Config(clips=40, out=data))
-    run(train.main, train.Config(data=(data,), out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0))
+    run(train.main, train.Config(data=(data,), out=teacher, steps=2, batch=4, warmup=1, val_every=0, samples=0,
+                                 first_frame=0.5))
     run(distill.main, distill.Config(pairs=0, data=data, teacher=teacher, out=student, steps=2, student_every=2,
                                      batch=4, samples=0))
     return teacher, student
@@ -267,6 +268,23 @@ def test_first_frames_add_two_rows_to_each_system_and_two_figures(runs, few, tmp
     assert list(table)[2:] == [student, f"{student}, first frame", f"{student}, first frame, moving …"]
     assert table["real clips"]["jump"] == pytest.approx(table["real clips"]["later"], abs=0.6)
     assert "jump      later" in capsys.readouterr().out
+
+
+CHUNKS = dict(window=[-9, 1, 1], tile=[2, 9, 9])
+
+
+@pytest.mark.parametrize("of, causal", [("teacher", {}), ("student", {}), ("student", CHUNKS)])
+def test_what_was_not_trained_with_first_frames_is_not_measured_from_them(runs, tmp_path, capsys, of, causal):
+    paths = {}
+    for name, path in zip(("teacher", "student"), runs):
+        paths[name] = str(copied(path, tmp_path / name))
+        given = {"first_frame": 0.5} if name != of else {"first_frame": 0.0} | causal
+        rewrite(ckpt.latest(paths[name]), lambda manifest: manifest["meta"]["sampling"].update(given))
+    rewrite(ckpt.latest(paths["student"]), lambda manifest: manifest["meta"]["base"].update(
+        crc32=ckpt.read_manifest(ckpt.latest(paths["teacher"]))["crc32"]))
+    cfg = evaluate.Config(ckpt=paths["student"], teacher=paths["teacher"], n=12, first_frame=True, device="cpu")
+    said = f"--first_frame: {ckpt.latest(paths[of])} was not trained with first frames, as train.py --first_frame=.5"
+    assert said in refused(evaluate.main, cfg, capsys)
 
 
 def test_another_sampler_or_seed_is_not_what_was_kept_on_disk(runs, tmp_path, monkeypatch):

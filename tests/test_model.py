@@ -584,23 +584,40 @@ def test_a_blank_net_is_on_meta_with_its_adapters():
 
 @pytest.mark.parametrize("message, change", (
     (r"24 channels and text of width 64; --model=wan-1.3b takes 16 and 4096; \['tiny'\] would", dict(name="wan-1.3b")),
-    ("no model would fit", dict(channels=7)),
+    ("no model would fit", dict(shapes=[(7, 5, 8, 8)])),
+    (r"16 channels .* takes 24 and 64; \['wan-1.3b', 'wan-14b', 'wan2.2-a14b'\] would fit",
+     dict(shapes=[(16, 5, 8, 8)], text_width=4096)),
+    (r"16 channels .* takes 24 and 64; \['wan-14b-i2v'\] would fit",
+     dict(shapes=[(16, 5, 8, 8)], text_width=4096, extras={"image_ends": (16, 5, 8, 8), "clip": (257, 1280)})),
+    (r"images beside its latents .* --model=tiny is shown none; no model would fit, and tiny takes what .* --image",
+     dict(extras={"image": (24, 5, 8, 8)})),
     ("--sp=3 does not divide the 4 heads", dict(sp=3)),
     (r"latents of \(24, 5, 7, 8\)", dict(shapes=[(24, 5, 8, 8), (24, 5, 7, 8)])),
     ("window", dict(window=(0, 1, 1))),
     ("tile", dict(window=(1, 1, 1), tile=(0, 1, 1))),
 ))
 def test_a_model_that_a_dataset_does_not_fit_is_refused(message, change):
-    fitting = dict(name="tiny", channels=24, text_width=64, shapes=[(24, 5, 8, 8)], sp=2, window=(3, 3, 3))
+    fitting = dict(name="tiny", text_width=64, shapes=[(24, 5, 8, 8)], extras={}, sp=2, window=(3, 3, 3))
     fits(**fitting)
     with pytest.raises(ValueError, match=message):
         fits(**fitting | change)
 
 
+@pytest.mark.parametrize("name, extras, message", (
+    ("wan-14b-i2v", {}, r"--image stores them .*; without them \['wan-1.3b', 'wan-14b', 'wan2.2-a14b'\] would fit"),
+    ("wan-14b-i2v", {"image": (16, 5, 8, 8)}, r"prepare.py --clip .* takes 1280; \['wan2.2-a14b-i2v'\] would fit"),
+    ("wan-14b", {"image": (16, 5, 8, 8)},
+     r"is shown none; \['wan2.2-a14b-i2v'\] would fit, and wan-14b takes what prepare.py stores without --image"),
+))
+def test_of_what_a_model_is_shown_the_ways_out_are_those_that_the_dataset_leaves(name, extras, message):
+    with pytest.raises(ValueError, match=message):
+        fits(name, 4096, [(16, 5, 8, 8)], extras)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_fits_what_it_is_mostly_trained_on(name):
     shape, length = USUAL[name]
-    fits(name, shape[0], MODELS[name].text_dim, [shape])
+    fits(name, MODELS[name].text_dim, [shape], MODELS[name].conditions(shape[1:]))
     assert length > 0
 
 
