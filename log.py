@@ -72,6 +72,7 @@ class Log:
         (self.out / "log.jsonl").touch()
         self.jsonl = open(self.out / "log.jsonl", "r+b")
         self.entries, self.tail = cut_back(self.jsonl, step or -1)      # nothing stays of a run that has saved nothing
+        self.last = max(0, len(self.entries) - 1)   # the entry that begins at `tail`: those before it are on disk
         self.bar, self.shown = None, {}
         if sys.stdout.isatty() and sys.stderr.isatty() and os.get_terminal_size().columns:
             form = "{n_fmt}/{total_fmt} {bar:12} {elapsed}<{remaining}{postfix}"
@@ -92,12 +93,9 @@ class Log:
             self.entries[-1] |= seen
         else:
             self.entries.append({"step": step} | seen)
-            self.tail = self.jsonl.tell()
             self.reached = step
-        self.jsonl.seek(self.tail)
-        self.jsonl.write(json.dumps(self.entries[-1], allow_nan=False).encode() + b"\n")
-        self.jsonl.truncate()
-        self.jsonl.flush()
+        with self.reported("log.jsonl"):
+            self.store()
         if self.wandb:
             self.wandb.log({"step": step} | seen)
         self.show(step, seen)
@@ -108,6 +106,16 @@ class Log:
                     self.say(f"step {step}: {line}")
         if time.monotonic() - self.drawn > max(60, 100 * self.cost):    # at most 1 % of the time
             self.draw()
+
+    def store(self):
+        """Writes the entries from the last one on disk on: it, which may hold more now, and what a full disk has kept."""
+        *before, last = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in self.entries[self.last:]]
+        self.jsonl.seek(self.tail)
+        self.jsonl.write(b"".join([*before, last]))
+        self.jsonl.truncate()
+        self.jsonl.flush()
+        self.tail += sum(map(len, before))
+        self.last += len(before)
 
     def show(self, step, seen):
         """Moves the live line on, or prints a plain one."""
@@ -152,7 +160,7 @@ class Log:
             clip = wandb.Video(str(path), caption=" · ".join(captions), format="mp4")
             self.wandb.log({"step": step, path.parent.name: clip})
         self.reached = max(step, self.reached)
-        with self.reported():
+        with self.reported("the page"):
             remember(path, captions, rows)
             self.page()
 
@@ -160,7 +168,7 @@ class Log:
         """Draws curves.png from all that was logged, and writes the page around it."""
         if self.main and self.entries:
             began = time.monotonic()
-            with self.reported():
+            with self.reported("curves and page"):
                 curves(self.out / "curves.png", self.entries)
                 self.page()
             self.drawn = time.monotonic()
@@ -172,12 +180,15 @@ class Log:
         write(self.out / "index.html", text)
 
     @contextmanager
-    def reported(self):
-        """Reports a full or failing disk instead of ending the run: it only lacks a picture."""
+    def reported(self, what):
+        """Says once that a disk is full or failing instead of ending the run: `what` is written when it can be again."""
         try:
             yield
+            self.warned.discard(what)
         except OSError as error:
-            self.say(f"curves and page are not up to date: {error}")
+            if what not in self.warned:
+                self.say(f"{what} could not be written, the run goes on: {error}")
+            self.warned.add(what)
 
     @staticmethod
     def speed(flops_per_s, device, precision):
@@ -205,7 +216,8 @@ class Log:
         if not self.main:
             return
         self.draw()
-        self.jsonl.close()
+        with self.reported("log.jsonl"):
+            self.jsonl.close()
         if self.bar:
             self.bar.close()
         if self.wandb:

@@ -96,6 +96,46 @@ def test_a_log_knows_which_numbers_it_holds(tmp_path):
     assert holds(tmp_path, 50, "loss")              # measured, though not finite
 
 
+class Full:
+    """A log on a disk that is full before the end of what is written."""
+
+    def __init__(self, file):
+        self.file, self.seek, self.truncate, self.flush = file, file.seek, file.truncate, file.flush
+
+    def write(self, text):
+        self.file.write(text[:-3])
+        self.close()
+
+    def close(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("full", [{10}, {20, 25}, {25, 30}])
+def test_once_a_full_disk_has_room_again_no_line_of_the_log_is_missing(tmp_path, capsys, full):
+    for out in (tmp_path / "whole", tmp_path / "run"):
+        log = Log(out, {}, steps=100)
+        file = log.jsonl
+        for step in (10, 20, 25, 30, 40):
+            log.jsonl = Full(file) if step in full and out.name == "run" else file
+            log(step, loss=1 / step)
+            log(step, grad_norm=2.0)
+        log.close()
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "whole/log.jsonl").read_bytes()
+    assert capsys.readouterr().out.count("log.jsonl could not be written, the run goes on: [Errno 28] No space") == 1
+
+
+def test_a_run_ends_well_on_a_full_disk_and_one_that_goes_on_finds_the_lines_before(tmp_path):
+    log = Log(tmp_path, {}, steps=100)
+    log(10, loss=1.0)
+    log.jsonl = Full(log.jsonl)
+    log(20, loss=0.5)
+    log.close()
+    log.jsonl.file.close()
+    assert [entry["step"] for entry in log.entries] == [10, 20]     # for curves and page
+    log = Log(tmp_path, {}, step=10, steps=100)
+    assert [line["step"] for line in read(tmp_path)] == [10]
+
+
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 def test_a_clock_sums_by_name_and_starts_anew(monkeypatch):
@@ -386,7 +426,7 @@ def test_a_full_disk_costs_the_page_and_not_the_run(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(logs, "write", full)
     validate(log, 10)
     log.close()
-    assert capsys.readouterr().out.count("not up to date: [Errno 28] No space left on device") == 2
+    assert capsys.readouterr().out.count("could not be written, the run goes on: [Errno 28] No space left on device") == 2
 
 
 def test_the_page_is_replaced_at_once(tmp_path, monkeypatch):
