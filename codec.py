@@ -44,17 +44,20 @@ class Codec(NamedTuple):
     see: Callable       # picture -> fp32 (tokens, width): what CLIP sees in it, wan alone
 
 
-def load(spec, *, vae=None, text=None, clip=None, device="cpu", text_length=None):
+def load(spec, *, vae=None, text=None, clip=None, device="cpu", text_length=None, decodes=False):
     """A Codec from its name, "dct" or "wan", or from the spec that a manifest or a checkpoint carries.
 
     vae, text, clip: for wan, a local folder or a hub id of a diffusers pipeline; each may be None if it is not needed.
     text_length: the most tokens of a prompt, None = the codec's own (dct 8, wan 512).
+    decodes: whether to refuse a Codec that cannot decode.
     The weights are freed with the Codec: load the text encoder, embed, drop it, then load the VAE.
     Raises ValueError or FileNotFoundError for weights that are not what is wanted, ImportError for a missing package.
     """
     spec = {"name": spec} if isinstance(spec, str) else spec
     if text_length is not None:
         spec = spec | {"text_length": text_length}
+    if decodes and spec["name"] == "wan" and not vae:
+        raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
     if spec["name"] == "wan":
         return wan(spec, vae, text, clip, device)
     if spec["name"] != "dct":

@@ -51,9 +51,7 @@ def main(cfg):
         window, tile = causal_window(sampling, cfg.window, cfg.sink), sampling["tile"]
         server = viewer.opened(cfg.port)
 
-        coder = codec.load(sampling["codec"], vae=cfg.vae, text=cfg.text, device=world.device)
-        if not coder.decodes:
-            raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
+        coder = codec.load(sampling["codec"], vae=cfg.vae, text=cfg.text, device=world.device, decodes=True)
 
         def embed(caption):
             return padded(coder.embed([caption]), sampling["text"]).to(world.device)

@@ -1153,84 +1153,95 @@ def counts_of(saved):
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 
+class Fixed(NamedTuple):
+    """Everything random of some of the fixed prompts' clips; that of place i has the prompt i // SEEDS."""
+    z: torch.Tensor             # (B, C, F, H, W) noise, and the first frames that are given
+    free: torch.Tensor | None   # (B, F) 0 in frames that are given
+    noises: list                # K - 1 of (B, C, F, H, W)
+    cond: Cond
+    uncond: Cond
+
+
 @torch.no_grad()
 def validate(step, nets, goal, data, origin, cfg, log, world):
     """Few-step clips of fixed prompts beside the teacher's (goal, made once), their figures, and what the scores see.
 
-    The last: critic and guided teacher amid the guided noise levels, the two x0 whose difference the student follows.
     A run with --first_frame shows and measures these clips again with their first frames given.
     """
-    ids = data.for_videos(cfg.samples)
-    shape = data.shape_of(ids[0])
-    student, critic, teacher = nets(shape)
-    times = grid(origin.teacher_sampling["steps"], origin.teacher_sampling["shift"])
-    exits, low, high = exits_of(cfg), *cfg.guidance_interval
-    if cfg.expert:      # the part of the teacher's path that is its own, and of the guided levels
-        boundary = MODELS[cfg.model].boundary
-        times = [t for t in times if is_high(t, boundary) == (cfg.expert == "high")]
-        low, high = within(torch.tensor([low, high]), boundary, cfg.expert).tolist()
+    ids, chunk = data.for_videos(cfg.samples), cfg.micro_batch or CHUNK
+    ways = {"": False}
+    if cfg.first_frame:
+        ways[" from the first frame"] = True
+    draws = [partial(draw_fixed, ids, given, data, cfg, world) for given in ways.values()]
 
-    def draw(purpose, k, places):
-        return noise(cfg.seed, purpose, k, places, shape).to(world.device)
+    def spread(make, n):
+        return parallel.spread(make, n, chunk, world)
 
-    def conds(places):
-        some = [ids[place // SEEDS] for place in places]
-        text, extras = send([data.text(some), data.extras(some)], world.device)
-        cond = cond_of(text, extras)
-        return cond, cond._replace(text=data.null.to(world.device).expand_as(text))
-
-    def begun(given, places):
-        z = draw("sample", 0, places)
-        if not given:
-            return z, None
-        x0, _ = data.sample([ids[place // SEEDS] for place in places])
-        free = first_given(z, torch.ones(len(z), device=world.device))
-        return place(z, x0.to(world.device), free), free
-
-    def few_steps(given, places):
-        z, free = begun(given, places)
-        noises = [draw("sample", k, places) for k in range(1, len(cfg.times))]
-        cond, _ = conds(places)
-        return roll(student, cond, z, noises, exits[-1], free, cfg)
-
-    def many_steps(given, places):
-        z, free = begun(given, places)
-        cond, uncond = conds(places)
-        if exits[0] > 0:        # where the high student ends, noised to where the low teacher begins
-            noises = [draw("sample", k, places) for k in range(1, exits[0] + 1)]
-            x0 = rollout(student, z, cond, cfg.times, noises, exits[0] - 1)
-            z = add_noise(x0, noises[-1], z.new_full((len(z),), times[0]))
-        solver = origin.teacher_sampling.get("solver", "euler")     # of old checkpoints
-        return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, free)
-
-    def inside(some):
-        places = [i * SEEDS for i in some]
-        x0 = few_steps(False, places)
-        cond, uncond = conds(places)
-        t = x0.new_full((len(x0),), (low + high) / 2)
-        x_t = add_noise(x0, draw("val", 0, some), t)
-        f = to_x0(x_t, critic(x_t, t, cond), t)
-        rescale = row_of(cfg)["rescale"]
-        r, _ = guided_x0(teacher, x_t, t, cond, uncond, scale_at(t, cfg), rescale)
-        return torch.stack([x0, f, r], 1)
-
-    chunk = cfg.micro_batch or CHUNK
-    n = len(ids) * SEEDS
-    ways = (False, True) if cfg.first_frame else (False,)
-    drawn = [parallel.spread(partial(few_steps, given), n, chunk, world) for given in ways]
+    student = [spread(partial(few_steps, draw, nets, cfg), len(ids) * SEEDS) for draw in draws]
     if not goal:
-        goal += [parallel.spread(partial(many_steps, given), n, chunk, world) for given in ways]
-    seen = parallel.spread(inside, len(ids), chunk, world)
+        goal += [spread(partial(many_steps, draw, nets, origin, cfg), len(ids) * SEEDS) for draw in draws]
+    scores = spread(partial(inside, draws[0], nets, cfg), len(ids))
     if world.main:
-        captions, rows, figures = [data.caption(i) for i in ids], {}, {}
-        for given, student_x0, teacher_x0 in zip(ways, drawn, goal):
-            from_it = " from the first frame" if given else ""
-            rows |= {f"student{from_it}": student_x0[::SEEDS], f"teacher{from_it}": teacher_x0[::SEEDS]}
-            figures |= likeness(student_x0, teacher_x0, given)
+        captions, rows, figures = [data.caption(id) for id in ids], {}, {}
+        for (way, given), made, wanted in zip(ways.items(), student, goal):
+            rows |= {f"student{way}": made[::SEEDS], f"teacher{way}": wanted[::SEEDS]}
+            figures |= likeness(made, wanted, given)
         show(step, "samples", rows, captions, origin, cfg, log, world)
-        x0, f, r = seen.unbind(1)
-        show(step, "inside", {"student": x0, "critic's x0": f, "teacher's x0": r}, captions, origin, cfg, log, world)
+        rows = dict(zip(("student", "critic's x0", "teacher's x0"), scores.unbind(1)))
+        show(step, "inside", rows, captions, origin, cfg, log, world)
         log(step, **figures)
+
+
+def draw_fixed(ids, given, data, cfg, world, places):
+    """What clips of the fixed prompts begin with at some places -> Fixed; given: whether with their first frames."""
+    some = [ids[place // SEEDS] for place in places]
+    shape, device = data.shape_of(some[0]), world.device
+    z, *noises = [noise(cfg.seed, "sample", k, places, shape).to(device) for k in range(len(cfg.times))]
+    free = None
+    if given:
+        x0, _ = data.sample(some)
+        free = first_given(z, torch.ones(len(z), device=device))
+        z = place(z, x0.to(device), free)
+    text, extras = send([data.text(some), data.extras(some)], device)
+    cond = cond_of(text, extras)
+    return Fixed(z, free, noises, cond, cond._replace(text=data.null.to(device).expand_as(text)))
+
+
+def few_steps(draw, nets, cfg, places):
+    """The student's clips, by its own sampler."""
+    clip = draw(places)
+    student, _, _ = nets(clip.z.shape)
+    return roll(student, clip.cond, clip.z, clip.noises, exits_of(cfg)[-1], clip.free, cfg)
+
+
+def many_steps(draw, nets, origin, cfg, places):
+    """The guided teacher's clips, by its own sampler; an expert's on its part of the way, after the high student's."""
+    clip, sampling = draw(places), origin.teacher_sampling
+    student, _, teacher = nets(clip.z.shape)
+    times, z, first = grid(sampling["steps"], sampling["shift"]), clip.z, exits_of(cfg)[0]
+    if cfg.expert:
+        times = [t for t in times if is_high(t, MODELS[cfg.model].boundary) == (cfg.expert == "high")]
+    if first > 0:           # where the high student ends, noised to where the low teacher begins
+        x0 = rollout(student, z, clip.cond, cfg.times, clip.noises, first - 1)
+        z = add_noise(x0, clip.noises[first - 1], z.new_full((len(z),), times[0]))
+    solver = sampling.get("solver", "euler")        # of old checkpoints
+    return ode(teacher, z, clip.cond, times, clip.uncond, cfg.guidance, solver, clip.free)
+
+
+def inside(draw, nets, cfg, prompts):
+    """The student's clips, and amid the guided noise levels critic's and guided teacher's x0, whose difference it
+    follows: (B, 3, C, F, H, W)."""
+    places = [prompt * SEEDS for prompt in prompts]
+    clip, x0 = draw(places), few_steps(draw, nets, cfg, places)
+    _, critic, teacher = nets(x0.shape)
+    low, high = cfg.guidance_interval
+    if cfg.expert:
+        low, high = within(torch.tensor([low, high]), *part_of(cfg)).tolist()
+    t = x0.new_full((len(x0),), (low + high) / 2)
+    x_t = add_noise(x0, noise(cfg.seed, "val", 0, prompts, x0.shape[1:]).to(x0.device), t)
+    f = to_x0(x_t, critic(x_t, t, clip.cond), t)
+    r, _ = guided_x0(teacher, x_t, t, clip.cond, clip.uncond, scale_at(t, cfg), row_of(cfg)["rescale"])
+    return torch.stack([x0, f, r], 1)
 
 
 def show(step, kind, rows, captions, origin, cfg, log, world):

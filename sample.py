@@ -106,9 +106,7 @@ def main(cfg):
         if negative is not None:
             null = texts[negative]
         torch.cuda.empty_cache()    # the text encoder is gone before the VAE and the net come
-        coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device)
-        if not coder.decodes:
-            raise ValueError("--vae=PATH is wanted: the VAE that the model's latents were made with")
+        coder = codec.load(sampling["codec"], vae=cfg.vae, device=world.device, decodes=True)
         if chunk_of(sampling["window"], sampling["tile"]):
             for shape in set(shapes):
                 codec.check_chunks(coder.spec, shape)
