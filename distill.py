@@ -363,12 +363,10 @@ def pairs_loss(nets, pair, cfg):
 def student_loss(nets, micro, exit, cfg):
     """Distribution matching on what the student's sampler gives at its step `exit`, with its graph."""
     student, critic, teacher = nets(micro.z.shape)
-    cond = cond_of(micro.text, micro.extras)
-    uncond = cond._replace(text=micro.null.expand_as(micro.text))
-    x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
+    x0 = roll(student, micro, exit, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     rescale = row_of(cfg)["rescale"]
-    return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
+    return dmd_loss(x0, teacher, critic, *conds_of(micro), t, micro.e, scale_at(t, cfg), rescale, micro.free)
 
 
 def anchored(losses, pairs, n, nets, cfg):
@@ -392,25 +390,31 @@ def anchored(losses, pairs, n, nets, cfg):
 def critic_loss(nets, micro, exit, cfg):
     """Flow matching on the student's clips: train.py's own loss."""
     student, critic, _ = nets(micro.z.shape)
-    cond = cond_of(micro.text, micro.extras)
+    cond, _ = conds_of(micro)
     with torch.no_grad():
-        x0 = roll(student, cond, micro.z, micro.noises, exit, micro.free, cfg)
+        x0 = roll(student, micro, exit, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     return flow_loss(critic, x0, cond, t, micro.e, free=micro.free)
 
 
-def roll(student, cond, z, noises, exit, free, cfg):
+def roll(student, micro, exit, cfg):
     """The student's clip, predicted at its step `exit`; of a causal one each chunk is (Self Forcing, arXiv 2506.08009).
 
     A chunk's graph is that of its own forward at `exit`: the chunks before it are seen without gradient.
     """
-    if not isinstance(student, Chunked):
-        return rollout(student, z, cond, cfg.times, noises, exit, free)
-
     def draw(cond, free, z, *noises):
         return rollout(student, z, cond, cfg.times, noises, exit, free)
 
-    return stepwise(draw, student.see, (cond,), student.chunk, z, *noises, free=free)
+    cond, _ = conds_of(micro)
+    if not isinstance(student, Chunked):
+        return draw(cond, micro.free, micro.z, *micro.noises)
+    return stepwise(draw, student.see, (cond,), student.chunk, micro.z, *micro.noises, free=micro.free)
+
+
+def conds_of(micro):
+    """What the nets are told of a micro-batch's prompts, and what guidance leads away from -> two Cond."""
+    cond = cond_of(micro.text, micro.extras)
+    return cond, cond._replace(text=micro.null.expand_as(micro.text))
 
 
 def part_of(cfg):
@@ -420,8 +424,12 @@ def part_of(cfg):
 
 def exits_of(cfg):
     """The steps of the student's sampler after which a rollout may end: of an expert, those that it makes itself."""
-    boundary = MODELS[cfg.model].boundary
-    return [k for k, t in enumerate(cfg.times) if not cfg.expert or is_high(t, boundary) == (cfg.expert == "high")]
+    return [k for k, t in enumerate(cfg.times) if is_own(t, cfg)]
+
+
+def is_own(t, cfg):
+    """Whether t is in the part of all t that the expert has, or there is one net."""
+    return not cfg.expert or is_high(t, MODELS[cfg.model].boundary) == (cfg.expert == "high")
 
 
 def scale_at(t, cfg):
@@ -536,7 +544,10 @@ def draw(data, cfg, role, step):
     micros = []
     for slots in data.slots:
         some = [ids[slot] for slot in slots]
-        z, free = begun(noise(cfg.seed, f"{role}_z", step, slots, shape), role, step, slots, ids, data, cfg)
+        z, free = noise(cfg.seed, f"{role}_z", step, slots, shape), None
+        if cfg.first_frame:
+            give = [stream(cfg.seed, f"{role}_give", step, slot).random(dtype=np.float32) for slot in slots]
+            z, free = begun(z, some, torch.tensor(give) < cfg.first_frame, data)
         e = noise(cfg.seed, f"{role}_score_noise", step, slots, shape)
         noises = []
         for k in range(K - 1):
@@ -545,13 +556,10 @@ def draw(data, cfg, role, step):
     return micros
 
 
-def begun(z, role, step, slots, ids, data, cfg):
-    """Noise z that in a share --first_frame begins with the first frame of the prompts' own clips, and its free."""
-    if not cfg.first_frame:
-        return z, None
-    give = torch.tensor([stream(cfg.seed, f"{role}_give", step, slot).random(dtype=np.float32) for slot in slots])
-    free = first_given(z, give < cfg.first_frame)
-    x0, _ = data.sample([ids[slot] for slot in slots])
+def begun(z, ids, give, data):
+    """Noise z that begins with the first frame of these samples where give (B,) is true, and its free."""
+    free = first_given(z, give)
+    x0, _ = data.sample(ids)
     return place(z, x0, free), free
 
 
@@ -1153,15 +1161,6 @@ def counts_of(saved):
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 
-class Fixed(NamedTuple):
-    """Everything random of some of the fixed prompts' clips; that of place i has the prompt i // SEEDS."""
-    z: torch.Tensor             # (B, C, F, H, W) noise, and the first frames that are given
-    free: torch.Tensor | None   # (B, F) 0 in frames that are given
-    noises: list                # K - 1 of (B, C, F, H, W)
-    cond: Cond
-    uncond: Cond
-
-
 @torch.no_grad()
 def validate(step, nets, goal, data, origin, cfg, log, world):
     """Few-step clips of fixed prompts beside the teacher's (goal, made once), their figures, and what the scores see.
@@ -1193,54 +1192,52 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
 
 def draw_fixed(ids, given, data, cfg, world, places):
-    """What clips of the fixed prompts begin with at some places -> Fixed; given: whether with their first frames."""
-    some = [ids[place // SEEDS] for place in places]
-    shape, device = data.shape_of(some[0]), world.device
-    z, *noises = [noise(cfg.seed, "sample", k, places, shape).to(device) for k in range(len(cfg.times))]
+    """The Draw of clips of the fixed prompts: that at place i is of prompt i // SEEDS; given: with its first frame."""
+    which = [place // SEEDS for place in places]
+    some = [ids[i] for i in which]
+    shape = data.shape_of(some[0])
+    z, *noises = [noise(cfg.seed, "sample", k, places, shape) for k in range(len(cfg.times))]
     free = None
     if given:
-        x0, _ = data.sample(some)
-        free = first_given(z, torch.ones(len(z), device=device))
-        z = place(z, x0.to(device), free)
-    text, extras = send([data.text(some), data.extras(some)], device)
-    cond = cond_of(text, extras)
-    return Fixed(z, free, noises, cond, cond._replace(text=data.null.to(device).expand_as(text)))
+        z, free = begun(z, some, torch.ones(len(z)), data)
+    e = noise(cfg.seed, "val", 0, which, shape)
+    return send(Draw(data.text(some), data.null, z, free, e, None, noises, data.extras(some)), world.device)
 
 
 def few_steps(draw, nets, cfg, places):
     """The student's clips, by its own sampler."""
-    clip = draw(places)
-    student, _, _ = nets(clip.z.shape)
-    return roll(student, clip.cond, clip.z, clip.noises, exits_of(cfg)[-1], clip.free, cfg)
+    micro = draw(places)
+    student, _, _ = nets(micro.z.shape)
+    return roll(student, micro, exits_of(cfg)[-1], cfg)
 
 
 def many_steps(draw, nets, origin, cfg, places):
     """The guided teacher's clips, by its own sampler; an expert's on its part of the way, after the high student's."""
-    clip, sampling = draw(places), origin.teacher_sampling
-    student, _, teacher = nets(clip.z.shape)
-    times, z, first = grid(sampling["steps"], sampling["shift"]), clip.z, exits_of(cfg)[0]
-    if cfg.expert:
-        times = [t for t in times if is_high(t, MODELS[cfg.model].boundary) == (cfg.expert == "high")]
+    micro, sampling = draw(places), origin.teacher_sampling
+    student, _, teacher = nets(micro.z.shape)
+    times = [t for t in grid(sampling["steps"], sampling["shift"]) if is_own(t, cfg)]
+    z, first = micro.z, exits_of(cfg)[0]
     if first > 0:           # where the high student ends, noised to where the low teacher begins
-        x0 = rollout(student, z, clip.cond, cfg.times, clip.noises, first - 1)
-        z = add_noise(x0, clip.noises[first - 1], z.new_full((len(z),), times[0]))
+        x0 = roll(student, micro, first - 1, cfg)
+        z = add_noise(x0, micro.noises[first - 1], z.new_full((len(z),), times[0]))
     solver = sampling.get("solver", "euler")        # of old checkpoints
-    return ode(teacher, z, clip.cond, times, clip.uncond, cfg.guidance, solver, clip.free)
+    cond, uncond = conds_of(micro)
+    return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, micro.free)
 
 
 def inside(draw, nets, cfg, prompts):
-    """The student's clips, and amid the guided noise levels critic's and guided teacher's x0, whose difference it
-    follows: (B, 3, C, F, H, W)."""
-    places = [prompt * SEEDS for prompt in prompts]
-    clip, x0 = draw(places), few_steps(draw, nets, cfg, places)
-    _, critic, teacher = nets(x0.shape)
+    """The student's clips, and critic's and guided teacher's x0 amid the guided noise levels -> (B, 3, C, F, H, W)."""
+    micro = draw([prompt * SEEDS for prompt in prompts])
+    student, critic, teacher = nets(micro.z.shape)
+    cond, uncond = conds_of(micro)
+    x0 = roll(student, micro, exits_of(cfg)[-1], cfg)
     low, high = cfg.guidance_interval
     if cfg.expert:
         low, high = within(torch.tensor([low, high]), *part_of(cfg)).tolist()
     t = x0.new_full((len(x0),), (low + high) / 2)
-    x_t = add_noise(x0, noise(cfg.seed, "val", 0, prompts, x0.shape[1:]).to(x0.device), t)
-    f = to_x0(x_t, critic(x_t, t, clip.cond), t)
-    r, _ = guided_x0(teacher, x_t, t, clip.cond, clip.uncond, scale_at(t, cfg), row_of(cfg)["rescale"])
+    x_t = add_noise(x0, micro.e, t)
+    f = to_x0(x_t, critic(x_t, t, cond), t)
+    r, _ = guided_x0(teacher, x_t, t, cond, uncond, scale_at(t, cfg), row_of(cfg)["rescale"])
     return torch.stack([x0, f, r], 1)
 
 

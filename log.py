@@ -108,7 +108,7 @@ class Log:
             self.draw()
 
     def store(self):
-        """Writes the entries from the last one on disk on: it, which may hold more now, and what a full disk has kept."""
+        """Writes the last entry on disk again, which may hold more now, and what a full disk has not taken."""
         *before, last = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in self.entries[self.last:]]
         self.jsonl.seek(self.tail)
         self.jsonl.write(b"".join([*before, last]))
@@ -181,7 +181,7 @@ class Log:
 
     @contextmanager
     def reported(self, what):
-        """Says once that a disk is full or failing instead of ending the run: `what` is written when it can be again."""
+        """Says once that a disk is full or failing instead of ending the run: `what` is written when it can be."""
         try:
             yield
             self.warned.discard(what)

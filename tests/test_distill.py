@@ -1134,12 +1134,16 @@ def rolling(causal):
     return Whole(student, cond, [noise(0, "sample", k, range(2), (24, 5, 8, 8)) for k in range(3)])
 
 
+def micro_of(cond, z, noises, free=None):
+    return distill.Draw(cond.text, cond.text[0], z, free, e=None, u=None, noises=noises, extras={})
+
+
 def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_bit(rolling):
     """The second clip's first frame is given."""
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
     free = step.first_given(z, torch.tensor([False, True]))
-    trained = distill.roll(student, cond, z, noises, 2, free, cfg)
+    trained = distill.roll(student, micro_of(cond, z, noises, free), 2, cfg)
     sampling = dict(sampler="rollout", times=cfg.times, guidance=1.0, tile=CHUNKS["tile"])
     with torch.no_grad():
         sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, free, student.see)
@@ -1152,7 +1156,7 @@ def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_b
 def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_gradient(rolling, exit):
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
-    x0 = distill.roll(student, cond, z, noises, exit, None, cfg)
+    x0 = distill.roll(student, micro_of(cond, z, noises), exit, cfg)
     chunks = x0.split(2, 2)
     grads = []
     for i, chunk in enumerate(chunks):
