@@ -94,8 +94,14 @@ class Log:
         else:
             self.entries.append({"step": step} | seen)
             self.reached = step
-        with self.reported("log.jsonl"):
-            self.store()
+        with self.reported("log.jsonl"):    # its last entry may hold more now; a full disk may have kept others away
+            lines = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in self.entries[self.last:]]
+            self.jsonl.seek(self.tail)
+            self.jsonl.writelines(lines)
+            self.jsonl.truncate()
+            self.jsonl.flush()
+            self.tail = self.jsonl.tell() - len(lines[-1])
+            self.last = len(self.entries) - 1
         if self.wandb:
             self.wandb.log({"step": step} | seen)
         self.show(step, seen)
@@ -106,16 +112,6 @@ class Log:
                     self.say(f"step {step}: {line}")
         if time.monotonic() - self.drawn > max(60, 100 * self.cost):    # at most 1 % of the time
             self.draw()
-
-    def store(self):
-        """Writes the last entry on disk again, which may hold more now, and what a full disk has not taken."""
-        *before, last = [json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in self.entries[self.last:]]
-        self.jsonl.seek(self.tail)
-        self.jsonl.write(b"".join([*before, last]))
-        self.jsonl.truncate()
-        self.jsonl.flush()
-        self.tail += sum(map(len, before))
-        self.last += len(before)
 
     def show(self, step, seen):
         """Moves the live line on, or prints a plain one."""

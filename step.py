@@ -213,14 +213,13 @@ def rollout(net, z, cond, times, noises, exit, free=None):
     return x0
 
 
-def by_chunks(draw, see, conds, noises, given=()):
+def by_chunks(draw, see, conds, noises):
     """Makes a clip chunk by chunk with a causal net: yields x0 (B, C, f, H, W) of each, without end if noises are.
 
     draw(*conds, *some) -> x0 of a chunk, `some` being the next of noises. see(cond, x0) -> the condition that has seen
-    x0 too, which is without gradient; each condition sees for itself, and None stays None. given: chunks that are
-    there, and seen, before the first is made.
+    x0 too, which is without gradient; each condition sees for itself, and None stays None.
     """
-    unseen = list(given)
+    unseen = []
     for some in noises:
         for x0 in unseen:
             with torch.no_grad():
@@ -230,16 +229,15 @@ def by_chunks(draw, see, conds, noises, given=()):
         unseen = [x0]
 
 
-def stepwise(draw, see, conds, chunk, *noises, free=None, given=()):
+def stepwise(draw, see, conds, chunk, *noises, free=None):
     """A whole clip x0 (B, C, F, H, W) by chunks of so many frames, the last perhaps shorter; see by_chunks.
 
-    free (B, F) or None and noises (B, C, F, H, W) are cut along frames, also where chunks are given; each draw gets its
-    part of all of them, draw(*conds, free, *noises).
+    free (B, F) or None and noises (B, C, F, H, W) are cut along frames; each draw gets its part of all of them,
+    draw(*conds, free, *noises).
     """
-    first = sum(x0.shape[2] for x0 in given)
-    frees = repeat(None) if free is None else free[:, first:].split(chunk, 1)
-    cut = zip(frees, *(noise[:, :, first:].split(chunk, 2) for noise in noises))
-    return torch.cat([*given, *by_chunks(draw, see, conds, cut, given)], 2)
+    frees = repeat(None) if free is None else free.split(chunk, 1)
+    cut = zip(frees, *(noise.split(chunk, 2) for noise in noises))
+    return torch.cat(list(by_chunks(draw, see, conds, cut)), 2)
 
 
 def noises_of(sampling):

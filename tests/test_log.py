@@ -102,8 +102,8 @@ class Full:
     def __init__(self, file):
         self.file, self.seek, self.truncate, self.flush = file, file.seek, file.truncate, file.flush
 
-    def write(self, text):
-        self.file.write(text[:-3])
+    def writelines(self, lines):
+        self.file.write(b"".join(lines)[:-3])
         self.close()
 
     def close(self):

@@ -612,23 +612,6 @@ def test_a_clip_is_made_chunk_by_chunk_each_after_what_both_conditions_have_seen
     assert not any(grad for grad, _ in log)
 
 
-def test_given_chunks_are_seen_kept_as_they_are_and_take_no_noise():
-    z, first = randn(2, 3, 5, 2, 2, seed=1), randn(2, 3, 1, 2, 2, seed=2)
-    log, asked = [], []
-
-    def draw(cond, none, free, z):
-        assert none is None
-        asked.append((len(cond), free[0].tolist()))
-        return z
-
-    free = torch.ones(2, 5)
-    free[:, 3:] = 0
-    x0 = stepwise(draw, past_and(log), ([], None), 2, z, free=free, given=[first])
-    assert torch.equal(x0, torch.cat([first, z[:, :, 1:]], 2))
-    assert asked == [(1, [1, 1]), (2, [0, 0])]
-    assert torch.equal(log[0][1], first)
-
-
 @pytest.mark.parametrize("sampling", [
     {"sampler": "euler", "steps": 3, "shift": 1.0, "guidance": 2.0, "tile": [2, 9, 9]},
     {"sampler": "rollout", "times": [1.0, 0.5], "guidance": 1.0, "tile": [2, 9, 9]}], ids=("many", "few"))
