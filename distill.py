@@ -440,38 +440,40 @@ def scale_at(t, cfg):
 
 def student_flops(nets, micro, exit, cfg):
     """FLOPs of one sample's part in a student update, by what the nets need, without recompute."""
-    student, critic, _ = nets(micro.z.shape)
-    sizes = sizes_of(micro)
-    learning = 2 if cfg.lora_rank else 3        # a forward and its backward
-    scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
     graphs = 2 if cfg.anchor else 1
-    return student.flops(*sizes) * (exit + graphs * (learning + sees(cfg))) + critic.flops(*sizes) * scores
+    scores = 2 if cfg.guidance == 1 else 3      # forwards of critic and teacher
+    return flops_of(nets, micro, exit + graphs * (learning(cfg) + sees(micro.z, cfg)), scores)
 
 
 def critic_flops(nets, micro, exit, cfg):
     """The same of a critic update."""
-    student, critic, _ = nets(micro.z.shape)
-    sizes = sizes_of(micro)
-    learning = 2 if cfg.lora_rank else 3
-    return student.flops(*sizes) * (exit + 1 + sees(cfg)) + critic.flops(*sizes) * learning
-
-
-def sees(cfg):
-    """Forwards in which a causal student sees its clean chunks: one; the last chunk's is counted and not made."""
-    return 1 if causal(cfg) else 0
+    return flops_of(nets, micro, exit + 1 + sees(micro.z, cfg), learning(cfg))
 
 
 def pairs_flops(nets, pair, cfg):
     """The same of an update on pairs."""
     student, _, _ = nets(pair.x0.shape)
-    learning = 2 if cfg.lora_rank else 3
-    return student.flops(pair.x0.shape[1:], pair.text.shape[1]) * (learning + sees(cfg))
+    forward = student.flops(pair.x0.shape[1:], pair.text.shape[1])
+    return forward * (learning(cfg) + sees(pair.x0, cfg))
 
 
-def sizes_of(micro):
-    """What Bound.flops counts by: a latent's shape, tokens of a text, times t of a sample."""
+def flops_of(nets, micro, students, critics):
+    """Of so many forwards of the student and of the critic."""
+    student, critic, _ = nets(micro.z.shape)
     times = 1 if micro.free is None else micro.free.shape[1]
-    return micro.z.shape[1:], micro.text.shape[1], times
+    sizes = micro.z.shape[1:], micro.text.shape[1], times
+    return students * student.flops(*sizes) + critics * critic.flops(*sizes)
+
+
+def learning(cfg):
+    """Forwards that one and its backward take."""
+    return 2 if cfg.lora_rank else 3
+
+
+def sees(x0, cfg):
+    """The share of its frames that a causal student sees clean, in forwards of their own: all but the last chunk's."""
+    frames, chunk = x0.shape[2], cfg.tile[0]
+    return (frames - 1) // chunk * chunk / frames if causal(cfg) else 0
 
 
 def bound_nets(student, critic, frozen, origin, cfg, world, shape):
@@ -569,7 +571,7 @@ def prompts(data, cfg, role, step):
     bucket = drawn_bucket(data, stream(cfg.seed, f"{role}_prompt", step, cfg.batch))
     ids = []
     for slot in range(cfg.batch):
-        ids.append(drawn_id(data, bucket, stream(cfg.seed, f"{role}_prompt", step, slot)))
+        ids.append(int(stream(cfg.seed, f"{role}_prompt", step, slot).choice(data.buckets[bucket])))
     return bucket, ids
 
 
@@ -577,12 +579,6 @@ def drawn_bucket(data, rng):
     """A bucket, each as likely as it has samples."""
     sizes = np.array([len(ids) for ids in data.buckets])
     return int(rng.choice(len(sizes), p=sizes / sizes.sum()))
-
-
-def drawn_id(data, bucket, rng):
-    """One of a bucket's samples."""
-    ids = data.buckets[bucket]
-    return int(ids[rng.integers(len(ids))])
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -736,15 +732,18 @@ def ode_times(cfg):
     """
     n = math.ceil(ODE_STEPS / len(cfg.times)) * len(cfg.times)
     own = [shifted(t, 1 / cfg.shift) for t in cfg.times]
-    between = [i / n for i in range(n, 0, -1) if min(abs(i / n - u) for u in own) > 0.25 / n]
-    return sorted([*cfg.times, *(shifted(u, cfg.shift) for u in between)], reverse=True)
+    times = list(cfg.times)
+    for i in range(1, n + 1):
+        if min(abs(i / n - u) for u in own) > 0.25 / n:
+            times.append(shifted(i / n, cfg.shift))
+    return sorted(times, reverse=True)
 
 
 def pair_prompt(data, cfg, number):
     """-> (bucket, id of the sample whose prompt it takes) of a pair."""
     rng = stream(cfg.seed, "pair_prompt", number)
     bucket = drawn_bucket(data, rng)
-    return bucket, drawn_id(data, bucket, rng)
+    return bucket, int(rng.choice(data.buckets[bucket]))
 
 
 # ---- setup ----------------------------------------------------------------------------------------------------------
@@ -895,29 +894,23 @@ def resolve(cfg):
 
 
 def row_of(cfg):
-    """The row of defaults: of the model and the student's number of steps, else of the next larger number of steps.
-
-    A student that learns no pairs, for --pairs is 0 or it is causal and nothing says what it starts from, takes the
-    model's own, which is for 4 steps.
-    """
-    own = DEFAULTS[cfg.model]
-    return own if unpaired(cfg) else DEFAULTS.get(f"{kind_of(cfg)} K={row_steps(cfg)}", own)
+    """The row of defaults: of the student's number of steps, or the next larger one, else the model's own."""
+    return rows_of(cfg).get(row_steps(cfg), DEFAULTS[cfg.model])
 
 
 def row_steps(cfg):
     """The student's number of steps for which its row of defaults was made."""
-    few = range(min(cfg.student_steps, USUAL_STEPS), USUAL_STEPS)
-    rows = [K for K in few if f"{kind_of(cfg)} K={K}" in DEFAULTS and not unpaired(cfg)]
-    return min(rows, default=USUAL_STEPS)
+    return min((K for K in rows_of(cfg) if K >= cfg.student_steps), default=USUAL_STEPS)
 
 
-def kind_of(cfg):
-    """Whose rows a student takes."""
-    return f"{cfg.model} causal" if causal(cfg) else cfg.model
-
-
-def unpaired(cfg):
-    return cfg.pairs == 0 or causal(cfg) and not cfg.student
+def rows_of(cfg):
+    """{number of steps: row} of a student that learns pairs: --pairs is not 0, and a causal one starts from --student."""
+    kind = cfg.model
+    if causal(cfg):
+        kind = f"{cfg.model} causal"
+    if cfg.pairs == 0 or causal(cfg) and not cfg.student:
+        return {}
+    return {K: DEFAULTS[f"{kind} K={K}"] for K in range(1, USUAL_STEPS + 1) if f"{kind} K={K}" in DEFAULTS}
 
 
 def causal(cfg):
@@ -929,15 +922,13 @@ def inherit(cfg):
     and the share of first frames. The window is that of --student, where that is a run of ours too.
     """
     sampling = ckpt.sampling_of(cfg.teacher)
-    begins = sampling
-    if cfg.student and ckpt.sampling_of(cfg.student) is not None:
-        begins = ckpt.sampling_of(cfg.student)
+    own = ckpt.sampling_of(cfg.student) if cfg.student else None
+    begins = sampling if own is None else own
     if sampling is None and cfg.model is None:
         raise ValueError(f"{cfg.teacher} is not a run of ours: give --model, one of {', '.join(MODELS)}")
     for path, its in ((cfg.teacher, sampling), (f"--student={cfg.student}", begins)):
         if its and "times" in its:
-            raise ValueError(f"{path} is itself a few-step student: a teacher, and what a student starts from, predict "
-                             "velocities at all t")
+            raise ValueError(f"{path} is itself a few-step student: wanted is one that predicts velocities at all t")
     known = {"first_frame": 0.0}
     if sampling is not None:
         if cfg.model not in (None, sampling["model"]):
@@ -1167,18 +1158,16 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
 
     A run with --first_frame shows and measures these clips again with their first frames given.
     """
-    ids, chunk = data.for_videos(cfg.samples), cfg.micro_batch or CHUNK
+    ids = data.for_videos(cfg.samples)
+    n = len(ids) * SEEDS
     ways = {"": False}
     if cfg.first_frame:
         ways[" from the first frame"] = True
     draws = [partial(draw_fixed, ids, given, data, cfg, world) for given in ways.values()]
-
-    def spread(make, n):
-        return parallel.spread(make, n, chunk, world)
-
-    student = [spread(partial(few_steps, draw, nets, cfg), len(ids) * SEEDS) for draw in draws]
+    spread = partial(parallel.spread, chunk=cfg.micro_batch or CHUNK, world=world)
+    student = [spread(partial(few_steps, draw, nets, cfg), n) for draw in draws]
     if not goal:
-        goal += [spread(partial(many_steps, draw, nets, origin, cfg), len(ids) * SEEDS) for draw in draws]
+        goal += [spread(partial(many_steps, draw, nets, origin, cfg), n) for draw in draws]
     scores = spread(partial(inside, draws[0], nets, cfg), len(ids))
     if world.main:
         captions, rows, figures = [data.caption(id) for id in ids], {}, {}

@@ -81,8 +81,6 @@ def main(cfg):
                 raise ValueError(f"--first_frame: {cfg.ckpt} was trained on stills")
             if cfg.frames:
                 raise ValueError(f"--first_frame begins clips as long as real ones, --frames={cfg.frames} does not")
-            for system in systems:
-                check_begun(system.sampling, "--first_frame", system.saved.origin)
             systems = [begun for system in systems for begun in (system, *from_frames(system))]
 
     # asked of every system: n clips of all captions in turn, then a few captions under many noises
@@ -225,6 +223,7 @@ def longer(system, cfg):
 
 def from_frames(system):
     """The system again, begun from first frames, by whole captions and by their directions alone."""
+    check_begun(system.sampling, "--first_frame", system.saved.origin)
     ways = {"captions": "first frame", "directions": "first frame, moving …"}
     return [system._replace(name=f"{system.name}, {said}", begins=way) for way, said in ways.items()]
 

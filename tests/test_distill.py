@@ -1272,7 +1272,7 @@ def test_beside_a_teacher_that_is_no_run_the_student_still_says_how_it_attends(c
 
 def test_a_student_that_starts_from_a_few_step_student_is_refused(data, teacher, distilled, tmp_path, capsys):
     said = refused(distill.main, config(data, teacher, tmp_path / "run", student=str(distilled)), capsys)
-    assert f"--student={distilled} is itself a few-step student: a teacher, and what a student starts from" in said
+    assert f"--student={distilled} is itself a few-step student: wanted is one that predicts" in said
     assert not (tmp_path / "run").exists()
 
 
