@@ -62,9 +62,8 @@ def main(cfg):
         endless = channels, 1 << 30, *size
         net = blank(sampling["model"])
         shapes = 1 + lengths(net.config, endless, window, tile, cfg.sink)
-        parallel.prepare(net, world, trainable=False, shapes=shapes)
         weights = ckpt.model_of(saved, cfg.weights, **world.ranks)
-        ckpt.fill(parallel.local_rows(net), weights, **world.ranks)
+        parallel.frozen(net, world, partial(ckpt.fill, source=weights), shapes)
         causal = chunked(net, endless, world, window, tile, sink=cfg.sink)
     if not causal.cached:
         world.say(NO_CACHE)

@@ -888,8 +888,6 @@ def resolve(cfg):
         raise ValueError(f"--guidance_interval {interval}: from a low t to a high one, in [0, 1]")
     if cfg.window is None and cfg.dense_ends:
         raise ValueError("--dense_ends shapes --window, which is not given")
-    if not 0 <= cfg.first_frame <= 1:
-        raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     return replace(cfg, times=times, student_steps=len(times))
 
 
@@ -1014,11 +1012,9 @@ def high_net(origin, cfg, world):
     """The frozen net of --other, None where the student makes all steps of its rollouts."""
     if origin.high is None:
         return None
-    net = blank(cfg.model)
-    parallel.prepare(net, world, trainable=False, shapes=2 * len(origin.student_sampling["shapes"]))
+    fill, shapes = partial(ckpt.fill, source=origin.high), 2 * len(origin.student_sampling["shapes"])
     with flags.door(__file__):
-        ckpt.fill(parallel.local_rows(net), origin.high, **world.ranks)
-    return net
+        return parallel.frozen(blank(cfg.model), world, fill, shapes)
 
 
 def adapters(cfg):

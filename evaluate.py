@@ -269,10 +269,8 @@ def sampled(system, coder, captions, frames, cfg, world):
     if parallel.agree(file.exists(), world):
         return torch.from_numpy(np.load(file))
 
-    net = blank(sampling["model"])
-    parallel.prepare(net, world, trainable=False)
     with flags.door(__file__):      # weights are read here
-        ckpt.fill(parallel.local_rows(net), source, **world.ranks)
+        net = parallel.frozen(blank(sampling["model"]), world, partial(ckpt.fill, source=source))
     shape, see = tuple(sampling["shapes"][0]), None
     pattern = sampling["window"], sampling["tile"]
     if chunk_of(*pattern):

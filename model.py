@@ -613,8 +613,10 @@ def check_expert(name, expert):
 
 
 def check_first_frame(name, share):
-    """ValueError where first frames cannot be given to the model called `name`, by a t of 0 there."""
+    """ValueError where first frames cannot be given to this share of clips of the model called `name`, by a t of 0."""
     config = MODELS[name]
+    if not 0 <= share <= 1:
+        raise ValueError(f"--first_frame={share}: a share of the clips, in [0, 1]")
     if share and config.image:
         raise ValueError(f"--first_frame={share} does not apply: {name} is always shown the image")
     if share and config.boundary:

@@ -240,6 +240,13 @@ def prepare(net, world, *, trainable=True, shapes=1):
     return net.to_empty(device=world.device)
 
 
+def frozen(net, world, fill, shapes=1):
+    """A net built on meta, for forwards alone, with the values that fill(rows, rank=…, world=…, agree=…) reads."""
+    prepare(net, world, trainable=False, shapes=shapes)
+    fill(local_rows(net), **world.ranks)
+    return net
+
+
 def cast(net, world, trainable=True):
     """Gives parameters the dtype they are stored in; trainable=False freezes all."""
     kept = {p for island in net.islands() for p in island.parameters()}

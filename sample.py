@@ -118,7 +118,8 @@ def main(cfg):
         del eyes        # CLIP is gone before the net comes
         config, pattern = MODELS[sampling["model"]], (sampling["window"], sampling["tile"])
         met = sum(1 + lengths(config, shape, *pattern, cfg.sink) for shape in set(shapes))
-        nets = [net_with(source, sampling["model"], met, world) for source in sources]
+        fills = [partial(ckpt.fill, source=source) for source in sources]
+        nets = [parallel.frozen(blank(sampling["model"]), world, fill, met) for fill in fills]
         if chunk_of(*pattern) and not chunked(nets[0], shapes[0], world, *pattern, sink=cfg.sink).cached:
             world.say(NO_CACHE)
 
@@ -280,14 +281,6 @@ def check_together(path, sampling, other_path, other):
     if times[0] != times[1]:
         raise ValueError(f"two experts sample at the same times: those of {path} are {times[0]}, of {other_path} "
                          f"{times[1]}")
-
-
-def net_with(source, model, shapes, world):
-    """A net with its weights. shapes: how many compiled blocks will meet."""
-    net = blank(model)
-    parallel.prepare(net, world, trainable=False, shapes=shapes)
-    ckpt.fill(parallel.local_rows(net), source, **world.ranks)
-    return net
 
 
 def bound_to(nets, shape, sampling, world):

@@ -429,8 +429,6 @@ def resolve(cfg):
         raise ValueError(f"--mix {' '.join(map(str, cfg.mix))}: each of --data {' '.join(cfg.data)} gets one above 0")
     if not 0 <= cfg.text_dropout < 1 or not 0 <= cfg.ema < 1:
         raise ValueError(f"--text_dropout={cfg.text_dropout} --ema={cfg.ema}: both are in [0, 1)")
-    if not 0 <= cfg.first_frame <= 1:
-        raise ValueError(f"--first_frame={cfg.first_frame}: a share of the clips, in [0, 1]")
     check_first_frame(cfg.model, cfg.first_frame)
     if cfg.window is None and (cfg.window_steps or cfg.dense_ends):
         raise ValueError("--window_steps and --dense_ends shape --window, which is not given")
@@ -657,9 +655,8 @@ def pair_of(bound, cfg, world):
     """
     if not cfg.expert:
         return bound
-    net = blank(cfg.model)
-    parallel.prepare(net, world._replace(compile=False), trainable=False)
-    ckpt.fill(parallel.local_rows(net), other_expert(cfg, world), **world.ranks)
+    fill = partial(ckpt.fill, source=other_expert(cfg, world))
+    net = parallel.frozen(blank(cfg.model), world._replace(compile=False), fill)
     other = replace(bound, net=net, lora=None)
     high, low = (bound, other) if cfg.expert == "high" else (other, bound)
     return Pair(high, low, MODELS[cfg.model].boundary)

@@ -6,6 +6,7 @@
     curves.png      of out/train
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,8 @@ def clips(folder, captions, world, sampling=None, times=1):
     saved = ckpt.stored(ROOT / folder, ["ema", "null"])
     sampling = sampling or saved.sampling
     coder = codec.load(sampling["codec"])
-    net = blank(sampling["model"])
-    parallel.prepare(net, world, trainable=False)
-    ckpt.fill(parallel.local_rows(net), ckpt.model_of(saved, "ema"))
+    fill = partial(ckpt.fill, source=ckpt.model_of(saved, "ema"))
+    net = parallel.frozen(blank(sampling["model"]), world, fill)
     shape = tuple(sampling["shapes"][0])
     pattern, see = (sampling["window"], sampling["tile"]), None
     if chunk_of(*pattern):
