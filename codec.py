@@ -48,8 +48,7 @@ def load(spec, *, vae=None, text=None, clip=None, device="cpu", text_length=None
     """A Codec from its name, "dct" or "wan", or from the spec that a manifest or a checkpoint carries.
 
     vae, text, clip: for wan, a local folder or a hub id of a diffusers pipeline; each may be None if it is not needed.
-    text_length: the most tokens of a prompt, None = the codec's own (dct 8, wan 512).
-    decodes: whether to refuse a Codec that cannot decode.
+    text_length: the most tokens of a prompt, None = the codec's own (dct 8, wan 512). decodes: it must.
     The weights are freed with the Codec: load the text encoder, embed, drop it, then load the VAE.
     Raises ValueError or FileNotFoundError for weights that are not what is wanted, ImportError for a missing package.
     """

@@ -377,7 +377,8 @@ def anchored(losses, pairs, n, nets, cfg):
     def both(loss_of, pair):
         loss, seen = loss_of()
         beside, of_pairs = pairs_loss(nets, pair, cfg)
-        anchor, matching = 2 * cfg.anchor * of_pairs["loss"].sqrt(), (2 * seen["loss"]).sqrt()
+        anchor = 2 * cfg.anchor * of_pairs["loss"].sqrt()
+        matching = (2 * seen["loss"]).sqrt()
         seen |= named("pairs", of_pairs) | {"anchor_share": anchor / (anchor + matching)}
         return loss + cfg.anchor * beside, seen
 
@@ -435,7 +436,9 @@ def is_own(t, cfg):
 def scale_at(t, cfg):
     """The teacher's guidance at each t (B,), or None where there is none at any t."""
     low, high = cfg.guidance_interval
-    return None if cfg.guidance == 1 else torch.where((low <= t) & (t <= high), cfg.guidance, 1.0)
+    if cfg.guidance == 1:
+        return None
+    return torch.where((low <= t) & (t <= high), cfg.guidance, 1.0)
 
 
 def student_flops(nets, micro, exit, cfg):
@@ -604,7 +607,8 @@ def pairs_of(nets, data, origin, cfg, world):
         stored = latents_of(folder, cfg, world)
     number = np.array([stored.folders[0].said(id)["source"] for id in range(stored.count)])
     ids = [some[np.argsort(number[some])] for some in stored.buckets]   # in one order, whichever ranks made them
-    return partial(Ahead(partial(draw_pairs, stored, number, ids, cfg), {"pairs": 1}, world.device), "pairs")
+    draws = Ahead(partial(draw_pairs, stored, number, ids, cfg), {"pairs": 1}, world.device)
+    return partial(draws, "pairs")
 
 
 def draw_pairs(stored, number, ids, cfg, role, step):
@@ -634,7 +638,8 @@ def make_pairs(nets, data, origin, cfg, world):
     number, of which its noise, its bucket and its caption are functions. Made once, by all ranks; killed, it goes on.
     """
     folder, spec, times = Path(cfg.out) / "pairs", pairs_spec(data, origin, cfg), ode_times(cfg)
-    agree, chunk = world.ranks["agree"], cfg.micro_batch or CHUNK
+    agree = world.ranks["agree"]
+    chunk = cfg.micro_batch or CHUNK
     if parallel.agree(finished_with(folder, spec), world):
         return folder
     if causal(cfg) and origin.step:
@@ -794,9 +799,9 @@ def begin(cfg):
         high = ckpt.weights(cfg.other, **world.ranks)
         check_high(high, cfg)
         inputs["other"] = ckpt.fingerprint(high)
-    if causal(cfg):
-        if not all(caches(MODELS[cfg.model], shape, cfg.window, cfg.tile, cfg.sp) for shape in data.shapes):
-            world.say(NO_CACHE)
+    pattern = cfg.window, cfg.tile
+    if causal(cfg) and not all(caches(MODELS[cfg.model], shape, *pattern, cfg.sp) for shape in data.shapes):
+        world.say(NO_CACHE)
     path = ckpt.newest(cfg.out, cfg.resume, report=world.say, **world.ranks)
     step, counts = 0, None
     if path:
@@ -902,13 +907,12 @@ def row_steps(cfg):
 
 
 def rows_of(cfg):
-    """{number of steps: row} of a student that learns pairs: --pairs is not 0, and a causal one starts from --student."""
-    kind = cfg.model
-    if causal(cfg):
-        kind = f"{cfg.model} causal"
+    """{number of steps: row} of a student that learns pairs, which a causal one does where --student says from what."""
     if cfg.pairs == 0 or causal(cfg) and not cfg.student:
         return {}
-    return {K: DEFAULTS[f"{kind} K={K}"] for K in range(1, USUAL_STEPS + 1) if f"{kind} K={K}" in DEFAULTS}
+    kind = f"{cfg.model} causal" if causal(cfg) else cfg.model
+    names = {K: f"{kind} K={K}" for K in range(1, USUAL_STEPS + 1)}
+    return {K: DEFAULTS[name] for K, name in names.items() if name in DEFAULTS}
 
 
 def causal(cfg):
@@ -1012,7 +1016,8 @@ def high_net(origin, cfg, world):
     """The frozen net of --other, None where the student makes all steps of its rollouts."""
     if origin.high is None:
         return None
-    fill, shapes = partial(ckpt.fill, source=origin.high), 2 * len(origin.student_sampling["shapes"])
+    fill = partial(ckpt.fill, source=origin.high)
+    shapes = 2 * len(origin.student_sampling["shapes"])
     with flags.door(__file__):
         return parallel.frozen(blank(cfg.model), world, fill, shapes)
 
@@ -1166,7 +1171,8 @@ def validate(step, nets, goal, data, origin, cfg, log, world):
         goal += [spread(partial(many_steps, draw, nets, origin, cfg), n) for draw in draws]
     scores = spread(partial(inside, draws[0], nets, cfg), len(ids))
     if world.main:
-        captions, rows, figures = [data.caption(id) for id in ids], {}, {}
+        captions = [data.caption(id) for id in ids]
+        rows, figures = {}, {}
         for (way, given), made, wanted in zip(ways.items(), student, goal):
             rows |= {f"student{way}": made[::SEEDS], f"teacher{way}": wanted[::SEEDS]}
             figures |= likeness(made, wanted, given)
@@ -1198,10 +1204,11 @@ def few_steps(draw, nets, cfg, places):
 
 def many_steps(draw, nets, origin, cfg, places):
     """The guided teacher's clips, by its own sampler; an expert's on its part of the way, after the high student's."""
-    micro, sampling = draw(places), origin.teacher_sampling
-    student, _, teacher = nets(micro.z.shape)
-    times = [t for t in grid(sampling["steps"], sampling["shift"]) if is_own(t, cfg)]
+    micro = draw(places)
     z, first = micro.z, exits_of(cfg)[0]
+    student, _, teacher = nets(z.shape)
+    sampling = origin.teacher_sampling
+    times = [t for t in grid(sampling["steps"], sampling["shift"]) if is_own(t, cfg)]
     if first > 0:           # where the high student ends, noised to where the low teacher begins
         x0 = roll(student, micro, first - 1, cfg)
         z = add_noise(x0, micro.noises[first - 1], z.new_full((len(z),), times[0]))

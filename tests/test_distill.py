@@ -1152,6 +1152,21 @@ def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_b
     assert [torch.equal(x0, e) for x0, e in zip(trained[:, :, 0], z[:, :, 0])] == [False, True]
 
 
+@pytest.mark.parametrize("frames", [5, 4, 2])
+def test_a_causal_students_flops_count_the_frames_that_it_sees_clean_and_not_the_last_chunk(
+        rolling, monkeypatch, frames):
+    cfg = distill.Config(times=(1.0, 0.8, 0.5), **CHUNKS)
+    seen = spied(monkeypatch, Chunked, "see", lambda cond, net, past, x0: x0.shape[2])
+    z, *noises = [noise[:, :, :frames] for noise in rolling.noises]
+    micro = micro_of(rolling.cond, z, noises)
+    with torch.no_grad():
+        distill.roll(rolling.net, micro, 2, cfg)
+    forward = rolling.net.flops(z.shape[1:], 8)
+    found = distill.critic_flops(lambda shape: (rolling.net, rolling.net.bind(shape), None), micro, 2, cfg)
+    assert found / forward == pytest.approx(2 + 1 + sum(seen) / frames + 3)
+    assert distill.sees(z, replace(cfg, window=None)) == 0
+
+
 @pytest.mark.parametrize("exit", range(3))
 def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_gradient(rolling, exit):
     cfg = distill.Config(times=(1.0, 0.8, 0.5))

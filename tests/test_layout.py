@@ -20,7 +20,7 @@ IMPORTS = {  # every file and what it may import of ours: a new file takes its p
 }
 FILES = sorted(ROOT.glob("*.py"))
 ROOTS = [path for path in FILES if "class Config" in path.read_text()]
-LONGEST = {"train": 65, "distill": 90}    # lines of main, and of any other function there
+LONGEST = {"train": 65, "distill": 90}    # lines of main; any other function there has 65 at most
 
 
 @cache
@@ -83,8 +83,8 @@ def test_no_function_of_a_story_is_longer_than_its_page(root):
     functions = [node for node in ast.walk(tree(ROOT / f"{root}.py"))
                  if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
-    assert "main" in lengths
-    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST[root]}
+    assert lengths.pop("main") <= LONGEST[root]
+    assert not {name: lines for name, lines in lengths.items() if lines > 65}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
