@@ -456,7 +456,7 @@ def test_the_text_encoder_is_freed_before_the_vae_and_the_net_come(teacher, tmp_
             events.append("embed")
             return self.embed(prompts)
 
-    def loaded(spec, *, vae=None, text=None, clip=None, device="cpu"):
+    def loaded(spec, *, vae=None, text=None, clip=None, device="cpu", decodes=False):
         events.append(f"load vae={vae} text={text}")
         coder = load(spec)
         if text:
