@@ -38,8 +38,8 @@ from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, c
                    check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of, shapes_of)
 from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
-                  is_high, lr_at, numbers, ode, over, place, rollout, sample_t, shifted, start_again, start_average,
-                  stepwise, to_x0, train_step, trajectory, within)
+                  is_high, lr_at, muon, numbers, ode, over, place, rollout, sample_t, shifted, start_again,
+                  start_average, stepwise, to_x0, train_step, trajectory, within)
 from store import Writer
 
 
@@ -138,6 +138,7 @@ TINY = dict(
     rescale=0.6,
     weight_decay=0.0,
     clip=10,
+    pairs_optimizer="adamw",
     pairs_lr=3e-3,
     pairs_betas=(0.9, 0.999),
     pairs_ema=0.99,
@@ -157,7 +158,11 @@ TINY_1 = TINY_PAIRS | dict(
     student_lr=6e-4,
     score_shift=0.7,
     guidance=1.5,
-    pairs_steps=1600,
+    pairs=12000,
+    pairs_steps=2400,
+
+    pairs_optimizer="muon",
+    pairs_lr=4e-3,
 )
 WAN = dict(
     steps=3000,
@@ -182,6 +187,7 @@ WAN = dict(
     rescale=0.0,
     weight_decay=0.01,
     clip=10,
+    pairs_optimizer="adamw",
     pairs_lr=2e-6,
     pairs_betas=(0.9, 0.999),
     pairs_ema=0.99,
@@ -244,16 +250,15 @@ def main(cfg):
     teacher_net = build(cfg, data, world, trainable=cfg.lora_rank > 0)
     student_net = teacher_net if one_net(cfg) else build(cfg, data, world)
     critic_net = teacher_net if cfg.lora_rank else build(cfg, data, world)
-    student = learner("student", student_net, betas_at(origin.step, cfg), cfg, world)
-    critic = learner("critic", critic_net, BETAS, cfg, world)
+    student = learner("student", student_net, optimizer_at(origin.step, cfg, world), cfg, world)
+    critic = learner("critic", critic_net, optimizer(cfg), cfg, world)
     student.average = copies(student.rows)
-    state = state_of(student, critic, data)
 
     # 3) values: the teacher's; student's and critic's of this run's checkpoint, new adapters', or the teacher's too
     with flags.door(__file__):
         fill_frozen(teacher_net, student_net, origin, world)
         if origin.path:
-            ckpt.load(origin.path, state, **world.ranks)
+            ckpt.load(origin.path, state_of(student, critic, data), **world.ranks)
             student.counts, critic.counts = origin.counts
         elif cfg.lora_rank:
             ckpt.fill(student.rows | critic.rows, new_values(parallel.local_rows(critic_net), cfg.seed), **world.ranks)
@@ -279,6 +284,7 @@ def main(cfg):
         last, stop = step == end_of(cfg), stopped()
         if step > origin.step and (last or stop or due(step, cfg.save_every)):
             meta = about(step, student, critic, cfg, origin)
+            state = state_of(student, critic, data)
             ckpt.save(cfg.out, step, state, meta, keep=cfg.keep, report=log.say, **world.ranks)
         if not stop and (last or due(step, cfg.val_every)) and not validated(cfg, step, world):
             with averaged(student):
@@ -345,7 +351,7 @@ def regress(step, student, nets, pairs, origin, cfg, world, clock, log):
         seen |= clock.take(min(step % PAIRS_LOG, step - origin.step) + 1)
         log(step + 1, **figures(seen, [student], cfg, world))
     if step + 1 == cfg.pairs_steps:
-        start_again(student, BETAS)
+        start_again(student, optimizer(cfg))
     show_first(step, micros[0].e, origin, cfg, world, log)
 
 
@@ -1027,14 +1033,20 @@ def adapters(cfg):
     return dict.fromkeys(("student", "critic"), (cfg.lora_rank, cfg.lora_alpha)) if cfg.lora_rank else {}
 
 
-def optimizer(cfg, betas=BETAS):
+def optimizer(cfg):
     """-> function of rows: their optimizer, and the rows of its state."""
-    return partial(adamw, betas=betas, weight_decay=row_of(cfg)["weight_decay"])
+    return partial(adamw, betas=BETAS, weight_decay=row_of(cfg)["weight_decay"])
 
 
-def betas_at(step, cfg):
-    """AdamW's betas of the student, which are others while it learns from pairs alone."""
-    return row_of(cfg)["pairs_betas"] if step < cfg.pairs_steps else BETAS
+def optimizer_at(step, cfg, world):
+    """The same of the student, which has another while it learns from pairs alone."""
+    row = row_of(cfg)
+    if step >= cfg.pairs_steps:
+        return optimizer(cfg)
+    given = dict(betas=row["pairs_betas"], weight_decay=row["weight_decay"])
+    if row["pairs_optimizer"] == "muon":
+        return partial(muon, gather=parallel.gatherer(world), **given)
+    return partial(adamw, **given)
 
 
 def build(cfg, data, world, trainable=True):
@@ -1063,12 +1075,12 @@ def fill_frozen(teacher_net, student_net, origin, world):
         ckpt.fill(frozen, origin.begins, **world.ranks)
 
 
-def learner(role, net, betas, cfg, world):
+def learner(role, net, optimizer, cfg, world):
     """A whole net, or its adapter called `role`, and its optimizer, as train_step takes it."""
     rows = parallel.local_rows(net, trained=True)
     if cfg.lora_rank:
         rows = {name: part for name, part in rows.items() if f".lora.{role}." in name}
-    opt, opt_rows = optimizer(cfg, betas)(rows)
+    opt, opt_rows = optimizer(rows)
     return Learner(rows, opt, opt_rows, parallel.sync(net), parallel.norm(net, rows, world))
 
 

@@ -564,13 +564,10 @@ def averaged(me):
 
 
 @torch.no_grad()
-def start_again(me, betas):
-    """The net goes on from its average, by an optimizer of these betas that has seen nothing: a run of its own."""
+def start_again(me, optimizer):
+    """The net goes on from its average, by another optimizer, a function of rows: a run of its own."""
     torch._foreach_copy_(tensors(me.rows), tensors(me.average))
-    for moment in tensors(me.opt_rows):
-        moment.zero_()
-    for group in me.opt.param_groups:
-        group["betas"] = betas
+    me.opt, me.opt_rows = optimizer(me.rows)
     me.counts = {"updates": 0, "skipped": 0, "in_a_row": 0}
 
 

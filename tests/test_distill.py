@@ -380,6 +380,24 @@ def test_a_run_with_pairs_stopped_in_either_stage_is_the_uninterrupted_one_to_th
 
 
 @pytest.mark.slow
+def test_a_student_of_one_step_learns_pairs_by_muon_stopped_or_on_two_ranks(data, teacher, tmp_path):
+    flags = PAIRS | QUIET | dict(student_steps=1)
+    whole = config(data, teacher, tmp_path / "whole", **flags)
+    run(distill.main, whole)
+    stopped, two = replace(whole, out=str(tmp_path / "stopped")), replace(whole, out=str(tmp_path / "two"), shard=2)
+    for cfg in (stopped, two):
+        shutil.copytree(tmp_path / "whole/pairs", Path(cfg.out) / "pairs")
+    run_stopped(distill, stopped, 2)
+    assert any(name.startswith("opt.blocks.") and name.endswith("weight.momentum") for name in state(stopped.out))
+    run_stopped(distill, stopped, 1)
+    assert not any(name.endswith("momentum") for name in state(stopped.out))
+    run(distill.main, stopped)
+    assert same(state(stopped.out), state(whole.out))
+    ranks(2, distill.main, two)
+    close(log_of(two.out), log_of(whole.out), 1e-3, "pairs_loss", "student_pairs_loss", *LOSSES)
+
+
+@pytest.mark.slow
 def test_two_ranks_make_pairs_and_learn_from_them_as_one_does(data, teacher, paired, tmp_path):
     cfg = config(data, teacher, tmp_path / "run", shard=2, **PAIRS)
     ranks(2, distill.main, cfg)

@@ -332,7 +332,7 @@ def test_a_net_that_starts_again_is_its_average_and_remembers_nothing():
         train_step(me, [lambda: (p.square().sum(), {"loss": torch.zeros(())})], lr=0.1, clip=0, ema=0.9)
     average = me.average["w"].tensor.clone()
     assert not torch.equal(p, average)
-    step.start_again(me, (0.0, 0.5))
+    step.start_again(me, lambda rows: adamw(rows, (0.0, 0.5), 0.0))
     assert torch.equal(p, average)
     assert not any(moment.any() for moment in tensors(me.opt_rows))
     assert {group["betas"] for group in me.opt.param_groups} == {(0.0, 0.5)}
