@@ -1276,8 +1276,9 @@ def test_what_one_rank_cannot_read_fails_on_all():
 
 @pytest.mark.parametrize("root", ["train", "distill", "sample", "evaluate"])
 def test_the_roots_fill_nets_on_all_ranks_together(root):
-    calls = re.findall(r"ckpt\.fill\(.*", (ROOT / f"{root}.py").read_text())
-    assert calls and all("**world.ranks)" in call for call in calls)
+    calls = re.findall(r".*ckpt\.fill[(,].*", (ROOT / f"{root}.py").read_text())
+    assert calls and all("**world.ranks)" in call or "partial(ckpt.fill, source=" in call for call in calls)
+    assert "fill(local_rows(net), **world.ranks)" in (ROOT / "parallel.py").read_text()     # to whom they give these
 
 
 def test_a_value_of_fp8_that_is_not_a_number_is_refused(tmp_path):

@@ -182,7 +182,7 @@ def distilling(cfg, world):
     sampling = {"window": None, "tile": (4, 4, 8), "dense_ends": 0, "steps": 3, "shift": 1.0}
     origin = SimpleNamespace(teacher_sampling=sampling, student_sampling={}, high=None, step=0)
     nets = partial(distill.bound_nets, student, critic, (teacher, None), origin, cfg, world)
-    learners = [distill.learner(role, net, distill.BETAS, cfg, world)
+    learners = [distill.learner(role, net, distill.optimizer(cfg), cfg, world)
                 for role, net in (("student", student), ("critic", critic))]
     return nets, *learners, origin
 

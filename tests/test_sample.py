@@ -41,6 +41,9 @@ STUDENT = {name: value for name, value in SAMPLING.items() if name != "steps"} |
     "sampler": "rollout", "times": [1.0, 0.75, 0.5], "guidance": 1.0}
 
 
+TINY, GRID = MODELS["tiny"], codec.grid     # as they are, before `cheap`
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cheap():
     """Runs take a third of the time: a narrower net, pictures twice as large, not 8 times, sheets of bytes."""
@@ -263,7 +266,10 @@ def test_ranks_divide_the_videos_and_embed_no_others(teacher, tmp_path, as_rank,
 
 
 @pytest.mark.slow
-def test_two_ranks_of_torchrun_make_the_videos_of_one(teacher, tmp_path, capsys):
+def test_two_ranks_of_torchrun_make_the_videos_of_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)       # what a command of its own has
+    monkeypatch.setattr("codec.grid", GRID)
+    teacher = saved(tmp_path / "run", SAMPLING)
     run(sample.main, config(teacher, tmp_path / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     flags = [f"--ckpt={teacher}", f"--out={tmp_path / 'two'}", "--n=1", "--device=cpu", "--prompts", *PROMPTS]
@@ -603,9 +609,6 @@ def test_an_image_that_cannot_begin_a_video_is_refused_in_a_line(teacher, framed
     assert "captions of their own" in said(framed, str(tmp_path / "folder"))
     assert "a.png has no caption" in said(framed, str(tmp_path / "folder"), prompts=())
     assert not (tmp_path / "s").exists()
-
-
-TINY = MODELS["tiny"]       # as wide as it is, before `cheap`
 
 
 def test_a_t_per_frame_takes_more_memory_and_fewer_videos_are_sampled_at_once(monkeypatch):
