@@ -369,10 +369,11 @@ def pairs_loss(nets, pair, cfg):
 def student_loss(nets, micro, exit, cfg):
     """Distribution matching on what the student's sampler gives at its step `exit`, with its graph."""
     student, critic, teacher = nets(micro.z.shape)
-    x0 = roll(student, micro, exit, cfg)
+    cond, uncond = conds_of(micro)
+    x0 = roll(student, cond, micro, exit, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     rescale = row_of(cfg)["rescale"]
-    return dmd_loss(x0, teacher, critic, *conds_of(micro), t, micro.e, scale_at(t, cfg), rescale, micro.free)
+    return dmd_loss(x0, teacher, critic, cond, uncond, t, micro.e, scale_at(t, cfg), rescale, micro.free)
 
 
 def anchored(losses, pairs, n, nets, cfg):
@@ -399,12 +400,12 @@ def critic_loss(nets, micro, exit, cfg):
     student, critic, _ = nets(micro.z.shape)
     cond, _ = conds_of(micro)
     with torch.no_grad():
-        x0 = roll(student, micro, exit, cfg)
+        x0 = roll(student, cond, micro, exit, cfg)
     t = sample_t(micro.u, "uniform", cfg.score_shift, CLAMP, part_of(cfg))
     return flow_loss(critic, x0, cond, t, micro.e, free=micro.free)
 
 
-def roll(student, micro, exit, cfg):
+def roll(student, cond, micro, exit, cfg):
     """The student's clip, predicted at its step `exit`; of a causal one each chunk is (Self Forcing, arXiv 2506.08009).
 
     A chunk's graph is that of its own forward at `exit`: the chunks before it are seen without gradient.
@@ -412,7 +413,6 @@ def roll(student, micro, exit, cfg):
     def draw(cond, free, z, *noises):
         return rollout(student, z, cond, cfg.times, noises, exit, free)
 
-    cond, _ = conds_of(micro)
     if not isinstance(student, Chunked):
         return draw(cond, micro.free, micro.z, *micro.noises)
     return stepwise(draw, student.see, (cond,), student.chunk, micro.z, *micro.noises, free=micro.free)
@@ -1211,7 +1211,8 @@ def few_steps(draw, nets, cfg, places):
     """The student's clips, by its own sampler."""
     micro = draw(places)
     student, _, _ = nets(micro.z.shape)
-    return roll(student, micro, exits_of(cfg)[-1], cfg)
+    cond, _ = conds_of(micro)
+    return roll(student, cond, micro, exits_of(cfg)[-1], cfg)
 
 
 def many_steps(draw, nets, origin, cfg, places):
@@ -1221,11 +1222,11 @@ def many_steps(draw, nets, origin, cfg, places):
     student, _, teacher = nets(z.shape)
     sampling = origin.teacher_sampling
     times = [t for t in grid(sampling["steps"], sampling["shift"]) if is_own(t, cfg)]
+    cond, uncond = conds_of(micro)
     if first > 0:           # where the high student ends, noised to where the low teacher begins
-        x0 = roll(student, micro, first - 1, cfg)
+        x0 = roll(student, cond, micro, first - 1, cfg)
         z = add_noise(x0, micro.noises[first - 1], z.new_full((len(z),), times[0]))
     solver = sampling.get("solver", "euler")        # of old checkpoints
-    cond, uncond = conds_of(micro)
     return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, micro.free)
 
 
@@ -1234,7 +1235,7 @@ def inside(draw, nets, cfg, prompts):
     micro = draw([prompt * SEEDS for prompt in prompts])
     student, critic, teacher = nets(micro.z.shape)
     cond, uncond = conds_of(micro)
-    x0 = roll(student, micro, exits_of(cfg)[-1], cfg)
+    x0 = roll(student, cond, micro, exits_of(cfg)[-1], cfg)
     low, high = cfg.guidance_interval
     if cfg.expert:
         low, high = within(torch.tensor([low, high]), *part_of(cfg)).tolist()

@@ -63,7 +63,7 @@ def dry_run(file, cfg, lora, *, optimizer, learners=1, teacher=False, graphs=1, 
     world = parallel.imagine(ranks, cfg.shard, cfg.sp, precision)
     shape, length = USUAL[cfg.model]
     shapes, width = [shape], MODELS[cfg.model].text_dim
-    extras = MODELS[cfg.model].conditions(shape)
+    extras = MODELS[cfg.model].conditions(shape[1:])
     paths = cfg.data
     if isinstance(paths, str):
         paths = [paths]

@@ -1161,7 +1161,7 @@ def test_what_a_causal_student_is_trained_on_is_what_is_sampled_from_it_to_the_b
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
     free = step.first_given(z, torch.tensor([False, True]))
-    trained = distill.roll(student, micro_of(cond, z, noises, free), 2, cfg)
+    trained = distill.roll(student, cond, micro_of(cond, z, noises, free), 2, cfg)
     sampling = dict(sampler="rollout", times=cfg.times, guidance=1.0, tile=CHUNKS["tile"])
     with torch.no_grad():
         sampled = step.sample(student, rolling.noises.__getitem__, cond, None, sampling, free, student.see)
@@ -1178,7 +1178,7 @@ def test_a_causal_students_flops_count_the_frames_that_it_sees_clean_and_not_the
     z, *noises = [noise[:, :, :frames] for noise in rolling.noises]
     micro = micro_of(rolling.cond, z, noises)
     with torch.no_grad():
-        distill.roll(rolling.net, micro, 2, cfg)
+        distill.roll(rolling.net, rolling.cond, micro, 2, cfg)
     forward = rolling.net.flops(z.shape[1:], 8)
     found = distill.critic_flops(lambda shape: (rolling.net, rolling.net.bind(shape), None), micro, 2, cfg)
     assert found / forward == pytest.approx(2 + 1 + sum(seen) / frames + 3)
@@ -1189,7 +1189,7 @@ def test_a_causal_students_flops_count_the_frames_that_it_sees_clean_and_not_the
 def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_gradient(rolling, exit):
     cfg = distill.Config(times=(1.0, 0.8, 0.5))
     student, cond, (z, *noises) = rolling
-    x0 = distill.roll(student, micro_of(cond, z, noises), exit, cfg)
+    x0 = distill.roll(student, cond, micro_of(cond, z, noises), exit, cfg)
     chunks = x0.split(2, 2)
     grads = []
     for i, chunk in enumerate(chunks):

@@ -518,7 +518,7 @@ def test_blocks_compile_into_one_graph_per_length_of_the_past(frames, window, ti
     with torch.no_grad():
         want = in_turn(causal, x, t, cond, tile)
         for block in net.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend="eager")
+            block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
         assert error(in_turn(causal, x, t, cond, tile), want) < 1e-6
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= lengths(SMALL, x.shape, (window, 1, 1), (tile, 99, 99), sink)
