@@ -38,8 +38,8 @@ from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, c
                    check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of, shapes_of)
 from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
-                  is_high, lr_at, muon, numbers, ode, over, place, rollout, sample_t, shifted, start_again,
-                  start_average, stepwise, to_x0, train_step, trajectory, within)
+                  is_high, lr_at, muon, numbers, ode, over, place, rollout, sample_t, scales_at, shifted,
+                  start_again, start_average, stepwise, to_x0, train_step, trajectory, within)
 from store import Writer
 
 
@@ -969,7 +969,14 @@ def samplings(cfg, data, weights):
                          "alone: give --data of clips, or --first_frame=0")
     teacher = weights.sampling or ckpt.sampling_of(cfg.teacher)
     if teacher is None:
-        teacher = made | {"steps": 50, "shift": cfg.shift, "window": None, "tile": cfg.tile, "dense_ends": 0}
+        teacher = made | {
+            "window": None,
+            "tile": cfg.tile,
+            "dense_ends": 0,
+            "steps": 50,
+            "shift": cfg.shift,
+            "guidance": row_of(cfg)["guidance"],
+        }
     if teacher["text"]["length"] != made["text"]["length"]:
         raise ValueError(f"{cfg.data} pads texts to {made['text']['length']} tokens, "
                          f"{cfg.teacher} was trained with {teacher['text']['length']}")
@@ -1216,7 +1223,10 @@ def few_steps(draw, nets, cfg, places):
 
 
 def many_steps(draw, nets, origin, cfg, places):
-    """The guided teacher's clips, by its own sampler; an expert's on its part of the way, after the high student's."""
+    """The teacher's clips, by its own sampler; an expert's on its part of the way, after the high student's.
+
+    Guided as its run samples it, not as the student is taught: what too much guidance does would not show.
+    """
     micro = draw(places)
     z, first = micro.z, exits_of(cfg)[0]
     student, _, teacher = nets(z.shape)
@@ -1226,8 +1236,9 @@ def many_steps(draw, nets, origin, cfg, places):
     if first > 0:           # where the high student ends, noised to where the low teacher begins
         x0 = roll(student, cond, micro, first - 1, cfg)
         z = add_noise(x0, micro.noises[first - 1], z.new_full((len(z),), times[0]))
+    scales = scales_at(times, sampling["guidance"], sampling.get("boundary"))
     solver = sampling.get("solver", "euler")        # of old checkpoints
-    return ode(teacher, z, cond, times, uncond, cfg.guidance, solver, micro.free)
+    return ode(teacher, z, cond, times, uncond, scales, solver, micro.free)
 
 
 def inside(draw, nets, cfg, prompts):

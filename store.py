@@ -65,9 +65,7 @@ class Journals:
         self.path, self.manifest = Path(path), None
         with suppress(FileNotFoundError, ValueError):       # a damaged one is written anew
             self.manifest = sound_manifest(self.path)
-        self.spec = {}
-        if (self.path / "spec.json").exists():
-            self.spec = json.loads((self.path / "spec.json").read_text())
+        self.spec = begun_with(self.path)
         self.compact = self.last_compact()
         self.opened = lru_cache(64)(lambda part: open(self.files()[part], "rb"))
 
@@ -722,13 +720,26 @@ OURS = re.compile(r"(\d+(x\d+)+(\.[a-z]\w*)?|text|text_off|crc|place|captions|jo
 
 def check_settings(path, spec):
     """Refuses settings that a dataset was not begun with, but for the text encoder's weights."""
-    texts = (path / "spec.json").read_text(), json.dumps(spec)
-    begun, now = (settings(json.loads(text)) for text in texts)
+    begun, now = settings(begun_with(path)), settings(json.loads(json.dumps(spec)))
     changed = [f"{key} was {begun.get(key)} and is now {now.get(key)}"
                for key in sorted(begun | now) if begun.get(key) != now.get(key)]
     if changed:
         raise ValueError(f"{path} was begun with other settings: {'; '.join(changed)}. "
                          "Take those, choose another --out, or delete it")
+
+
+def begun_with(path):
+    """The settings that a dataset was begun with, {} of none; ValueError where they are damaged."""
+    file = path / "spec.json"
+    if not file.exists():
+        return {}
+    try:
+        spec = json.loads(file.read_text())
+        settings(spec)
+        return spec
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged, it is not the settings of a dataset: take it from a copy, or delete "
+                         f"{path} and prepare it again") from error
 
 
 def settings(spec):

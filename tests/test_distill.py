@@ -80,6 +80,12 @@ def test_a_run_logs_both_nets_apart_and_leaves_videos_of_all_three(distilled):
     assert "inside/step_0000008.mp4" in (distilled / "index.html").read_text()
 
 
+def test_a_students_figures_are_ratios_to_the_teacher_as_its_own_run_samples_it(data, teacher, distilled, tmp_path):
+    run(distill.main, config(data, teacher, tmp_path / "run", steps=2, guidance=9.0))
+    first = log_of(tmp_path / "run")[0]
+    assert first["val_std"] and first == log_of(distilled)[0]
+
+
 def test_a_checkpoint_holds_student_and_critic_and_says_how_to_sample(distilled):
     roles = {name.split(".")[0] for name in state(distilled)}
     assert roles == {"net", "opt", "critic", "critic_opt", "ema", "null"}     # never the teacher

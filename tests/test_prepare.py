@@ -983,6 +983,14 @@ def test_other_weights_of_the_text_encoder_embed_all_again_and_nothing_else(pipe
     assert run(**flags, text=other).content == content
 
 
+@pytest.mark.parametrize("damage", ['{"dtype": "fp', "{}", "[]"], ids=["cut", "empty", "a list"])
+@pytest.mark.parametrize("flags", [dict(), dict(dry_run=True), dict(compact=True)], ids=["", "dry_run", "compact"])
+def test_damaged_settings_of_a_dataset_are_named(damage, flags, tmp_path, capsys):
+    run(clips=2, out=tmp_path / "set")
+    (tmp_path / "set/spec.json").write_text(damage)
+    assert "spec.json is damaged" in refused(capsys, clips=3, out=tmp_path / "set", **flags)
+
+
 def test_other_weights_of_the_vae_are_refused_by_name(pipeline, tmp_path, capsys):
     tiny_film(tmp_path / "films/a.mp4", "film a")
     flags = dict(videos=tmp_path / "films", codec="wan", text=pipeline, out=tmp_path / "set", **SMALL)
