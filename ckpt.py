@@ -321,7 +321,7 @@ def ending(out, step):
     """Adds to an error that ends a run in update `step` what of it is saved in its folder, and what is not."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:     # a sample of a damaged dataset among them
         last, path = max(steps(out).items(), default=(0, None))
         kept = f"nothing of the run is saved in {out}"
         if path:

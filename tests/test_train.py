@@ -352,6 +352,16 @@ def test_updates_that_are_skipped_in_a_row_end_the_run(data, tmp_path, monkeypat
     assert error.value.__notes__ == [f"{path} is the newest checkpoint; 1 steps after it are not saved"]
 
 
+def test_a_damaged_sample_ends_the_run_with_what_is_saved(data, tmp_path):
+    damaged = str(copied(data, tmp_path / "data"))
+    [latents] = (tmp_path / "data").glob("*x*.bin")
+    latents.write_bytes(bytes(latents.stat().st_size))
+    cfg = config(damaged, tmp_path / "run", **QUIET)
+    with pytest.raises(ValueError, match="is not what was written") as error:
+        run(train.main, cfg)
+    assert error.value.__notes__ == [f"nothing of the run is saved in {cfg.out}"]
+
+
 @pytest.mark.slow
 def test_a_run_whose_gradients_are_never_finite_says_what_is_saved_and_draws_no_curves(
         data, tmp_path, monkeypatch, capsys):
