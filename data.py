@@ -62,7 +62,8 @@ PURPOSES = ("order", "epoch", "held_out", "init", "t_perm", "t", "noise", "drop"
             "student_score_t_perm", "student_score_t", "student_score_noise",
             "critic_prompt", "critic_z", "critic_renoise",
             "critic_score_t_perm", "critic_score_t", "critic_score_noise",
-            "clip", "give", "student_give", "critic_give", "short", "pair", "pair_prompt", "clean_prefix")
+            "clip", "give", "student_give", "critic_give", "short", "pair", "pair_prompt", "clean_prefix",
+            "pair_give")
 
 
 def stream(seed, purpose, step, slot=0):

@@ -363,7 +363,8 @@ def pairs_loss(nets, pair, cfg):
     student, _, _ = nets(pair.x0.shape)
     if isinstance(student, Chunked):
         student = student.after(pair.x0)
-    return flow_loss(student, pair.x0, Cond(pair.text), pair.t, pair.e, pair.t.square(), times=cfg.times)
+    weight = pair.t.square()
+    return flow_loss(student, pair.x0, Cond(pair.text), pair.t, pair.e, weight, pair.free, cfg.times)
 
 
 def student_loss(nets, micro, exit, cfg):
@@ -557,14 +558,19 @@ def draw(data, cfg, role, step):
         some = [ids[slot] for slot in slots]
         z, free = noise(cfg.seed, f"{role}_z", step, slots, shape), None
         if cfg.first_frame:
-            give = [stream(cfg.seed, f"{role}_give", step, slot).random(dtype=np.float32) for slot in slots]
-            z, free = begun(z, some, torch.tensor(give) < cfg.first_frame, data)
+            z, free = begun(z, some, given_at(cfg, role, step, slots), data)
         e = noise(cfg.seed, f"{role}_score_noise", step, slots, shape)
         noises = []
         for k in range(K - 1):
             noises.append(noise(cfg.seed, f"{role}_renoise", step, [slot * K + k for slot in slots], shape))
         micros.append(Draw(data.text(some), data.null, z, free, e, u[slots], noises, data.extras(some)))
     return micros
+
+
+def given_at(cfg, role, step, slots):
+    """Which clips of these slots begin with a given frame: (B,)."""
+    u = [stream(cfg.seed, f"{role}_give", step, slot).random(dtype=np.float32) for slot in slots]
+    return torch.tensor(u) < cfg.first_frame
 
 
 def begun(z, ids, give, data):
@@ -599,6 +605,7 @@ class Point(NamedTuple):
     e: torch.Tensor     # (B, C, F, H, W) the noise that takes x0 to the point: where the ODE began, for t = 1
     t: torch.Tensor     # (B,) of the student's times, that of the point
     text: torch.Tensor  # (B, S, E)
+    free: torch.Tensor | None   # (B, F) 0 in frames that are given, None without --first_frame
 
 
 def pairs_of(nets, data, origin, cfg, world):
@@ -627,12 +634,15 @@ def draw_pairs(stored, number, ids, cfg, role, step):
         some = ids[bucket][positions[slots]].tolist()
         latents, text = stored.sample(some)
         x0, *points = latents.chunk(K, 1)
-        z = noise(cfg.seed, "pair", 0, number[some].tolist(), x0.shape[1:])
+        numbers, free = number[some].tolist(), None
+        z = noise(cfg.seed, "pair", 0, numbers, x0.shape[1:])
+        if cfg.first_frame:
+            free = first_given(x0, given_at(cfg, "pair", 0, numbers))
         which = (u[slots] * K).long()
         x_t = torch.stack([z, *points], 1)[torch.arange(len(some)), which]
         t = torch.tensor(cfg.times)[which]
         e = (x_t - over(1 - t) * x0) / over(t)
-        pairs.append(Point(x0.contiguous(), e, t, text))
+        pairs.append(Point(x0.contiguous(), e, t, text, free))
     return pairs
 
 
@@ -641,7 +651,7 @@ def make_pairs(nets, data, origin, cfg, world):
 
     A causal student's are made by itself as it begins, chunk by chunk: its teacher's clips are not of such a past.
     A sample has the channels of the clip and of the points of its way at times[1:], all normalised. Its source is its
-    number, of which its noise, its bucket and its caption are functions. Made once, by all ranks; killed, it goes on.
+    number, of which its noise, its bucket, its prompt and whether its first frame is given are functions. Made once, by all ranks; killed, it goes on.
     """
     folder, spec, times = Path(cfg.out) / "pairs", pairs_spec(data, origin, cfg), ode_times(cfg)
     agree = world.ranks["agree"]
@@ -664,9 +674,11 @@ def make_pairs(nets, data, origin, cfg, world):
         for i in range(0, len(mine), chunk):
             some = [todo[place] for place, _ in mine[i:i + chunk]]
             prompts = [drawn[number][1] for number in some]
-            z = noise(cfg.seed, "pair", 0, some, shape).to(world.device)
-            cond = Cond(data.text(prompts).to(world.device))
-            points = dict(zip([*times[1:], 0.0], way(maker, z, cond, times)))
+            z, free = noise(cfg.seed, "pair", 0, some, shape), None
+            if cfg.first_frame:
+                z, free = begun(z, prompts, given_at(cfg, "pair", 0, some), data)
+            z, free, text = send((z, free, data.text(prompts)), world.device)
+            points = dict(zip([*times[1:], 0.0], way(maker, z, Cond(text), times, free)))
             made = torch.cat([points[t] for t in (0.0, *cfg.times[1:])], 1).cpu()
             for latent, number, prompt, (_, counts) in zip(made, some, prompts, mine[i:i + chunk]):
                 if counts and world.rank % world.sp == 0:
@@ -682,17 +694,17 @@ def make_pairs(nets, data, origin, cfg, world):
 
 
 @torch.no_grad()
-def way(net, z, cond, times):
+def way(net, z, cond, times, free=None):
     """The points of a net's ODE from noise z, without guidance, at times[1:] and at 0 -> [x like z]."""
     if not isinstance(net, Chunked):
-        return list(trajectory(net, z, cond, times, solver="ab2"))
+        return list(trajectory(net, z, cond, times, solver="ab2", free=free))
     ways = []
 
     def draw(cond, free, z):
-        ways.append(list(trajectory(net, z, cond, times, solver="ab2")))
+        ways.append(list(trajectory(net, z, cond, times, solver="ab2", free=free)))
         return ways[-1][-1]
 
-    stepwise(draw, net.see, (cond,), net.chunk, z)
+    stepwise(draw, net.see, (cond,), net.chunk, z, free=free)
     return [torch.cat(chunks, 2) for chunks in zip(*ways)]
 
 
@@ -701,6 +713,8 @@ def pairs_spec(data, origin, cfg):
     made, maker = data.manifest, {"teacher": origin.base["crc32"]}
     if causal(cfg):
         maker = {"teacher": origin.inputs["student"], "window": list(cfg.window), "tile": list(cfg.tile)}
+    if cfg.first_frame:
+        maker["first_frame"] = cfg.first_frame
     return {
         "codec": {
             "name": "pairs",

@@ -525,11 +525,12 @@ class Chunked:
         clean = x0.split(self.chunk, 2)
 
         def forward(x_t, t, cond):
+            times = [t] * len(clean) if t.ndim == 1 else t.split(self.chunk, 1)
             parts = []
             for i, noised in enumerate(x_t.split(self.chunk, 2)):
                 if i:
                     cond = self.see(cond, clean[i - 1])
-                parts.append(self(noised, t, cond))
+                parts.append(self(noised, times[i], cond))
             return torch.cat(parts, 2)
 
         return forward

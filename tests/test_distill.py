@@ -24,8 +24,8 @@ from data import Latents, noise, stream
 from helpers import (Killed, as_version_1, cheaply, close, copied, full_disk, log_of, meta, nan_at, out_of_memory,
                      ranks, refused, rewrite, run, run_killed, run_stopped, same, shapes_dataset, spied, state)
 from model import MODELS, Bound, Chunked, Cond, DiT, chunked
-from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, flow_loss, grid, ode, rollout, sample_t,
-                  train_step, trajectory)
+from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, mean_of, ode,
+                  on_free, over, place, rollout, sample_t, train_step, trajectory)
 
 QUIET = dict(val_every=0, samples=0)    # no videos, no figures of them
 LOSSES = "student_loss", "critic_loss", "student_grad_norm", "critic_grad_norm"
@@ -212,7 +212,7 @@ PAIRS = dict(student_steps=2, pairs=11, pairs_steps=3, anchor=0.5, steps=4, val_
 def told_by_text(shape):
     """In place of three nets, a teacher that takes noise z straight to m z, m being 2 + the mean of the text."""
     def teacher(x, t, cond):
-        t = t.view(-1, 1, 1, 1, 1)
+        t = over(t)
         m = 2 + cond.text.mean((1, 2)).view(-1, 1, 1, 1, 1)
         return (1 - m) * x / (t + (1 - t) * m)
 
@@ -228,27 +228,38 @@ def to_learn_from(data, out, **flags):
     return Latents(data, seed=cfg.seed, batch=cfg.batch), cfg, origin, world
 
 
-def test_each_pair_is_of_its_own_noise_caption_and_time(data, tmp_path):
+@pytest.mark.parametrize("first_frame", [0.0, 0.5])
+def test_each_pair_is_of_its_own_noise_caption_time_and_first_frame(data, tmp_path, first_frame):
     """x0 is what the way from its number's noise leads to under its text, x_t a point on it; K times take turns."""
-    latents, cfg, origin, world = to_learn_from(data, tmp_path)
+    latents, cfg, origin, world = to_learn_from(data, tmp_path, first_frame=first_frame)
     pairs = distill.pairs_of(told_by_text, latents, origin, cfg, world)
     noises = noise(cfg.seed, "pair", 0, range(cfg.pairs), latents.shapes[0])
-    seen = []
+    seen, met = [], []
     for step in range(10):
         (pair,) = pairs(step)
         assert sorted(pair.t.unique().tolist()) == pytest.approx(sorted(cfg.times))
-        for x0, e, t, text in zip(*pair):
+        assert (pair.free is None) == (first_frame == 0)
+        frees = [None] * 8 if pair.free is None else pair.free
+        for x0, e, t, text, free in zip(*pair[:4], frees, strict=True):
             t = t.view(1)
             m = 2 + text.mean()
-            ends = x0 / m
-            number = (noises - ends).abs().flatten(1).mean(1).argmin().item()
+            number = (noises - x0 / m)[:, :, 1:].abs().flatten(1).mean(1).argmin().item()
             _, prompt = distill.pair_prompt(latents, cfg, number)
             assert torch.equal(text, latents.text([prompt])[0])
-            assert torch.allclose(ends, noises[number], atol=2e-3)
+            begins = 0      # the first frame that the teacher makes
+            if first_frame:
+                begins = int(stream(cfg.seed, "pair_give", 0, number).random(dtype=np.float32) < first_frame)
+                assert free.tolist() == [1 - begins, 1, 1, 1, 1]
+                clip, _ = latents.sample([prompt])
+                assert torch.allclose(x0[:, :begins], clip[0, :, :begins])
+            made = noises[number][:, begins:]
+            assert torch.allclose(x0[:, begins:] / m, made, atol=2e-3)
             x_t = add_noise(x0[None], e[None], t)
-            assert torch.allclose(x_t[0], (t + (1 - t) * m) * noises[number], atol=2e-3)
+            assert torch.allclose(x_t[0, :, begins:], (t + (1 - t) * m) * made, atol=2e-3)
             seen.append(number)
+            met.append(begins)
     assert sorted(seen) == sorted(list(range(cfg.pairs)) * 2)       # 10 batches of 8 are two passes over 40 pairs
+    assert set(met) == ({0, 1} if first_frame else {0})
 
 
 def test_the_teachers_way_has_the_students_times_among_eight_or_more_steps():
@@ -285,7 +296,7 @@ def test_pairs_that_were_killed_go_on_and_are_those_of_one_run(data, tmp_path, m
     assert "19 of 40 pairs of the teacher to be made" in capsys.readouterr().out
     for step in range(5):
         for mine, theirs in zip(again(step), whole(step), strict=True):
-            assert all(map(torch.equal, mine, theirs))
+            assert all(map(torch.equal, mine[:4], theirs[:4]))
     distill.pairs_of(told_by_text, latents, origin, cut, world)
     assert "to be made" not in capsys.readouterr().out
 
@@ -300,7 +311,7 @@ def test_pairs_whose_small_files_are_damaged_are_mended_by_the_same_command(data
     (after,) = distill.pairs_of(told_by_text, latents, origin, cfg, world)(0)
     assert "0 of 8 pairs of the teacher to be made" in capsys.readouterr().out
     assert file.read_bytes() == whole
-    assert all(map(torch.equal, before[0], after))
+    assert all(map(torch.equal, before[0][:4], after[:4]))
 
 
 def test_pairs_whose_clips_are_damaged_are_to_be_deleted_and_made_again(data, tmp_path, capsys):
@@ -320,7 +331,7 @@ def test_pairs_whose_clips_are_damaged_are_to_be_deleted_and_made_again(data, tm
     assert f"delete {tmp_path}/pairs and run the same command again\n" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "pairs")
     (after,) = distill.pairs_of(told_by_text, latents, origin, cfg, world)(0)
-    assert all(map(torch.equal, before[0], after))
+    assert all(map(torch.equal, before[0][:4], after[:4]))
 
 
 def test_pairs_of_another_teacher_are_refused_in_a_line(data, tmp_path, capsys):
@@ -857,6 +868,13 @@ def test_student_and_scores_get_first_frames_of_the_prompts_own_clips(data, fram
     assert meta(cfg.out)["sampling"]["first_frame"] == 0.5
 
 
+@pytest.mark.slow
+def test_two_ranks_make_pairs_with_first_frames_and_learn_from_them_as_one_does(data, framed, tmp_path):
+    run(distill.main, config(data, framed, tmp_path / "one", **PAIRS))
+    ranks(2, distill.main, config(data, framed, tmp_path / "two", shard=2, **PAIRS))
+    close(log_of(tmp_path / "two"), log_of(tmp_path / "one"), 1e-3, "pairs_loss", "student_pairs_loss", *LOSSES)
+
+
 def test_likeness_leaves_a_given_frame_out():
     student, clips = torch.randn(2, 8, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     wanted = distill.likeness(student[:, :, 1:], clips[:, :, 1:])
@@ -1215,38 +1233,47 @@ def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_grad
         assert torch.allclose(p.grad, want, rtol=1e-4, atol=1e-5 * want.abs().max().item()), name
 
 
-def test_a_causal_students_pairs_are_its_own_ways_chunk_by_chunk(data, causal, rolling, tmp_path):
+@pytest.mark.parametrize("first_frame", [0.0, 1.0])
+def test_a_causal_students_pairs_are_its_own_ways_chunk_by_chunk(data, causal, rolling, tmp_path, first_frame):
     latents, cfg, origin, world = to_learn_from(data, tmp_path, pairs=2, batch=2, student_steps=2, student=causal,
-                                                **CHUNKS)
+                                                first_frame=first_frame, **CHUNKS)
     student, z = rolling.net, noise(0, "pair", 0, range(2), (24, 5, 8, 8))
-    text = latents.text([distill.pair_prompt(latents, cfg, number)[1] for number in range(2)])
+    prompts = [distill.pair_prompt(latents, cfg, number)[1] for number in range(2)]
+    text, frees = latents.text(prompts), [None] * 3
+    if first_frame:
+        free = first_given(z, torch.ones(2))
+        z, frees = place(z, latents.sample(prompts)[0], free), free.split(2, 1)
     (pair,) = distill.pairs_of(lambda shape: (student, None, None), latents, origin._replace(inputs={"student": 7}),
                                cfg, world)(0)
     past, ways = Cond(text), []
-    for some in z.split(2, 2):
-        ways.append(list(trajectory(student, some, past, distill.ode_times(cfg), solver="ab2")))
+    for some, free in zip(z.split(2, 2), frees):
+        ways.append(list(trajectory(student, some, past, distill.ode_times(cfg), solver="ab2", free=free)))
         past = student.see(past, ways[-1][-1])
     ways = dict(zip([*distill.ode_times(cfg)[1:], 0.0], (torch.cat(chunks, 2) for chunks in zip(*ways)))) | {1.0: z}
-    for x0, e, t, _ in zip(*pair):
+    for x0, e, t, _ in zip(*pair[:4]):
         number = (ways[0.0] - x0).abs().flatten(1).mean(1).argmin().item()
         point = next(x for time, x in ways.items() if time == pytest.approx(t.item()))
         assert torch.allclose(x0, ways[0.0][number], atol=1e-5)
-        assert torch.allclose(add_noise(x0[None], e[None], t.view(1))[0], point[number], atol=1e-5)
+        x_t = add_noise(x0[None], e[None], t.view(1))[0]
+        assert torch.allclose(x_t[:, int(first_frame):], point[number][:, int(first_frame):], atol=1e-5)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["", "first frame"])
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_causal_student_learns_each_chunk_of_a_pair_behind_the_pairs_own_clean_ones(rolling, cached):
+def test_a_causal_student_learns_each_chunk_of_a_pair_behind_the_pairs_own_clean_ones(rolling, cached, given):
     student, cond, (e, x0, _) = rolling
     student, t = replace(student, cached=cached), torch.tensor([0.8, 0.5])
-    noised, parts = add_noise(x0, e, t), []
+    free = first_given(x0, torch.tensor([True, False])) if given else None
+    asked = on_free(t, free)
+    noised, parts = add_noise(x0, e, asked), []
     for i in range(3):
-        past = cond
+        past, frames = cond, slice(2 * i, 2 * i + 2)
         for before in x0.split(2, 2)[:i]:
             past = student.see(past, before)
-        parts.append(student(noised[:, :, 2 * i:2 * i + 2], t, past))
+        parts.append(student(noised[:, :, frames], asked[:, frames] if given else t, past))
     v = torch.cat(parts, 2)
-    want = (t.view(2, 1, 1, 1, 1) * (v - (e - x0))).square().mean()
-    pair = distill.Point(x0, e, t, cond.text)
+    want = (t.square() * mean_of((v - (e - x0)).square(), free)).mean()
+    pair = distill.Point(x0, e, t, cond.text, free)
     loss, _ = distill.pairs_loss(lambda shape: (student, None, None), pair, distill.Config(times=(0.8, 0.5)))
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert loss.requires_grad
