@@ -34,8 +34,9 @@ import plan
 from data import (DTYPES, Ahead, Latents, check_crc32, holds_latents, listed, noise, read_manifest, send, stratified,
                   stream)
 from log import Clock, Log, check_wandb, holds, told
-from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, check_causal, check_expert,
-                   check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of, shapes_of)
+from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, check_begun, check_causal,
+                   check_expert, check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of,
+                   shapes_of)
 from signs import signs
 from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
                   is_high, lr_at, muon, numbers, ode, over, place, rollout, sample_t, scales_at, shifted,
@@ -463,16 +464,20 @@ def critic_flops(nets, micro, exit, cfg):
 def pairs_flops(nets, pair, cfg):
     """The same of an update on pairs."""
     student, _, _ = nets(pair.x0.shape)
-    forward = student.flops(pair.x0.shape[1:], pair.text.shape[1])
+    forward = student.flops(pair.x0.shape[1:], pair.text.shape[1], times_of(pair.free))
     return forward * (learning(cfg) + sees(pair.x0, cfg))
 
 
 def flops_of(nets, micro, students, critics):
     """Of so many forwards of the student and of the critic."""
     student, critic, _ = nets(micro.z.shape)
-    times = 1 if micro.free is None else micro.free.shape[1]
-    sizes = micro.z.shape[1:], micro.text.shape[1], times
+    sizes = micro.z.shape[1:], micro.text.shape[1], times_of(micro.free)
     return students * student.flops(*sizes) + critics * critic.flops(*sizes)
+
+
+def times_of(free):
+    """How many t a net is told of a clip: one, or one for each frame."""
+    return 1 if free is None else free.shape[1]
 
 
 def learning(cfg):
@@ -634,10 +639,10 @@ def draw_pairs(stored, number, ids, cfg, role, step):
         some = ids[bucket][positions[slots]].tolist()
         latents, text = stored.sample(some)
         x0, *points = latents.chunk(K, 1)
-        numbers, free = number[some].tolist(), None
-        z = noise(cfg.seed, "pair", 0, numbers, x0.shape[1:])
+        places, free = number[some].tolist(), None
+        z = noise(cfg.seed, "pair", 0, places, x0.shape[1:])
         if cfg.first_frame:
-            free = first_given(x0, given_at(cfg, "pair", 0, numbers))
+            free = first_given(x0, given_at(cfg, "pair", 0, places))
         which = (u[slots] * K).long()
         x_t = torch.stack([z, *points], 1)[torch.arange(len(some)), which]
         t = torch.tensor(cfg.times)[which]
@@ -651,7 +656,8 @@ def make_pairs(nets, data, origin, cfg, world):
 
     A causal student's are made by itself as it begins, chunk by chunk: its teacher's clips are not of such a past.
     A sample has the channels of the clip and of the points of its way at times[1:], all normalised. Its source is its
-    number, of which its noise, its bucket, its prompt and whether its first frame is given are functions. Made once, by all ranks; killed, it goes on.
+    number, of which its noise, its bucket, its prompt and whether its first frame is given are functions. Made once, by
+    all ranks; killed, it goes on.
     """
     folder, spec, times = Path(cfg.out) / "pairs", pairs_spec(data, origin, cfg), ode_times(cfg)
     agree = world.ranks["agree"]
@@ -964,6 +970,8 @@ def inherit(cfg):
     cfg = flags.filled(cfg, {}, known)
     if begins is None:
         return cfg
+    if own is not None and cfg.first_frame:
+        check_begun(own, f"--first_frame={cfg.first_frame}", f"--student={cfg.student}")
     if begins["model"] != cfg.model:
         raise ValueError(f"--student={cfg.student} is {begins['model']}, the teacher is {cfg.model}")
     if begins["window"] and not cfg.window:
@@ -1239,7 +1247,7 @@ def few_steps(draw, nets, cfg, places):
 def many_steps(draw, nets, origin, cfg, places):
     """The teacher's clips, by its own sampler; an expert's on its part of the way, after the high student's.
 
-    Guided as its run samples it, not as the student is taught: what too much guidance does would not show.
+    Guided as its run samples it, or as its row of defaults says, not by --guidance: too much of that is to be seen.
     """
     micro = draw(places)
     z, first = micro.z, exits_of(cfg)[0]

@@ -739,7 +739,7 @@ def begun_with(path):
         return spec
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged, it is not the settings of a dataset: take it from a copy, or delete "
-                         f"{path} and prepare it again") from error
+                         f"{path} and run the same command again") from error
 
 
 def settings(spec):

@@ -86,6 +86,25 @@ def test_a_students_figures_are_ratios_to_the_teacher_as_its_own_run_samples_it(
     assert first["val_std"] and first == log_of(distilled)[0]
 
 
+@pytest.mark.parametrize("guidance, scale", [(3.0, 3.0), ((4.0, 3.0), 3.0), ([4.0, 3.0], 3.0)], ids=str)
+def test_the_teachers_clips_have_the_guidance_of_its_own_run(guidance, scale, monkeypatch):
+    """Of two experts' guidance the expert's own."""
+    sampling = {"steps": 4, "shift": 1.0, "guidance": guidance, "boundary": 0.9}
+    origin = distill.Origin(**dict.fromkeys(distill.Origin._fields))._replace(teacher_sampling=sampling)
+    cfg = replace(distill.Config(guidance=9.0, model="wan2.2-a14b", expert="low"), times=(0.7, 0.4))
+    z, text = torch.zeros(2, 1, 3, 2, 2), torch.zeros(2, 1, 4)
+    micro = distill.Draw(text, text[0], z, None, z, None, [z], {})
+    monkeypatch.setattr(distill, "ode", lambda net, z, cond, times, uncond, scales, *rest: scales)
+    scales = distill.many_steps(lambda places: micro, lambda shape: (None, None, None), origin, cfg, [0, 1])
+    assert scales == [scale] * 3
+
+
+def test_weights_that_are_no_run_of_ours_are_sampled_with_the_guidance_of_their_row(data, tmp_path):
+    latents, cfg, *_ = to_learn_from(data, tmp_path, guidance=9.0)
+    teacher, _ = distill.samplings(cfg, latents, ckpt.Source(**dict.fromkeys(ckpt.Source._fields)))
+    assert teacher["guidance"] == distill.row_of(cfg)["guidance"]
+
+
 def test_a_checkpoint_holds_student_and_critic_and_says_how_to_sample(distilled):
     roles = {name.split(".")[0] for name in state(distilled)}
     assert roles == {"net", "opt", "critic", "critic_opt", "ema", "null"}     # never the teacher
@@ -341,6 +360,26 @@ def test_pairs_of_another_teacher_are_refused_in_a_line(data, tmp_path, capsys):
         distill.pairs_of(told_by_text, latents, origin._replace(base={"crc32": 6}), cfg, world)
     assert exit.value.code == 2
     assert "teacher was 5 and is now 6" in capsys.readouterr().err
+
+
+def test_pairs_with_another_share_of_first_frames_are_refused_in_a_line(data, tmp_path, capsys):
+    latents, cfg, origin, world = to_learn_from(data, tmp_path, pairs=8, first_frame=0.5)
+    distill.pairs_of(told_by_text, latents, origin, cfg, world)
+    with pytest.raises(SystemExit):
+        distill.pairs_of(told_by_text, latents, origin, replace(cfg, first_frame=0.0), world)
+    assert "first_frame was 0.5 and is now None" in capsys.readouterr().err
+
+
+def test_of_pairs_of_clips_and_stills_the_clips_alone_begin_with_frames(tmp_path):
+    run(prepare.main, prepare.Config(clips=40, frames=(1, 17), out=str(tmp_path / "data")))
+    latents, cfg, origin, world = to_learn_from(str(tmp_path / "data"), tmp_path, first_frame=0.5)
+    pairs, frames = distill.pairs_of(told_by_text, latents, origin, cfg, world), set()
+    for step in range(8):
+        (pair,) = pairs(step)
+        frames.add(pair.x0.shape[2])
+        assert (pair.free is None) == (pair.x0.shape[2] == 1)
+        assert pair.e.isfinite().all()
+    assert frames == {1, 5}
 
 
 @pytest.fixture(scope="module")
@@ -896,6 +935,13 @@ def test_first_frames_need_a_teacher_and_a_dataset_that_have_them(data, teacher,
     assert "--first_frame=0.5" in message and "holds prompts alone" in message
     run(distill.main, config(prompts, framed, tmp_path / "run", first_frame=0.0, steps=2, batch=2, **QUIET))
     assert meta(tmp_path / "run")["sampling"]["first_frame"] == 0
+
+
+def test_a_causal_student_that_never_saw_first_frames_is_refused_for_them(data, framed, causal, tmp_path, capsys):
+    cfg = config(data, framed, tmp_path / "run", student=causal)
+    message = refused(distill.main, cfg, capsys)
+    assert f"--first_frame=0.5: --student={causal} was not trained with first frames" in message
+    assert distill.resolve(replace(cfg, first_frame=0.0)).first_frame == 0
 
 
 # ---- LoRA: student and critic are adapters of the one teacher -------------------------------------------------------

@@ -179,7 +179,8 @@ def distilling(cfg, world):
     student, critic = (teacher, teacher) if lora else (net_of(cfg, {}), net_of(cfg, {}))
     if not lora:
         teacher.requires_grad_(False)
-    sampling = {"window": None, "tile": (4, 4, 8), "dense_ends": 0, "steps": 3, "shift": 1.0}
+    sampling = {"window": None, "tile": (4, 4, 8), "dense_ends": 0, "steps": 3, "shift": 1.0,
+                "guidance": 2.0}
     origin = SimpleNamespace(teacher_sampling=sampling, student_sampling={}, high=None, step=0)
     nets = partial(distill.bound_nets, student, critic, (teacher, None), origin, cfg, world)
     learners = [distill.learner(role, net, distill.optimizer(cfg), cfg, world)
