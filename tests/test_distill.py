@@ -825,7 +825,7 @@ def test_the_samples_are_of_the_averaged_weights_and_beside_the_teachers(data, t
         z, *noises = [noise(0, "sample", k, list(range(8)), shape) for k in range(4)]
         student = rollout(net_of(state(distilled)), z, Cond(text), cfg.times, noises, 3)
         cond, uncond, times = Cond(text), Cond(latents.null.expand_as(text)), grid(how["steps"], how["shift"])
-        clips = ode(net_of(state(teacher)), z, cond, times, uncond, 2.0, how["solver"])
+        clips = ode(net_of(state(teacher)), z, cond, times, uncond, how["guidance"], how["solver"])
     for name, value in distill.likeness(student, clips).items():
         assert log_of(distilled)[-1][name] == pytest.approx(value.item(), rel=1e-4), name
 
@@ -912,6 +912,20 @@ def test_two_ranks_make_pairs_with_first_frames_and_learn_from_them_as_one_does(
     run(distill.main, config(data, framed, tmp_path / "one", **PAIRS))
     ranks(2, distill.main, config(data, framed, tmp_path / "two", shard=2, **PAIRS))
     close(log_of(tmp_path / "two"), log_of(tmp_path / "one"), 1e-3, "pairs_loss", "student_pairs_loss", *LOSSES)
+
+
+def test_clips_differ_by_what_is_in_their_quarters():
+    """A spot that wanders within a quarter, beside one that goes from quarter to quarter: no number is more alike."""
+    student, clips = torch.zeros(2, 8, 1, 3, 4, 4)
+    for i in range(8):
+        y, x = divmod(i % 4, 2)
+        student[i, 0, 1, y, x] = 1
+        clips[i, 0, 1, 3 * y, 3 * x] = 1
+    figures = distill.likeness(student, clips)
+    assert figures["val_diversity"] == 0
+    assert figures["val_std"] == figures["val_motion"] == 1
+    apart = distill.likeness(clips, 3 * clips)
+    assert apart["val_diversity"].item() == pytest.approx(1 / 3)
 
 
 def test_likeness_leaves_a_given_frame_out():
