@@ -151,6 +151,7 @@ TINY_PAIRS = TINY | dict(
     student_every=2,
     shift=2.0,
     score_shift=2.0,
+    guidance=1.5,
     guidance_interval=(0.0, 1.0),
     pairs=4000,
 )
@@ -158,7 +159,6 @@ TINY_1 = TINY_PAIRS | dict(
     steps=200,
     student_lr=6e-4,
     score_shift=0.7,
-    guidance=1.5,
     pairs=12000,
     pairs_steps=2400,
 
@@ -196,6 +196,7 @@ WAN = dict(
     pairs_dtype="bf16",
 )
 TINY_CAUSAL = TINY_PAIRS | dict(
+    guidance=2.0,
     pairs=2000,
     pairs_steps=500,
 )

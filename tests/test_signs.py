@@ -20,8 +20,8 @@ def log_with(*last, lines=LINES, **more):
 
 BAD = [
     ("the critic is behind", log_with(student_matching_by_t3=0.02), "0.2 of the guidance.*--critic_lr"),
-    ("over-saturation", log_with(GOOD | {"val_std": 1.3, "val_diversity": 1.2}), "1.3 times.*--guidance"),
-    ("loss of variety", log_with(GOOD | {"val_std": 1.0, "val_diversity": 0.5}), "0.5 times.*--pairs"),
+    ("over-saturation", log_with(GOOD | {"val_std": 1.18, "val_diversity": 1.2}), "1.2 times.*--guidance"),
+    ("loss of variety", log_with(GOOD | {"val_std": 1.0, "val_diversity": 0.65}), "0.65 times.*--pairs"),
     ("the student is frozen", log_with(GOOD | {"val_std": 0.8001, "val_diversity": 0.7}), "--student_lr"),
     ("the student is frozen", log_with(student_grad_norm=0.0), "gradient is 0.*--guidance"),
 ]
