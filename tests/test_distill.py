@@ -1296,7 +1296,8 @@ def test_each_chunk_of_a_rollout_is_its_own_behind_a_clean_past_that_has_no_grad
 @pytest.mark.parametrize("first_frame", [0.0, 1.0])
 def test_a_causal_students_pairs_are_its_own_ways_chunk_by_chunk(data, causal, rolling, tmp_path, first_frame):
     latents, cfg, origin, world = to_learn_from(data, tmp_path, pairs=2, batch=2, student_steps=2, student=causal,
-                                                first_frame=first_frame, **CHUNKS)
+                                                **CHUNKS)
+    cfg = replace(cfg, first_frame=first_frame)
     student, z = rolling.net, noise(0, "pair", 0, range(2), (24, 5, 8, 8))
     prompts = [distill.pair_prompt(latents, cfg, number)[1] for number in range(2)]
     text, frees = latents.text(prompts), [None] * 3
