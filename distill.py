@@ -196,7 +196,6 @@ WAN = dict(
     pairs_dtype="bf16",
 )
 TINY_CAUSAL = TINY_PAIRS | dict(
-    guidance=2.0,
     pairs=2000,
     pairs_steps=500,
 )
