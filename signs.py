@@ -95,8 +95,8 @@ SIGNS = (
     Sign("over-saturation", contrast, 0.0, 1.15,
          "the student's clips have {} times the teacher's contrast, in good runs 1.1 at most. Lower --guidance, narrow "
          "--guidance_interval or raise --student_every"),
-    # good runs: .9 and more; guidance 5 without pairs: .55
+    # good runs: .84 and more, by four prompts; guidance 5 without pairs: .55
     Sign("loss of variety", variety, 0.7, ANY,
-         "clips of one prompt differ {} times as much as the teacher's, in good runs .9 or more. Make --pairs, or more "
+         "clips of one prompt differ {} times as much as the teacher's, in good runs .8 or more. Make --pairs, or more "
          "of them, raise --anchor or lower --guidance"),
 )
