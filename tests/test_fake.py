@@ -225,6 +225,22 @@ def test_validation_of_a_student_shows_all_three_nets_from_the_gpu(folder, gpu, 
     assert log.lines[0][1].keys() == {"val_diversity", "val_motion", "val_std"}
 
 
+def test_what_makes_pairs_is_on_the_gpu(folder, gpu, monkeypatch, tmp_path):
+    def look(net, z, cond, times, free):
+        assert [x.device for x in (z, cond.text, free)] == [GPU] * 3
+        raise InterruptedError
+
+    monkeypatch.setattr(distill, "way", look)
+    cfg = distill_config(monkeypatch, pairs=8, pairs_steps=1, first_frame=0.5, out=str(tmp_path))
+    with fake():
+        nets, _, _, origin = distilling(cfg, gpu)
+        origin.base = {"crc32": 5}
+        with unset_fake_temporarily():
+            source = latents(folder, cfg)
+        with pytest.raises(InterruptedError):
+            distill.make_pairs(nets, source, origin, cfg, gpu)
+
+
 # ---- samplers -------------------------------------------------------------------------------------------------------
 
 
