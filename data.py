@@ -82,6 +82,11 @@ def noise(seed, purpose, step, slots, shape):
     return torch.stack([normal(stream(seed, purpose, step, slot), shape) for slot in slots])
 
 
+def uniform(seed, purpose, step, slots):
+    """A number of [0, 1) for each slot, from a stream of its own -> fp32 (len(slots),)."""
+    return torch.tensor([stream(seed, purpose, step, slot).random(dtype=np.float32) for slot in slots])
+
+
 def long_noise(seed, purpose, k, count, slots, shape, first, last):
     """Frames [first, last) of noise k of `count` for clips that may be longer than shape (C, F, H, W).
 
@@ -436,10 +441,7 @@ class Latents:
         x0, text = self.sample(ids)
         e = self.empty(*x0.shape)
         self.each(fill, e.numpy(), slots)
-        drop = [stream(self.seed, "drop", step, slot).random(dtype=np.float32) for slot in slots]
-        give = [stream(self.seed, "give", step, slot).random(dtype=np.float32) for slot in slots]
-        prefix = [stream(self.seed, "clean_prefix", step, slot).random(dtype=np.float32) for slot in slots]
-        drop, give, prefix = map(torch.tensor, (drop, give, prefix))
+        drop, give, prefix = (uniform(self.seed, purpose, step, slots) for purpose in ("drop", "give", "clean_prefix"))
         return Micro(x0, text, self.null, drop, u, e, give, prefix, ids, slots, self.extras(ids))
 
     def batch_ids(self, step):

@@ -32,15 +32,15 @@ import flags
 import parallel
 import plan
 from data import (DTYPES, Ahead, Latents, check_crc32, holds_latents, listed, noise, read_manifest, send, stratified,
-                  stream)
+                  stream, uniform)
 from log import Clock, Log, check_wandb, holds, told
 from model import (MODELS, NO_CACHE, Chunked, Cond, Pair, bind, blank, caches, check_begun, check_causal,
                    check_expert, check_first_frame, chunk_of, chunked, cond_of, fits, initial, lengths, models_of,
                    shapes_of)
 from signs import signs
-from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_x0,
-                  is_high, lr_at, muon, numbers, ode, over, place, rollout, sample_t, scales_at, shifted,
-                  start_again, start_average, stepwise, to_x0, train_step, trajectory, within)
+from step import (Learner, adamw, add_noise, averaged, copies, dmd_loss, first_given, flow_loss, grid, guided_ode,
+                  guided_x0, is_high, lr_at, muon, numbers, over, place, rollout, sample_t, shifted, start_again,
+                  start_average, stepwise, to_x0, train_step, trajectory, within)
 from store import Writer
 
 
@@ -574,8 +574,7 @@ def draw(data, cfg, role, step):
 
 def given_at(cfg, role, step, slots):
     """Which clips of these slots begin with a given frame: (B,)."""
-    u = [stream(cfg.seed, f"{role}_give", step, slot).random(dtype=np.float32) for slot in slots]
-    return torch.tensor(u) < cfg.first_frame
+    return uniform(cfg.seed, f"{role}_give", step, slots) < cfg.first_frame
 
 
 def begun(z, ids, give, data):
@@ -700,7 +699,7 @@ def make_pairs(nets, data, origin, cfg, world):
 
 
 @torch.no_grad()
-def way(net, z, cond, times, free=None):
+def way(net, z, cond, times, free):
     """The points of a net's ODE from noise z, without guidance, at times[1:] and at 0 -> [x like z]."""
     if not isinstance(net, Chunked):
         return list(trajectory(net, z, cond, times, solver="ab2", free=free))
@@ -1258,9 +1257,7 @@ def many_steps(draw, nets, origin, cfg, places):
     if first > 0:           # where the high student ends, noised to where the low teacher begins
         x0 = roll(student, cond, micro, first - 1, cfg)
         z = add_noise(x0, micro.noises[first - 1], z.new_full((len(z),), times[0]))
-    scales = scales_at(times, sampling["guidance"], sampling.get("boundary"))
-    solver = sampling.get("solver", "euler")        # of old checkpoints
-    return ode(teacher, z, cond, times, uncond, scales, solver, micro.free)
+    return guided_ode(teacher, sampling, z, cond, times, uncond, micro.free)
 
 
 def inside(draw, nets, cfg, prompts):

@@ -670,8 +670,8 @@ def tensor(row, name):
 def foretell(cfg, coder, kind, source):
     """Prints what would be made, by headers alone, and what would change where the folder is there; makes nothing."""
     done = Journals(cfg.out)
-    if (done.path / "spec.json").exists():
-        check_settings(done.path, spec_of(cfg, coder))
+    if done.spec:
+        check_settings(done.path, done.spec, spec_of(cfg, coder))
     names = source.names(done)
     todo = [work for name in names if (work := work_on(name, source, done, coder.spec))]
     lost = gone(names, source, done)

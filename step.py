@@ -249,7 +249,11 @@ def at_once(net, sampling, cond, uncond, z, *noises, free=None):
     """x0 of a clip, or of a chunk, by a checkpoint's own sampler; given frames are in z."""
     if sampling["sampler"] == "rollout":
         return rollout(net, z, cond, sampling["times"], noises, len(noises), free)
-    times = grid(sampling["steps"], sampling["shift"])
+    return guided_ode(net, sampling, z, cond, grid(sampling["steps"], sampling["shift"]), uncond, free)
+
+
+def guided_ode(net, sampling, z, cond, times, uncond, free):
+    """x0 from z at times[0], with the guidance and by the solver of a checkpoint that predicts velocities."""
     solver = sampling.get("solver", "euler")            # of old checkpoints
     scales = scales_at(times, sampling["guidance"], sampling.get("boundary"))
     return ode(net, z, cond, times, uncond, scales, solver, free)

@@ -291,8 +291,9 @@ class Writer:
         self.path, self.dtype = Path(path), DTYPES[spec["dtype"]]
         self.spec = json.loads(json.dumps(spec))            # as it is read back: lists, not tuples
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "spec.json").exists():
-            check_settings(self.path, self.spec)
+        begun = begun_with(self.path)
+        if begun:
+            check_settings(self.path, begun, self.spec)
         else:
             with write_whole(self.path / "spec.json") as file:
                 file.write(json.dumps(self.spec).encode())
@@ -718,11 +719,11 @@ OURS = re.compile(r"(\d+(x\d+)+(\.[a-z]\w*)?|text|text_off|crc|place|captions|jo
                   r"(\.null)?(\.\d+)?\.(bin|npy|jsonl)")
 
 
-def check_settings(path, spec):
-    """Refuses settings that a dataset was not begun with, but for the text encoder's weights."""
-    begun, now = settings(begun_with(path)), settings(json.loads(json.dumps(spec)))
-    changed = [f"{key} was {begun.get(key)} and is now {now.get(key)}"
-               for key in sorted(begun | now) if begun.get(key) != now.get(key)]
+def check_settings(path, begun, spec):
+    """Refuses settings that are not those that a dataset was begun with, but for the text encoder's weights."""
+    was, now = settings(begun), settings(json.loads(json.dumps(spec)))
+    changed = [f"{key} was {was.get(key)} and is now {now.get(key)}"
+               for key in sorted(was | now) if was.get(key) != now.get(key)]
     if changed:
         raise ValueError(f"{path} was begun with other settings: {'; '.join(changed)}. "
                          "Take those, choose another --out, or delete it")

@@ -94,7 +94,7 @@ def test_the_teachers_clips_have_the_guidance_of_its_own_run(guidance, scale, mo
     cfg = replace(distill.Config(guidance=9.0, model="wan2.2-a14b", expert="low"), times=(0.7, 0.4))
     z, text = torch.zeros(2, 1, 3, 2, 2), torch.zeros(2, 1, 4)
     micro = distill.Draw(text, text[0], z, None, z, None, [z], {})
-    monkeypatch.setattr(distill, "ode", lambda net, z, cond, times, uncond, scales, *rest: scales)
+    monkeypatch.setattr(step, "ode", lambda net, z, cond, times, uncond, scales, *rest: scales)
     scales = distill.many_steps(lambda places: micro, lambda shape: (None, None, None), origin, cfg, [0, 1])
     assert scales == [scale] * 3
 
